@@ -1,0 +1,138 @@
+"""From noise to latents: the noise schedule, classifier-free guidance, and two samplers as generators of steps.
+
+`sample` yields the latents after every step; the caller owns the progress bar and decides when to stop. The U-Net
+is any function `(latents, timestep, kv) -> noise`, so a seeded dummy serves in tests, and an erased model is one
+whose `kv` were gated before (cpe.py): samplers know of no eraser.
+
+Shapes: B images, c latent channels of side h x w. Timesteps count 0..999; a_t is alphas_cumprod[t].
+Sources: DDIM, Song et al. 2021 (arXiv 2010.02502); DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095);
+guidance, Ho & Salimans 2022 (arXiv 2207.12598).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+UNetFunction = Callable[[Tensor, int, dict[str, Tensor]], Tensor]
+
+
+class Schedule:
+    """The noise schedule of a model, from its `scheduler/scheduler_config.json` (SD 1.4's values by default)."""
+
+    # What a config may say; a key that is absent has this value.
+    FIXED = {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+    }
+
+    def __init__(self, config: dict | None = None):
+        config = config or {}
+        self.config = config
+        self.length = config.get("num_train_timesteps", 1000)
+        self.offset = config.get("steps_offset", 1)
+        start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+        # beta_t is linear in its square root; a_t = prod_{s <= t} (1 - beta_s)
+        betas = torch.linspace(start**0.5, end**0.5, self.length, dtype=torch.float32) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps."""
+        if not 1 <= steps <= self.length:
+            raise ValueError(f"steps must be between 1 and {self.length}, not {steps}")
+        stride = self.length // steps
+        return [min(i * stride + self.offset, self.length - 1) for i in reversed(range(steps))]
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """The forward process: clean latents [B, c, h, w] and noise mixed at timesteps [B]."""
+        a = self.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1).to(latents.dtype)
+        # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def guided(
+    unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Tensor], guidance_scale: float
+) -> Tensor:
+    """Noise [B, c, h, w] under classifier-free guidance; the one definition of it in this project.
+
+    With guidance_scale w = 1 the empty prompt plays no role and `kv` has B rows; otherwise 2B rows, the first B of
+    the empty (or negative) prompt.
+    """
+    if guidance_scale == 1:
+        return unet(latents, timestep, kv)
+    uncond, cond = unet(torch.cat([latents, latents]), timestep, kv).chunk(2)
+    # eps = eps_0 + w (eps_c - eps_0)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def ddim(
+    schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int
+) -> Iterator[Tensor]:
+    """Deterministic DDIM (eta = 0): yields x_s after each step t -> s. Song et al. 2021, eq. 12."""
+    alphas = schedule.alphas_cumprod.to(latents.device)
+    stride = schedule.length // steps
+    for t in schedule.timesteps(steps):
+        a_t, a_s = alphas[t], alphas[max(t - stride, 0)]
+        noise = predict(latents, t)
+        # x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t);   x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps
+        clean = (latents - (1 - a_t).sqrt() * noise) / a_t.sqrt()
+        latents = a_s.sqrt() * clean + (1 - a_s).sqrt() * noise
+        yield latents
+
+
+def dpm_solver(
+    schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int
+) -> Iterator[Tensor]:
+    """DPM-Solver++(2M), midpoint: yields x_s after each step t -> s. Lu et al. 2022, algorithm 2."""
+    last = schedule.length - 1
+    timesteps = [round(last * i / steps) for i in range(steps, 0, -1)]
+    alphas = schedule.alphas_cumprod.double()
+    previous_clean, previous_lambda = None, None
+    for t, s in zip(timesteps, [*timesteps[1:], None], strict=True):
+        a_t, sigma_t = alphas[t].sqrt().item(), (1 - alphas[t]).sqrt().item()
+        # x_0 = (x_t - sigma_t eps) / alpha_t;   lambda_t = log(alpha_t / sigma_t)
+        clean = (latents - sigma_t * predict(latents, t)) / a_t
+        lambda_t = math.log(a_t / sigma_t)
+        if s is None:  # to sigma = 0, where the update is x_0 itself
+            latents = clean
+        else:
+            a_s, sigma_s = alphas[s].sqrt().item(), (1 - alphas[s]).sqrt().item()
+            h = math.log(a_s / sigma_s) - lambda_t
+            direction = clean
+            if previous_clean is not None:
+                # D = x_0 + (x_0 - x_0') / (2 r),   r = (lambda_t - lambda_t') / h
+                direction = clean + (clean - previous_clean) * (h / (2 * (lambda_t - previous_lambda)))
+            # x_s = (sigma_s / sigma_t) x_t - alpha_s (e^{-h} - 1) D
+            latents = sigma_s / sigma_t * latents - a_s * math.expm1(-h) * direction
+        previous_clean, previous_lambda = clean, lambda_t
+        yield latents
+
+
+METHODS = {"ddim": ddim, "dpm": dpm_solver}
+
+
+def sample(
+    unet: UNetFunction,
+    schedule: Schedule,
+    latents: Tensor,
+    kv: dict[str, Tensor],
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+) -> Iterator[Tensor]:
+    """Denoise latents [B, c, h, w] of standard normal noise: yields the latents after each of `steps` steps.
+
+    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        return guided(unet, x, t, kv, guidance_scale)
+
+    return METHODS[method](schedule, predict, latents, steps)

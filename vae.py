@@ -1,0 +1,194 @@
+"""The autoencoder of Stable Diffusion: images to latents an eighth of their side, and back.
+
+Built from the `vae/config.json` of a model in the diffusers layout (`AutoencoderKL`); attribute names are the
+checkpoint's keys. Nothing about erasure happens here; read this file last.
+
+Shapes: B images, 3 colour channels in [-1, 1], H x W pixels, c latent channels, h = H/8, w = W/8.
+Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1. Every GroupNorm has eps 1e-6.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the side of the image."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w]."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.norm1 = group_norm(groups, inputs)
+        self.conv1 = conv3(inputs, outputs)
+        self.norm2 = group_norm(groups, outputs)
+        self.conv2 = conv3(outputs, outputs)
+        if inputs != outputs:
+            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over pixels, [B, c, h, w] -> [B, c, h, w]."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = group_norm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.group_norm(x).flatten(2).transpose(1, 2)
+        # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
+        q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
+        y = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + y.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halve the side; the original pads the right and the lower edge only, by (0, 1, 0, 1)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the side: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class MidBlock(nn.Module):
+    """ResNet, attention, ResNet, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Block(nn.Module):
+    """`layers` ResNets, then an optional change of resolution (`downsamplers` or `upsamplers`)."""
+
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resize in getattr(self, "downsamplers", getattr(self, "upsamplers", ())):
+            x = resize(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> moments [B, 2c, h, w] before `quant_conv`."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        channels, groups = config["block_out_channels"], config["norm_num_groups"]
+        self.conv_in = conv3(config["in_channels"], channels[0])
+        self.down_blocks = nn.ModuleList(
+            Block(inputs, outputs, config["layers_per_block"], groups)
+            for inputs, outputs in zip([channels[0], *channels], channels, strict=False)
+        )
+        for block, width in zip(self.down_blocks[:-1], channels, strict=False):
+            block.downsamplers = nn.ModuleList([Downsample(width)])
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, c, h, w] after `post_quant_conv` -> images [B, 3, H, W]."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        channels, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        self.conv_in = conv3(config["latent_channels"], channels[0])
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Block(inputs, outputs, config["layers_per_block"] + 1, groups)
+            for inputs, outputs in zip([channels[0], *channels], channels, strict=False)
+        )
+        for block, width in zip(self.up_blocks[:-1], channels, strict=False):
+            block.upsamplers = nn.ModuleList([Upsample(width)])
+        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_out = conv3(channels[-1], config["out_channels"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """AutoencoderKL from its config.json. Latents here are unscaled; the U-Net sees them times `scaling_factor`."""
+
+    # What a config.json may say besides the sizes; a key that is absent has this value.
+    FIXED = {
+        "act_fn": "silu",
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
+        "latents_mean": None,
+        "latents_std": None,
+        "mid_block_add_attention": True,
+        "shift_factor": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        self.scaling_factor = config.get("scaling_factor", 0.18215)
+        latents = config["latent_channels"]
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1)
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance [B, c, h, w] of the latents of images [B, 3, H, W] in [-1, 1]."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, torch.clamp(logvar, -30.0, 20.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about [-1, 1] (not clipped), of unscaled latents [B, c, h, w]."""
+        return self.decoder(self.post_quant_conv(latents))
