@@ -79,9 +79,7 @@ class Tokenizer:
             ids, room = encoding.ids, length - 2
             if len(ids) > room:
                 cut = prompt[encoding.offsets[room][0] :]
-                warnings.warn(
-                    f"prompt cut at {room} tokens; what the model will not read: {cut!r}", stacklevel=2
-                )
+                warnings.warn(f"prompt cut at {room} tokens; what the model will not read: {cut!r}", stacklevel=2)
             rows.append([self.bos, *ids[:room]] + [self.eos] * (length - 1 - min(len(ids), room)))
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
 
@@ -99,8 +97,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f in (self.q_proj, self.k_proj, self.v_proj)
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
@@ -203,9 +200,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         width, size, patch = config["hidden_size"], config["image_size"], config["patch_size"]
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.patch_embedding = nn.Conv2d(
-            config.get("num_channels", 3), width, patch, stride=patch, bias=False
-        )
+        self.patch_embedding = nn.Conv2d(config.get("num_channels", 3), width, patch, stride=patch, bias=False)
         self.position_embedding = embedding((size // patch) ** 2 + 1, width)
 
     def forward(self, images: Tensor) -> Tensor:

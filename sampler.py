@@ -55,9 +55,7 @@ class Schedule:
         return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def guided(
-    unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Tensor], guidance_scale: float
-) -> Tensor:
+def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Tensor], guidance_scale: float) -> Tensor:
     """Noise [B, c, h, w] under classifier-free guidance; the one definition of it in this project.
 
     With guidance_scale w = 1 the empty prompt plays no role and `kv` has B rows; otherwise 2B rows, the first B of
@@ -70,9 +68,7 @@ def guided(
     return uncond + guidance_scale * (cond - uncond)
 
 
-def ddim(
-    schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int
-) -> Iterator[Tensor]:
+def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int) -> Iterator[Tensor]:
     """Deterministic DDIM (eta = 0): yields x_s after each step t -> s. Song et al. 2021, eq. 12."""
     alphas = schedule.alphas_cumprod.to(latents.device)
     stride = schedule.length // steps

@@ -98,9 +98,7 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:

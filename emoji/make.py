@@ -116,10 +116,11 @@ def render(icon: dict, scale: float, dx: float, dy: float) -> np.ndarray:
     from PIL import Image
 
     width, height = icon["width"], icon["height"]
-    # The view box maps onto 64 pixels: w' = w / scale, and its left edge lies (w - w') / 2 - dx w' / 64.
-    w, h = width / scale, height / scale
-    x, y = (width - w) / 2 - dx * w / SIZE, (height - h) / 2 - dy * h / SIZE
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{x} {y} {w} {h}">{icon["body"]}</svg>'
+    # A square view box maps onto 64 pixels: side v = max(w, h) / scale, left edge (w - v) / 2 - dx v / 64.
+    side = max(width, height) / scale
+    x, y = (width - side) / 2 - dx * side / SIZE, (height - side) / 2 - dy * side / SIZE
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIZE}" height="{SIZE}"'
+    svg = f'{head} viewBox="{x} {y} {side} {side}">{icon["body"]}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
