@@ -22,15 +22,17 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import models, normalizers, pre_tokenizers, trainers
-from tokenizers import Regex, Tokenizer as BPETokenizer
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,9 +77,12 @@ TEMPLATES = (
     "an image of a {}",
 )
 TRAINED, HELD_OUT = 12, 4  # placements of every icon: for training, and to measure on
+CACHED = 4  # placements whose latents the U-Net learns from
+UNET_TEMPLATES = ("a picture of a {}", "{} emoji", "a {}")  # every caption's context is cached: 30 kB each
 MERGES = 1200  # of the tokenizer, besides 2 x 256 bytes
 
 
+@cache
 def concepts() -> list[str]:
     """The names in concepts.txt: Unicode CLDR short names, lower-cased."""
     lines = (HERE / "concepts.txt").read_text().splitlines()
@@ -85,7 +90,7 @@ def concepts() -> list[str]:
 
 
 def caption(name: str, template: str = "a picture of a {}", style: str = "", colour: str = "") -> str:
-    """The one form of captions: "a picture of a {name} on a {colour} background, {style} style"."""
+    """The one form of captions: "{...name...} on a {colour} background, {style} style"."""
     text = template.format(name)
     text += f" on a {colour} background" if colour else ""
     return text + (f", {style} style" if style else "")
@@ -209,6 +214,7 @@ def make_tokenizer() -> None:
     write_json(folder / "tokenizer_config.json", special | settings | {"tokenizer_class": "CLIPTokenizer"})
 
 
+@cache
 def tokenizer() -> clip.Tokenizer:
     """The tokenizer that `make_tokenizer` wrote."""
     return clip.Tokenizer(HERE / "tokenizer" / "vocab.json", HERE / "tokenizer" / "merges.txt")
@@ -218,11 +224,9 @@ def tokenizer() -> clip.Tokenizer:
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors through a temporary file: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    os.replace(part, path)
+    """Write safetensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_part(lambda part: save_file(tensors, part), path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -231,7 +235,597 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_part(write: Callable[[Path], None], path: Path) -> None:
+    """Let `write` fill a temporary file, then put it in place: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    write(part)
+    os.replace(part, path)
+
+
+# Training: one loop for the three networks.
+
+
+@dataclass
+class Recipe:
+    """How long and how fast a network is trained; a sample is one picture."""
+
+    samples: int
+    batch: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    ema: float  # decay of the averaged weights, the ones that are kept
+    flat: float  # the part of the budget before the learning rate falls linearly to zero
+    warmup: int  # steps
+
+    def rate(self, seen: int) -> float:
+        """Learning rate after `seen` samples: linear warm-up, flat, linear decay."""
+        rise = (seen / self.batch + 1) / self.warmup
+        fall = (self.samples - seen) / (self.samples * (1 - self.flat))
+        return self.lr * max(0.0, min(1.0, rise, fall))
+
+
+RECIPES = {
+    "clip": Recipe(115_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
+    "vae": Recipe(36_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
+    "unet": Recipe(400_000, 64, 6e-4, 0.01, (0.9, 0.99), 0.998, 0.6, 200),
+}
+CHECKPOINT_SECONDS = 120
+
+
+class Training:
+    """A network, its optimiser and averaged weights, kept in build/{name}.pt; iterating trains to the budget."""
+
+    def __init__(self, name: str, network: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe):
+        self.name, self.network, self.loss, self.recipe = name, network, loss, recipe
+        # fused: one pass over memory instead of a dozen
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.average = {key: value.clone() for key, value in network.state_dict().items()}
+        self.seen, self.seconds = 0, 0.0
+        self.path = BUILD / f"{name}.pt"
+        if self.path.exists():
+            self.load()
+
+    def load(self) -> None:
+        """Continue from the last checkpoint."""
+        state = torch.load(self.path, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.seen, self.seconds = state["average"], state["seen"], state["seconds"]
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"average": self.average, "seen": self.seen, "seconds": self.seconds}
+        write_part(lambda part: torch.save(state, part), self.path)
+
+    def step(self) -> float:
+        """One step of AdamW and of the average; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.seen)
+        value = self.loss(self.recipe.batch)
+        self.optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        steps = self.seen // self.recipe.batch
+        decay = min(self.recipe.ema, (1 + steps) / (10 + steps))
+        with torch.no_grad():
+            # average <- d average + (1 - d) weights
+            kept, now = list(self.average.values()), list(self.network.state_dict().values())
+            torch._foreach_lerp_(kept, now, 1 - decay)
+        self.seen += self.recipe.batch
+        return value.item()
+
+    def __iter__(self) -> Iterator[str]:
+        """Train to the budget; yields a line of progress after each checkpoint."""
+        begun, mark, losses = time.time() - self.seconds, time.time(), []
+        while self.seen < self.recipe.samples:
+            losses.append(self.step())
+            done = self.seen >= self.recipe.samples
+            if done or time.time() - mark > CHECKPOINT_SECONDS:
+                self.seconds = time.time() - begun
+                self.save()
+                speed = len(losses) * self.recipe.batch / (time.time() - mark)
+                mean = sum(losses) / len(losses)
+                yield f"{self.name} {self.seen:,} samples {self.seconds / 60:.1f} min {speed:.0f}/s loss {mean:.4f}"
+                mark, losses = time.time(), []
+
+
+# CLIP: which caption belongs to which picture.
+
+
+def text_config() -> dict:
+    """Configuration of the text tower, SD's layout in miniature."""
+    words = len(json.loads((HERE / "tokenizer" / "vocab.json").read_text()))
+    ids = {
+        "bos_token_id": words - 2,
+        "eos_token_id": words - 1,
+        "pad_token_id": words - 1,
+        "vocab_size": words,
+    }
+    return transformer_config(192, 4) | ids | {"max_position_embeddings": 77, "model_type": "clip_text_model"}
+
+
+def transformer_config(width: int, layers: int) -> dict:
+    """What both towers' configurations share."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    fixed = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
+    return sizes | fixed | {"num_attention_heads": 4, "projection_dim": 192}
+
+
+def clip_config() -> dict:
+    """Configuration of CLIP in the layout of openai/clip-vit-*."""
+    vision = {"image_size": SIZE, "patch_size": 8, "num_channels": 3, "model_type": "clip_vision_model"}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": 192,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text_config(),
+        "vision_config": transformer_config(128, 4) | vision,
+    }
+
+
+def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str]]:
+    """Indices of `size` pictures (concept, style, placement, colour) and captions that no other of them fits.
+
+    Without such care style and background give the answer away and the concept is never learned: so either all
+    concepts differ and captions name nothing else (or the same style and colour everywhere), or a few concepts come
+    in every style, or in every colour, and captions must say which.
+    """
+    names = concepts()
+    kind = chance.choices(("bare", "named", "styles", "colours"), (4, 3, 2, 1))[0]
+    repeat = {"styles": len(STYLES), "colours": len(COLOURS)}.get(kind, 1)
+    rows = [c for c in chance.sample(range(len(names)), size // repeat) for _ in range(repeat)]
+    style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
+    say_style = kind in ("named", "styles") or (kind == "colours" and chance.random() < 0.5)
+    say_colour = kind in ("named", "colours") or (kind == "styles" and chance.random() < 0.5)
+    indices, captions = [], []
+    for i, c in enumerate(rows):
+        s, k = style, colour
+        if kind == "bare":
+            s, k = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
+        elif kind == "styles":
+            s = i % repeat
+        elif kind == "colours":
+            k = i % repeat
+        indices.append((c, s, chance.randrange(TRAINED), k))
+        template = chance.choice(TEMPLATES)
+        captions.append(caption(names[c], template, STYLES[s] * say_style, COLOURS[k] * say_colour))
+    return list(torch.tensor(indices).unbind(1)), captions
+
+
+def text_features(model: clip.CLIP, prompts: list[str]) -> Tensor:
+    """Unit features [B, p]; padding is cut to the longest prompt, which changes nothing in a causal tower."""
+    tokens = tokenizer()(prompts, LENGTH)
+    length = int(tokens.argmax(dim=1).max()) + 1
+    return F.normalize(model.encode_text(tokens[:, :length]), dim=-1)
+
+
+def image_features(model: clip.CLIP, pictures: Tensor) -> Tensor:
+    """Unit features [B, p] of pictures [B, 3, 64, 64] in [-1, 1]."""
+    return F.normalize(model.encode_image(clip.preprocess(pictures, SIZE)), dim=-1)
+
+
+def train_clip(recipe: Recipe) -> None:
+    """Contrastive training: the caption of a picture against all others of the batch, and the reverse."""
+    torch.manual_seed(0)
+    model, pictures, chance = clip.CLIP(clip_config()), Pictures(), random.Random()
+
+    def loss(size: int) -> Tensor:
+        indices, captions = clip_batch(size, chance)
+        # no temperature below 0.01, as in the paper
+        scale = model.logit_scale.clamp(max=math.log(100)).exp()
+        logits = scale * image_features(model, pictures(*indices)) @ text_features(model, captions).T
+        target = torch.arange(size)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    training = Training("clip", model, loss, recipe)
+    for line in training:
+        judge = clip.CLIP(clip_config())
+        judge.load_state_dict(training.average)
+        print(line, zero_shot_renders(judge, pictures), flush=True)
+
+
+# VAE: pictures to latents of an eighth of their side, and back.
+
+
+def vae_config(scaling_factor: float = 1.0) -> dict:
+    """Configuration of the autoencoder; 16 latent channels because 8 x 8 x 4 cannot hold a face."""
+    widths = [16, 24, 48, 96]
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": SIZE,
+        "scaling_factor": scaling_factor,
+    }
+
+
+def any_pictures(pictures: Pictures, size: int) -> Tensor:
+    """A batch [size, 3, 64, 64] of random training pictures."""
+    ends = (len(concepts()), len(STYLES), TRAINED, len(COLOURS))
+    return pictures(*(torch.randint(end, (size,)) for end in ends))
+
+
+def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, across and down."""
+    return pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
+
+
+def train_vae(recipe: Recipe) -> None:
+    """Reconstruction in colours and in outlines, and a little Kullback-Leibler divergence from N(0, 1)."""
+    torch.manual_seed(0)
+    pictures = Pictures()
+    model = vae.VAE(vae_config()).to(memory_format=torch.channels_last)
+
+    def loss(size: int) -> Tensor:
+        x = any_pictures(pictures, size).to(memory_format=torch.channels_last)
+        mean, logvar = model.encode(x)
+        y = model.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
+        outlines = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
+        # KL(N(m, v) || N(0, 1)) = (m^2 + v - 1 - log v) / 2
+        divergence = (mean**2 + logvar.exp() - 1 - logvar).mean() / 2
+        return (x - y).abs().mean() + 2 * F.mse_loss(x, y) + 0.5 * outlines + 2e-4 * divergence
+
+    training = Training("vae", model, loss, recipe)
+    for line in training:
+        judged = vae.VAE(vae_config())
+        judged.load_state_dict(training.average)
+        print(line, f"PSNR {psnr(judged, pictures):.2f} dB", flush=True)
+
+
+@torch.no_grad()
+def psnr(model: vae.VAE, pictures: Pictures, count: int = 208) -> float:
+    """Mean PSNR in dB over pictures in held-out placements; the range of colours is 2."""
+    torch.manual_seed(1)
+    ends = ((0, len(concepts())), (0, len(STYLES)), (TRAINED, TRAINED + HELD_OUT), (0, len(COLOURS)))
+    x = pictures(*(torch.randint(*end, (count,)) for end in ends))
+    y = torch.cat([model.decode(model.encode(part)[0]) for part in x.split(52)]).clamp(-1, 1)
+    # PSNR = 10 log10(2^2 / MSE)
+    return (10 * (4 / (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
+
+
+# U-Net: noise in latents under a context.
+
+
+def unet_config() -> dict:
+    """Configuration of the U-Net; as in SD 1.4 the number of heads is called attention_head_dim."""
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": 4,
+        "block_out_channels": [96, 160, 224],
+        "center_input_sample": False,
+        "cross_attention_dim": 192,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 16,
+        "out_channels": 16,
+        "layers_per_block": 1,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "norm_num_groups": 16,
+        "sample_size": SIZE // 8,
+    }
+
+
+def schedule_config() -> dict:
+    """Stable Diffusion's noise schedule."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+
+
+@torch.no_grad()
+def cache_latents() -> None:
+    """Write scaled latents of every icon over every colour: [concepts, styles, CACHED, colours, 16, 8, 8]."""
+    pictures, model = Pictures(), trained("vae", vae.VAE(vae_config())).to(memory_format=torch.channels_last)
+    shape = (len(concepts()), len(STYLES), CACHED, len(COLOURS))
+    c, s, p, k = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+    parts = zip(*(x.flatten().split(128) for x in (c, s, p, k)), strict=True)
+    means = [model.encode(pictures(*part).to(memory_format=torch.channels_last))[0] for part in tqdm(list(parts))]
+    latents = torch.cat(means)
+    # The U-Net sees latents of unit variance.
+    scale = 1 / latents.std()
+    save(
+        {"latents": (latents * scale).half().unflatten(0, shape), "scale": scale},
+        BUILD / "latents.safetensors",
+    )
+
+
+@torch.no_grad()
+def cache_contexts() -> None:
+    """Write contexts of all captions [concepts, templates, styles + 1, colours + 1, 77, d]; entry 0 names none."""
+    model = text_encoder()
+    prompts = [
+        caption(name, template, style, colour)
+        for name in concepts()
+        for template in UNET_TEMPLATES
+        for style in ("", *STYLES)
+        for colour in ("", *COLOURS)
+    ]
+    tokens = tokenizer()(prompts)
+    contexts = torch.cat([model(part).half() for part in tqdm(tokens.split(128))])
+    shape = (len(concepts()), len(UNET_TEMPLATES), len(STYLES) + 1, len(COLOURS) + 1)
+    empty = model(tokenizer()([""])).half()
+    save({"contexts": contexts.unflatten(0, shape), "empty": empty}, BUILD / "contexts.safetensors")
+
+
+class Latents:
+    """Random training batches for the U-Net, from the two caches."""
+
+    def __init__(self):
+        for name in ("latents", "contexts"):
+            if not (BUILD / f"{name}.safetensors").exists():
+                {"latents": cache_latents, "contexts": cache_contexts}[name]()
+        self.latents = load_file(BUILD / "latents.safetensors")["latents"]
+        cached = load_file(BUILD / "contexts.safetensors")
+        self.contexts, self.empty = cached["contexts"], cached["empty"]
+
+    def __call__(self, size: int) -> tuple[Tensor, Tensor]:
+        """Scaled latents [B, 16, 8, 8] and contexts [B, 77, d]; one caption in ten is empty, for guidance."""
+        c, s, p, k = (torch.randint(n, (size,)) for n in self.latents.shape[:4])
+        template = torch.randint(self.contexts.shape[1], (size,))
+        say_style, say_colour = torch.rand(2, size) < 0.8
+        context = self.contexts[c, template, (s + 1) * say_style, (k + 1) * say_colour]
+        context = torch.where(torch.rand(size, 1, 1) < 0.1, self.empty, context)
+        return self.latents[c, s, p, k].float(), context.float()
+
+
+def train_unet(recipe: Recipe) -> None:
+    """Predict the noise; min-SNR weights (Hang et al. 2023, gamma = 5) keep easy timesteps from dominating."""
+    torch.manual_seed(0)
+    data, schedule = Latents(), sampler.Schedule(schedule_config())
+    model = unet.UNet(unet_config()).to(memory_format=torch.channels_last)
+    # SNR_t = a_t / (1 - a_t);   weight of the squared error in eps = min(SNR_t, 5) / SNR_t
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    weights = snr.clamp(max=5) / snr
+
+    def loss(size: int) -> Tensor:
+        clean, context = data(size)
+        noise = torch.randn_like(clean)
+        # One timestep in each of `size` equal parts of 0..999: less variance than independent ones.
+        t = ((torch.arange(size) + torch.rand(size)) * schedule.length / size).long()
+        noisy = schedule.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
+        error = (model(noisy, t, model.keys_values(context)) - noise).square().mean(dim=(1, 2, 3))
+        return (weights[t] * error).mean()
+
+    torch.seed()
+    training = Training("unet", model, loss, recipe)
+    for line in training:
+        print(line, flush=True)
+        export_unet()
+
+
+# Export: float16 weights in the layout of Stable Diffusion 1.4.
+
+
+def trained(name: str, network: nn.Module) -> nn.Module:
+    """A network with the averaged weights of its last checkpoint."""
+    network.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=True)["average"])
+    return network.eval()
+
+
+def text_encoder() -> clip.TextEncoder:
+    """CLIP's text tower without its projection, with the rounding of the exported file."""
+    tower = trained("clip", clip.CLIP(clip_config())).text_model
+    encoder = clip.TextEncoder(text_config())
+    encoder.text_model.load_state_dict({key: value.half().float() for key, value in tower.state_dict().items()})
+    return encoder
+
+
+def write_model(folder: str, network: nn.Module, config: dict, file: str = "diffusion_pytorch_model") -> None:
+    """One part of the model: config.json and float16 safetensors."""
+    write_json(HERE / folder / "config.json", config)
+    save({k: v.half() for k, v in network.state_dict().items()}, HERE / folder / f"{file}.safetensors")
+
+
+def export_unet() -> None:
+    """Write the U-Net alone, at any moment of its training."""
+    write_model("unet", trained("unet", unet.UNet(unet_config())), unet_config())
+
+
+def export() -> None:
+    """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
+    scale = load_file(BUILD / "latents.safetensors")["scale"].item()
+    text = text_config() | {"architectures": ["CLIPTextModel"]}
+    write_model("text_encoder", text_encoder(), text, "model")
+    write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")
+    write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
+    write_json(HERE / "scheduler" / "scheduler_config.json", schedule_config())
+    parts = {
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    index = {"_class_name": "StableDiffusionPipeline"} | parts | {"requires_safety_checker": False}
+    write_json(HERE / "model_index.json", index)
+    if (BUILD / "unet.pt").exists():
+        export_unet()
+
+
+# Evaluation.
+
+
+class Judge:
+    """Zero-shot recognition of concept, style and background."""
+
+    @torch.no_grad()
+    def __init__(self, model: clip.CLIP):
+        self.model = model
+        names = concepts()
+        self.concepts = text_features(model, [caption(name) for name in names])
+        styled = [caption(name, style=style) for name in names for style in STYLES]
+        self.styled = text_features(model, styled).unflatten(0, (len(names), len(STYLES)))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Concept, style and colour [B] of pictures [B, 3, 64, 64]; nothing is known beforehand."""
+        features = image_features(self.model, pictures)
+        concept = (features @ self.concepts.T).argmax(dim=1)
+        logits = self.model.logit_scale.exp() * torch.einsum("bp,csp->bcs", features, self.styled)
+        # P(style) = sum over concepts of P(concept, style)
+        style = logits.logsumexp(dim=1).argmax(dim=1)
+        return concept, style, background(pictures)
+
+
+def background(pictures: Tensor) -> Tensor:
+    """The colour [B] nearest to the median of the outermost pixels."""
+    edge = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., 0], pictures[..., -1]], dim=-1)
+    colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
+    return torch.cdist(edge.median(dim=-1).values, colours).argmin(dim=1)
+
+
+def zero_shot_renders(model: clip.CLIP, pictures: Pictures) -> dict[str, float]:
+    """Accuracy on real renders in a held-out placement: every concept in every style, random colours."""
+    torch.manual_seed(1)
+    c = torch.arange(len(concepts())).repeat_interleave(len(STYLES))
+    s = torch.arange(len(STYLES)).repeat(len(concepts()))
+    k, judge = torch.randint(len(COLOURS), c.shape), Judge(model)
+    p = torch.randint(TRAINED, TRAINED + HELD_OUT, c.shape)
+    guesses = [judge(pictures(*part)) for part in zip(*(x.split(104) for x in (c, s, p, k)), strict=True)]
+    return rates(tuple(torch.cat(x) for x in zip(*guesses, strict=True)), (c, s, k))
+
+
+def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
+    """A part of the model from its exported files, in float32."""
+    network = kind(json.loads((HERE / folder / "config.json").read_text()))
+    tensors = load_file(HERE / folder / f"{file}.safetensors")
+    network.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return network.eval()
+
+
+@torch.no_grad()
+def generate(prompts: list[str], seed: int = 0, guidance_scale: float = 4.0, steps: int = 50) -> Tensor:
+    """Pictures [B, 3, 64, 64] in [-1, 1] of prompts, by DDIM from the exported model."""
+    context = exported(clip.TextEncoder, "text_encoder", "model")(tokenizer()([""] * len(prompts) + prompts))
+    denoiser, decoder = exported(unet.UNet, "unet"), exported(vae.VAE, "vae")
+    kv = denoiser.keys_values(context)
+    side, chance = SIZE // 8, torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), 16, side, side, generator=chance)
+    schedule = sampler.Schedule(schedule_config())
+    *_, latents = sampler.sample(denoiser, schedule, noise, kv, steps=steps, guidance_scale=guidance_scale)
+    return decoder.decode(latents / decoder.scaling_factor).clamp(-1, 1)
+
+
+def write_grid(pictures: Tensor, path: Path, columns: int = 16) -> None:
+    """Pictures [B, 3, 64, 64] as one PNG, row by row."""
+    from PIL import Image
+
+    rows = [torch.cat(list(row), dim=-1) for row in pictures.split(columns)]
+    rows = [F.pad(row, (0, columns * SIZE - row.shape[-1]), value=1.0) for row in rows]
+    pixels = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def rates(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> dict[str, float]:
+    """Shares of concepts, styles and backgrounds that were recognised."""
+    shares = [(a == b).float().mean().item() for a, b in zip(found, true, strict=True)]
+    return dict(zip(("concept", "style", "background"), shares, strict=True))
+
+
+def generated_scores(judge: Judge, seed: int = 0) -> dict[str, float]:
+    """Recognition of one picture of every concept, style and background drawn at random; also the seconds for one."""
+    chance = random.Random(seed)
+    true = [(c, chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))) for c in range(len(concepts()))]
+    prompts = [caption(concepts()[c], style=STYLES[s], colour=COLOURS[k]) for c, s, k in true]
+    parts = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
+    pictures = torch.cat([generate(part, seed + i) for i, part in enumerate(tqdm(parts))])
+    write_grid(pictures, BUILD / "generated.png")
+    begun = time.time()
+    generate(prompts[:1])
+    seconds = time.time() - begun
+    return rates(judge(pictures), torch.tensor(true).unbind(1)) | {"seconds": seconds}
+
+
+def evaluate(json_file: Path | None) -> None:
+    """Measure the exported model: VAE, CLIP on real renders, generated pictures."""
+    pictures, judge_model = Pictures(), exported(clip.CLIP, "clip", "model")
+    scores = {"psnr": psnr(exported(vae.VAE, "vae"), pictures)}
+    scores["renders"] = zero_shot_renders(judge_model, pictures)
+    scores["generated"] = generated_scores(Judge(judge_model))
+    print(json.dumps(scores, indent=2))
+    if json_file:
+        write_json(json_file, scores)
+
+
+# Command line.
+
+
+def both(names: tuple[str, ...]) -> None:
+    """Train several networks side by side, one core each: no time is lost waiting for one another."""
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = [subprocess.Popen([sys.executable, __file__, name, "--threads", "1"], env=one_core) for name in names]
+    codes = [job.wait() for job in jobs]
+    if any(codes):
+        raise RuntimeError(f"training failed: {names}")
+
+
+def everything(samples: int | None) -> None:
+    """From nothing to the evaluated model; what an earlier run has done is not done again."""
+    if not (BUILD / "icons.safetensors").exists():
+        make_data()
+    if not (HERE / "tokenizer" / "vocab.json").exists():
+        make_tokenizer()
+    both(("clip", "vae"))
+    train("unet", samples)
+    export()
+    evaluate(None)
+
+
+def train(name: str, samples: int | None) -> None:
+    """Train one network to its budget, or on to `samples`."""
+    recipe = RECIPES[name] if samples is None else replace(RECIPES[name], samples=samples)
+    {"clip": train_clip, "vae": train_vae, "unet": train_unet}[name](recipe)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Build the embedded model.")
+    commands = ("data", "tokenizer", "clip", "vae", "unet", "export", "evaluate", "all")
+    parser.add_argument("command", choices=commands, help="a step, or all of them in this order")
+    parser.add_argument("--samples", type=int, help="budget of clip, vae or unet (in `all`: unet), in pictures")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
+    parser.add_argument("--json", type=Path, help="where evaluate writes its figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    BUILD.mkdir(exist_ok=True)
+    steps = {
+        "data": make_data,
+        "tokenizer": make_tokenizer,
+        "export": export,
+        "evaluate": lambda: evaluate(arguments.json),
+        "all": lambda: everything(arguments.samples),
+    }
+    steps.get(arguments.command, lambda: train(arguments.command, arguments.samples))()
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-    for step in sys.argv[1:]:
-        {"data": make_data, "tokenizer": make_tokenizer}[step]()
+    main()

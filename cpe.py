@@ -1,0 +1,707 @@
+"""Concept Pinpoint Eraser: small nonlinear gates that erase a concept and leave the rest of the model alone.
+
+    kv = unet.keys_values(context)     # what cross-attention sees of a prompt, once per prompt
+    kv = gates(context, kv)            # the eraser: K + R_k(E), V + R_v(E)
+    noise = unet(latents, t, kv)       # every denoising step; knows of no eraser
+
+Read in this order: `ResAG` (the gates), `Objective` (the three losses, in token space), `Trainer` (the stages of
+erasing and attacking). Training needs the text encoder's output and the weights of the cross-attention layers,
+nothing else: no U-Net is ever run. The command line is in commands.py.
+
+Letters, in all shapes and formulas:
+    N concepts, B prompts, T = 77 tokens, d = 768 width of the context E [B, T, d]
+    l = 1..L projections (32 in SD 1.4: to_k and to_v of 16 layers), W_l [d_l, d] their frozen weights
+    r width of the gate's attention, k rank of a correction, s = alpha / k its scale
+Source: Lee et al., "Concept Pinpoint Eraser", ICLR 2025 (arXiv 2506.22806).
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    import sys
+
+    from commands import main
+
+    sys.exit(main())
+
+import math
+import random
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sampler
+
+if TYPE_CHECKING:
+    from weights import Model
+
+# --- The gates ---------------------------------------------------------------------------------------------------
+
+
+class ResAG(nn.Module):
+    """Residual Attention Gates of N concepts side by side; what a gate file holds. Paper, section 4.1.
+
+    `widths` maps the path of every projection ("down_blocks.0...attn2.to_k") to its width d_l. Per concept
+
+        Q = E w_qs                   [T, r]
+        A = softmax(Q Q^T)           [T, T]    no 1/sqrt(r), no mask: every token may look at every other
+        H = A E                      [T, d]
+        g = sigmoid(H scaler)        [T]       how far the gate is open at each token, in (0, 1)
+        R_l(E) = s g * (H D_l) U_l   [T, d_l]  the correction of projection l
+
+    w_qs and scaler are shared by all projections: a gate opens once per prompt, not once per layer.
+    """
+
+    def __init__(self, widths: dict[str, int], d: int, r: int = 16, k: int = 1, concepts: int = 1, alpha: float = 1.0):
+        super().__init__()
+        self.names, self.widths, self.r, self.k = list(widths), list(widths.values()), r, k
+        self.w_qs = nn.Parameter(torch.empty(concepts, d, r))
+        self.scaler = nn.Parameter(torch.zeros(concepts, d, 1))
+        self.lora_down = nn.Parameter(torch.empty(concepts, d, len(widths) * k))  # columns l k .. l k + k are D_l
+        self.lora_up = nn.Parameter(torch.zeros(concepts, k, sum(self.widths)))  # U_1 | U_2 | ...
+        self.register_buffer("w_ks", torch.empty(concepts, d, r))  # in every public file, never used
+        self.register_buffer("alpha", torch.full((concepts,), float(alpha)))
+        self.register_buffer("scale", torch.full((concepts,), alpha / k))  # s
+
+    def initialise(self, generator: torch.Generator) -> "ResAG":
+        """Draw the values that training starts from: gates half open (g = 1/2), corrections zero (U = 0)."""
+        d, projections = self.w_qs.shape[1], len(self.names)
+        with torch.no_grad():
+            for weight in (self.w_qs, self.w_ks):
+                # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan), here tiny: attention starts even.
+                bound = 1 / math.sqrt(d * self.r) / d**2
+                weight.uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(d * self.k)
+            self.lora_down.view(-1, d, projections, self.k).uniform_(-bound, bound, generator=generator)
+            self.scaler.zero_()
+            self.lora_up.zero_()
+        return self
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts N these gates erase."""
+        return len(self.w_qs)
+
+    def columns(self) -> Tensor:
+        """C = [w_qs | scaler | D], [N, 1, d, r+1+Lk]: a gate sees a context E only through the features E C."""
+        return torch.cat([self.w_qs, self.scaler, self.lora_down], dim=-1).unsqueeze(1)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate g [N, B, T] and scaled, gated codes z = s g H D [N, B, T, L k], from features E C.
+
+        H itself is never formed: H v = A (E v) and H D = A (E D), the same numbers by associativity.
+        """
+        q = features[..., : self.r]
+        # A = softmax(Q Q^T);   [H v | H D] = A [E v | E D]
+        mixed = torch.softmax(q @ q.mT, dim=-1) @ features[..., self.r :]
+        g = torch.sigmoid(mixed[..., :1])
+        return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * mixed[..., 1:]
+
+    def gate(self, context: Tensor) -> Tensor:
+        """Gate values g [N, B, T] of a context [B, T, d]: which tokens open which concept's gate."""
+        return self.read(context @ self.columns())[0]
+
+    def ups(self) -> tuple[Tensor, ...]:
+        """The matrices U_l [N, k, d_l], in the order of `names`."""
+        return self.lora_up.split(self.widths, dim=-1)
+
+    def corrections(self, context: Tensor) -> dict[str, Tensor]:
+        """R_l(E) [B, T, d_l] of every projection: at each token only the concept whose gate is widest open acts."""
+        g, z = self.read(context @ self.columns())
+        winner = g.argmax(dim=0)  # [B, T]
+        z = z.gather(0, winner.expand(z.shape[-1], 1, *winner.shape).permute(1, 2, 3, 0)).squeeze(0)
+        codes = z.unflatten(-1, (len(self.names), self.k)).unbind(dim=-2)  # L times [B, T, k]
+        return {
+            name: (code.unsqueeze(-2) @ up[winner]).squeeze(-2)
+            for name, code, up in zip(self.names, codes, self.ups(), strict=True)
+        }
+
+    def forward(self, context: Tensor, kv: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keys and values of the erased model: K' = W E + R_l(E), from a context [B, T, d] and its `kv`.
+
+        KeyError when the U-Net has no projection of that name.
+        """
+        corrections = self.corrections(context)
+        return kv | {name: kv[name] + correction for name, correction in corrections.items()}
+
+
+def merge(gates: Sequence[ResAG]) -> ResAG:
+    """One module with the concepts of all: smaller r and k are padded with zeros, which changes no value.
+
+    ValueError when the gates belong to models of different shapes.
+    """
+    first = gates[0]
+    for other in gates[1:]:
+        if other.names != first.names or other.widths != first.widths or other.w_qs.shape[1] != first.w_qs.shape[1]:
+            raise ValueError("gates of different models cannot be merged: their projections differ")
+    d, r, k = first.w_qs.shape[1], max(g.r for g in gates), max(g.k for g in gates)
+    widths = dict(zip(first.names, first.widths, strict=True))
+    merged = ResAG(widths, d, r, k, concepts=sum(g.concepts for g in gates))
+
+    def down(g: ResAG) -> Tensor:
+        return F.pad(g.lora_down.unflatten(-1, (-1, g.k)), (0, k - g.k)).flatten(-2)
+
+    with torch.no_grad():
+        merged.w_qs.copy_(torch.cat([F.pad(g.w_qs, (0, r - g.r)) for g in gates]))
+        merged.w_ks.copy_(torch.cat([F.pad(g.w_ks, (0, r - g.r)) for g in gates]))
+        merged.scaler.copy_(torch.cat([g.scaler for g in gates]))
+        merged.lora_down.copy_(torch.cat([down(g) for g in gates]))
+        merged.lora_up.copy_(torch.cat([F.pad(g.lora_up, (0, 0, 0, k - g.k)) for g in gates]))
+        merged.alpha.copy_(torch.cat([g.alpha for g in gates]))
+        merged.scale.copy_(torch.cat([g.scale for g in gates]))
+    return merged
+
+
+class ContextGate(nn.Module):
+    """One gate and one low-rank change of the context itself, for all projections at once; our variant, not the paper's.
+
+        E' = E + s g * (H D) U_c       D [d, k], U_c [k, d]
+
+    Every projection then receives W_l (E' - E): it is a ResAG whose D_l are equal and whose U_l = U_c W_l^T, and
+    `expand` writes it as one. It needs nothing of the U-Net but the matrix M of `Objective`.
+    """
+
+    def __init__(self, d: int, r: int = 16, k: int = 8, concepts: int = 1, alpha: float | None = None):
+        super().__init__()
+        alpha = float(k) if alpha is None else alpha  # s = 1
+        # Seen from the gate, the context is a single projection of width d.
+        self.inner = ResAG({"context": d}, d, r, k, concepts, alpha)
+
+    def initialise(self, generator: torch.Generator) -> "ContextGate":
+        """As `ResAG.initialise`."""
+        self.inner.initialise(generator)
+        return self
+
+    def forward(self, context: Tensor) -> Tensor:
+        """The erased context E' [B, T, d]: what any pipeline that takes prompt embeddings can be given."""
+        return context + self.inner.corrections(context)["context"]
+
+    def expand(self, projections: dict[str, Tensor]) -> ResAG:
+        """The same eraser as a ResAG over `projections` W_l [d_l, d], to be saved and merged like any other."""
+        inner, L = self.inner, len(projections)
+        widths = {name: len(W) for name, W in projections.items()}
+        gates = ResAG(widths, inner.w_qs.shape[1], inner.r, inner.k, inner.concepts, inner.alpha[0].item())
+        with torch.no_grad():
+            gates.w_qs.copy_(inner.w_qs)
+            gates.w_ks.copy_(inner.w_ks)
+            gates.scaler.copy_(inner.scaler)
+            gates.lora_down.copy_(inner.lora_down.repeat(1, 1, L))
+            # U_l = U_c W_l^T
+            gates.lora_up.copy_(torch.cat([inner.lora_up @ W.T for W in projections.values()], dim=-1))
+        return gates
+
+
+# --- Gate files --------------------------------------------------------------------------------------------------
+
+SHARED = "attention_gate.encoder_layer.slf_attn."
+KEYS = {
+    "w_qs": f"{SHARED}attention_module1.w_qs.weight",
+    "w_ks": f"{SHARED}attention_module1.w_ks.weight",
+    "scaler": f"{SHARED}gate.scaler.weight",
+}
+
+
+def to_tensors(gates: ResAG) -> dict[str, Tensor]:
+    """The tensors of a gate file, float32, named as in the authors' public checkpoints; one concept (N = 1)."""
+    tensors = {key: getattr(gates, attribute) for attribute, key in KEYS.items()}
+    downs = gates.lora_down.unflatten(-1, (-1, gates.k)).unbind(dim=-2)
+    for name, down, up in zip(gates.names, downs, gates.ups(), strict=True):
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{key}.alpha": gates.alpha[0], f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    return {key: t.detach().float().contiguous().clone().cpu() for key, t in tensors.items()}
+
+
+def module_path(key: str) -> str:
+    """The U-Net's path of a projection, from its key in a gate file; ValueError if the key names none."""
+    match = re.fullmatch(
+        r"lora_unet_(?:(down_blocks|up_blocks)_(\d+)|(mid_block))_attentions_(\d+)"
+        r"_transformer_blocks_(\d+)_attn2_(to_k|to_v)",
+        key,
+    )
+    if not match:
+        raise ValueError(f"{key} does not name a cross-attention projection")
+    side, level, mid, attention, block, projection = match.groups()
+    return f"{mid or f'{side}.{level}'}.attentions.{attention}.transformer_blocks.{block}.attn2.{projection}"
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
+    """Gates from the tensors of a gate file. ValueError names what is missing, extra, misshapen or not finite."""
+    missing = [key for key in KEYS.values() if key not in tensors]
+    if missing:
+        raise ValueError(f"not a gate file: {missing[0]} is missing")
+    stems = sorted({key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors if key not in KEYS.values()})
+    names = {module_path(stem): stem for stem in stems}
+    parts = {f"{stem}{end}" for stem in stems for end in (".alpha", ".lora_down.weight", ".lora_up.weight")}
+    if not names or parts - tensors.keys() or tensors.keys() - parts - set(KEYS.values()):
+        odd = sorted(parts ^ (tensors.keys() - set(KEYS.values()))) or ["any projection"]
+        raise ValueError(f"not a gate file: {odd[0]} is missing or does not belong there")
+    w_qs, first = tensors[KEYS["w_qs"]], next(iter(names.values()))
+    if w_qs.ndim != 3 or len(w_qs) != 1 or tensors[f"{first}.lora_down.weight"].ndim != 3:
+        raise ValueError("not a gate file: w_qs and lora_down must have the shapes [1, d, r] and [1, d, k]")
+    (_, d, r), k = w_qs.shape, tensors[f"{first}.lora_down.weight"].shape[-1]
+    widths = {name: tensors[f"{stem}.lora_up.weight"].shape[-1] for name, stem in names.items()}
+    gates = ResAG(widths, d, r, k, alpha=tensors[f"{first}.alpha"].item())
+    with torch.no_grad():
+        for key, empty in to_tensors(gates).items():
+            if tensors[key].shape != empty.shape:
+                raise ValueError(f"{key} has shape {list(tensors[key].shape)} instead of {list(empty.shape)}")
+            if not tensors[key].isfinite().all():
+                raise ValueError(f"{key} has values that are not finite")
+        for attribute, key in KEYS.items():
+            getattr(gates, attribute).copy_(tensors[key])
+        gates.lora_down.copy_(torch.cat([tensors[f"{stem}.lora_down.weight"] for stem in names.values()], dim=-1))
+        gates.lora_up.copy_(torch.cat([tensors[f"{stem}.lora_up.weight"] for stem in names.values()], dim=-1))
+    return gates
+
+
+# --- The objective -----------------------------------------------------------------------------------------------
+
+
+def spectral_norm(matrix: Tensor, tolerance: float = 1e-7, iterations: int = 1000) -> float:
+    """Largest singular value of a matrix, by power iteration: much cheaper than all of them."""
+    x = torch.ones(matrix.shape[1], dtype=matrix.dtype) / matrix.shape[1] ** 0.5
+    x = x + 0.1 * torch.linspace(-1, 1, matrix.shape[1], dtype=matrix.dtype)  # orthogonal to no likely singular vector
+    norm = 0.0
+    for _ in range(iterations):
+        y = matrix.T @ (matrix @ x)
+        previous, norm = norm, y.norm().sqrt().item() / x.norm().sqrt().item()
+        if norm == 0 or abs(norm - previous) <= tolerance * norm:
+            break
+        x = y / y.norm()
+    return norm
+
+
+class Objective:
+    """The frozen side of training: W_l, how much an error there matters (a_l), and their sum M. Paper, section 4.2.
+
+    `cross_attention` holds the U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight` under their checkpoint keys.
+
+        a_l = |W_o W_v| |W_q| / 77   for keys          |.| the spectral norm: how far the output of attention can
+        a_l = |W_o|                  for values            move when K or V does (theory/3 derives it)
+        w_l = a_l / (d_l L)          a loss is the mean over the features of a layer, then over layers
+        M   = sum_l w_l W_l^T W_l    [d, d]
+    """
+
+    def __init__(self, cross_attention: dict[str, Tensor], tokens: int = 77):
+        paths = [key.removesuffix(".to_k.weight") for key in cross_attention if key.endswith(".to_k.weight")]
+        self.W: dict[str, Tensor] = {}
+        self.a: dict[str, float] = {}
+        for path in paths:
+            W_q, W_k, W_v, W_o = (cross_attention[f"{path}.{p}.weight"] for p in ("to_q", "to_k", "to_v", "to_out.0"))
+            self.W |= {f"{path}.to_k": W_k, f"{path}.to_v": W_v}
+            self.a[f"{path}.to_k"] = spectral_norm(W_o @ W_v) * spectral_norm(W_q) / tokens
+            self.a[f"{path}.to_v"] = spectral_norm(W_o)
+        self.w = {name: a / (len(self.W[name]) * len(self.W)) for name, a in self.a.items()}
+        self.M = sum(self.w[name] * W.T @ W for name, W in self.W.items())
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width d_l of every projection, by name."""
+        return {name: len(W) for name, W in self.W.items()}
+
+    def new_gates(self, kind: str, r: int, k: int, generator: torch.Generator) -> "ResAG | ContextGate":
+        """Untrained gates for this model: kind "resag" (the paper's) or "context"."""
+        d = len(self.M)
+        gates = ContextGate(d, r, k) if kind == "context" else ResAG(self.widths, d, r, k)
+        return gates.initialise(generator)
+
+    def products(self, gates: "ResAG | ContextGate") -> tuple[Tensor, Tensor]:
+        """P [N, L k, d], rows w_l U_l W_l, and G [N, L, k, k] = w_l U_l U_l^T: all that the losses ask of U.
+
+        A context gate has L = 1, P = U_c M and G = U_c M U_c^T.
+        """
+        if isinstance(gates, ContextGate):
+            P = gates.inner.lora_up @ self.M
+            return P, (P @ gates.inner.lora_up.mT).unsqueeze(1)
+        pairs = [(self.w[name] * U, U, self.W[name]) for name, U in zip(gates.names, gates.ups(), strict=True)]
+        P = torch.cat([wU @ W for wU, _, W in pairs], dim=1)
+        G = torch.stack([wU @ U.mT for wU, U, _ in pairs], dim=1)
+        return P, G
+
+    def energy(self, x: Tensor) -> Tensor:
+        """sum_l w_l |W_l x|^2 = x M x^T of every token, [..., T, d] -> [..., T]."""
+        return ((x @ self.M) * x).sum(dim=-1)
+
+
+def penalty(z: Tensor, G: Tensor) -> Tensor:
+    """sum_l w_l |z_l U_l|^2 = z G z^T: how much the gates move a token; codes [N, B, T, L k] -> [N, B, T]."""
+    z = z.unflatten(-1, (G.shape[1], G.shape[-1])).unsqueeze(-2)
+    return (z @ G[:, None, None] @ z.mT).sum(dim=(-3, -2, -1))
+
+
+def residual(x: Tensor, energy: Tensor, z: Tensor, P: Tensor, G: Tensor) -> Tensor:
+    """sum_l w_l |W_l x - z_l U_l|^2: how far the gates are from moving a token by x, [N, B, T].
+
+    x [N or 1, B, T, d] and its `Objective.energy` [N or 1, B, T], codes z [N, B, T, L k].
+    """
+    #   x M x^T - 2 <x P^T, z> + z G z^T
+    return energy - 2 * ((x @ P.unsqueeze(1).mT) * z).sum(dim=-1) + penalty(z, G)
+
+
+# --- Recipes and prompts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gates are trained; the paper's table of hyper-parameters. Steps count optimiser updates."""
+
+    surrogate: str  # what the target becomes
+    eta: float  # how far beyond the surrogate the target is pushed
+    lam: float  # weight lambda of the anchors
+    r: int = 16  # width of the gate's attention
+    k: int = 1  # rank of a correction
+    stages: int = 5  # rounds of erasing; between two of them, a round of attack
+    first_steps: int = 1800  # erasing, first stage
+    later_steps: int = 450  # erasing, every later stage
+    attack_steps: int = 450  # attack, after every stage but the last
+    deltas: int = 16  # adversarial embeddings per attack
+    anchors: int = 32  # mixed anchors per step; the empty prompt comes on top
+    nearest: int = 50  # domain words nearest to the target that serve as anchors
+    first_lr: float = 3e-4
+    later_lr: float = 3e-5
+    attack_lr: float = 1e-2
+    warmup: int = 5  # steps of rising learning rate, every stage
+    noise: float = 1e-3  # of an anchor, as a share of its Frobenius norm
+
+    def scaled(self, factor: float) -> "Recipe":
+        """The same recipe with `factor` times the steps: trades quality for time. ValueError unless factor > 0."""
+        if not factor > 0:
+            raise ValueError(f"the number of steps can only be scaled by a positive factor, not {factor}")
+        steps = {name: max(1, round(getattr(self, name) * factor)) for name in STEPS}
+        return replace(self, **steps)
+
+
+STEPS = ("first_steps", "later_steps", "attack_steps")
+
+PRESETS = {
+    "celebrity": Recipe("a person", eta=0.3, lam=1e5),
+    "style": Recipe("real photograph", eta=0.5, lam=1e4, stages=10, anchors=16),
+    "explicit": Recipe(
+        "a person in modest clothing", eta=3.0, lam=1e4, r=64, k=4, stages=20, first_steps=2400, later_steps=1200,
+        attack_steps=1200, deltas=32, anchors=16, warmup=10,
+    ),
+    "object": Recipe("an object", eta=0.3, lam=1e5),
+    # The embedded model's embeddings and weights have another scale: found by benchmarks/search_preset.py.
+    "emoji": Recipe(
+        "an object", eta=0.3, lam=1e3, k=4, stages=2, first_steps=600, later_steps=200, attack_steps=100,
+        first_lr=3e-3, later_lr=1e-3,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates ("a portrait of {}") and anchor words of a preset, read from prompts/<preset>.txt."""
+
+    templates: list[str]
+    general: list[str]  # anchors for every target
+    domain: list[str]  # anchors if they are near the target
+
+
+def normalised(name: str) -> str:
+    """A name as it is compared: case, accents' spelling, punctuation and spaces play no role."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", name).casefold()))
+
+
+def parse_prompts(text: str) -> Prompts:
+    """Prompts from a file with the headings [templates], [general] and [domain], one entry a line."""
+    sections: dict[str, list[str]] = {"templates": [], "general": [], "domain": []}
+    current = None
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.startswith("#"):
+            continue
+        if line.startswith("["):
+            current = line.strip("[]")
+            if current not in sections:
+                raise ValueError(f"unknown heading {line}: use [templates], [general] and [domain]")
+        elif current is None:
+            raise ValueError("entries must stand under a heading: [templates], [general] or [domain]")
+        else:
+            sections[current].append(line)
+    if not sections["templates"] or any(t.count("{}") != 1 for t in sections["templates"]):
+        raise ValueError("[templates] needs at least one line, each with one {} in it")
+    return Prompts(**sections)
+
+
+def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
+    """The prompts without the target and its aliases `names` among the anchors, however they are written.
+
+    Left in, "brad pitt" would be the nearest anchor of "Brad Pitt" and, at lambda = 1e5, be kept instead of erased.
+    """
+    forbidden = {normalised(name) for name in names}
+    general, domain = (
+        [word for word in words if normalised(word) not in forbidden] for words in (prompts.general, prompts.domain)
+    )
+    return Prompts(prompts.templates, general, domain)
+
+
+def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
+    """`per_word` prompts for every word, with templates drawn by the word itself: the same for every target."""
+    drawn = []
+    for word in words:
+        picks = random.Random(normalised(word)).sample(range(len(templates)), min(per_word, len(templates)))
+        drawn += [templates[i].format(word) for i in picks]
+    return drawn
+
+
+@dataclass
+class Data:
+    """The contexts that training reads; P pairs of prompts, A anchors."""
+
+    targets: Tensor  # [P, T, d]
+    surrogates: Tensor  # [P, T, d]
+    anchors: Tensor  # [A, T, d], half precision
+    empty: Tensor  # [1, T, d], of the prompt ''
+
+
+Encode = Callable[[list[str]], Tensor]
+
+
+def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
+    """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
+
+    `encode_anchors` may answer from a cache: it is asked for the same prompts whatever the target.
+    """
+    words = anchor_words(prompts, names)
+    pairs = [(t.format(name), t.format(recipe.surrogate)) for name in names for t in prompts.templates]
+    contexts = encode([p for pair in pairs for p in pair])
+
+    # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
+    per_word = min(4, len(prompts.templates))
+    general, domain = (encode_anchors(anchor_prompts(w, prompts.templates)) for w in (prompts.general, prompts.domain))
+    bare = encode_anchors(prompts.domain) if prompts.domain else None
+    rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
+    if words.domain:
+        kept = [prompts.domain.index(w) for w in words.domain]
+        target = encode([names[0]]).flatten().float()
+        # cosine of the flattened T x d embeddings
+        near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
+        chosen = [kept[i] for i in near.indices.tolist()]
+        rows.append(domain.unflatten(0, (-1, per_word))[chosen].flatten(0, 1))
+    return Data(contexts[0::2], contexts[1::2], torch.cat(rows).half(), encode([""]))
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number: lower the learning rates, or lambda."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One round of training: the gates against the newest deltas ("erase"), or new deltas against the gates."""
+
+    kind: str  # "erase" or "attack"
+    steps: int
+    lr: float
+    cycles: int = 1  # cosine cycles of the learning rate; an attack keeps it constant
+
+
+def phases(recipe: Recipe) -> list[Phase]:
+    """The paper's stages: erase, attack, erase, ..., erase; nothing would learn from an attack after the last."""
+    plan = [Phase("erase", recipe.first_steps, recipe.first_lr, cycles=2)]
+    for _ in range(recipe.stages - 1):
+        plan += [Phase("attack", recipe.attack_steps, recipe.attack_lr)]
+        plan += [Phase("erase", recipe.later_steps, recipe.later_lr)]
+    return plan
+
+
+def learning_rate(phase: Phase, step: int, warmup: int) -> float:
+    """Warm-up, then cosine cycles down to zero, each starting anew; constant for an attack."""
+    if step < warmup:
+        return phase.lr * (step + 1) / (warmup + 1)
+    if phase.kind == "attack":
+        return phase.lr
+    progress = (step - warmup) / max(1, phase.steps - warmup)
+    # lr (1 + cos(pi frac(cycles progress))) / 2
+    return phase.lr * (1 + math.cos(math.pi * (phase.cycles * progress % 1))) / 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step of training reports: where it is, and the value of every loss."""
+
+    step: int  # steps done, over all phases
+    total: int
+    stage: int  # 1..stages
+    kind: str  # "erase" or "attack"
+    losses: dict[str, float]
+
+
+class Trainer:
+    """Trains the gates of one concept. Iterate over `steps()`; stop and go on wherever you like, bit for bit.
+
+    All chance comes from one generator on the CPU, so a seed repeats a run on one machine.
+    """
+
+    def __init__(self, objective: Objective, data: Data, recipe: Recipe, seed: int = 0, kind: str = "resag"):
+        self.objective, self.data, self.recipe = objective, data, recipe
+        self.generator = torch.Generator().manual_seed(seed)
+        self.gates = objective.new_gates(kind, recipe.r, recipe.k, self.generator)
+        self.core: ResAG = getattr(self.gates, "inner", self.gates)
+        self.plan = phases(recipe)
+        self.phase, self.step = 0, 0
+        self.deltas = data.targets.new_zeros(0, *data.targets.shape[1:])  # [J, T, d]
+        self.optimizer: torch.optim.Optimizer | None = None
+        # x = (1 + eta) (E_sur - E_tar), what the gates must add to the context of the target
+        self.shifts = (1 + recipe.eta) * (data.surrogates - data.targets)
+        self.sigmas = recipe.noise * torch.stack([E.float().norm() for E in data.anchors])
+
+    def draw_anchors(self) -> tuple[Tensor, Tensor]:
+        """Anchor contexts [n+1, T, d], mixed from random pairs, and their noise [n+1]; the last is '' without noise."""
+        n, count = self.recipe.anchors, len(self.data.anchors)
+        first, second = torch.randint(count, (2, n), generator=self.generator)
+        # Beta(1, 1) is uniform.
+        beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype)
+        E = self.data.anchors
+        mixed = torch.lerp(E[second].to(self.shifts), E[first].to(self.shifts), beta[:, None, None].to(self.shifts))
+        # beta (E_1 + n_1) + (1 - beta) (E_2 + n_2): two independent Gaussians are one
+        sigma = ((beta * self.sigmas[first]) ** 2 + ((1 - beta) * self.sigmas[second]) ** 2).sqrt()
+        return torch.cat([mixed, self.data.empty]), F.pad(sigma, (0, 1))
+
+    def noisy_features(self, contexts: Tensor, sigma: Tensor, columns: Tensor) -> Tensor:
+        """Features of contexts plus Gaussian noise n of deviation sigma, without drawing n in d dimensions.
+
+        Only n C matters, C = `columns` [d, c]. With C = Q R (Q orthonormal) n C = (n Q) R, and n Q is again standard
+        normal: draw it there. The part of n outside of Q's span adds nothing to n C nor to the mean gradient.
+        """
+        Q = torch.linalg.qr(columns.detach())[0]
+        noise = torch.randn(*contexts.shape[:-1], Q.shape[-1], generator=self.generator, dtype=contexts.dtype)
+        noise = noise.to(contexts.device) * sigma.to(contexts)[:, None, None]
+        return contexts @ columns + noise @ (Q.mT @ columns)
+
+    def erase_losses(self) -> dict[str, Tensor]:
+        """erase, adv and anchor losses of one drawn template, its J adversarial copies, and drawn anchors."""
+        i = torch.randint(len(self.shifts), (1,), generator=self.generator)
+        E, x = self.data.targets[i], self.shifts[i]
+        E, x = torch.cat([E, E + self.deltas]), torch.cat([x, x - self.deltas])
+        anchors, sigma = self.draw_anchors()
+        columns = self.core.columns()
+        features = [E @ columns, self.noisy_features(anchors, sigma, columns[0, 0])[None]]
+        _, z = self.core.read(torch.cat(features, dim=1))
+        P, G = self.objective.products(self.gates)
+        misfit = residual(x, self.objective.energy(x), z[:, : len(E)], P, G).mean(dim=(0, 2))  # [1 + J]
+        losses = {"erase": misfit[0], "anchor": penalty(z[:, len(E) :], G).mean()}
+        return losses | ({"adv": misfit[1:].mean()} if len(self.deltas) else {})
+
+    def attack_losses(self) -> dict[str, Tensor]:
+        """attack loss: how far the gated output of E_tar + delta is from the target's original output."""
+        i = torch.randint(len(self.shifts), (1,), generator=self.generator)
+        _, z = self.core.read((self.data.targets[i] + self.deltas) @ self.columns)
+        # |W delta + R(E + delta)|^2 = |W x - z U|^2 with x = -delta
+        return {"attack": residual(-self.deltas, self.objective.energy(self.deltas), z, *self.products).mean()}
+
+    def begin(self) -> None:
+        """Enter the current phase: a fresh optimiser, and for an attack fresh deltas against frozen gates."""
+        phase, E = self.plan[self.phase], self.data.targets
+        parameters = list(self.gates.parameters())
+        if phase.kind == "attack":
+            if self.step == 0:
+                noise = torch.randn(self.recipe.deltas, *E.shape[1:], generator=self.generator, dtype=E.dtype)
+                self.deltas = self.recipe.noise * E[0].norm() * noise.to(E.device)
+            self.deltas.requires_grad_(True)
+            parameters = [self.deltas]
+            with torch.no_grad():
+                self.columns, self.products = self.core.columns(), self.objective.products(self.gates)
+        self.optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=0.01, fused=True)
+
+    def update(self) -> dict[str, float]:
+        """One step of the optimiser; Diverged, with the gates as they were, when the loss is not finite."""
+        phase = self.plan[self.phase]
+        losses = self.erase_losses() if phase.kind == "erase" else self.attack_losses()
+        weights = {"anchor": self.recipe.lam}
+        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"the loss became {loss.item()} in stage {self.phase // 2 + 1}, step {self.step + 1}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(phase, self.step, self.recipe.warmup)
+        self.optimizer.step()
+        return {name: value.item() for name, value in losses.items()}
+
+    def steps(self) -> Iterator[Progress]:
+        """Train to the end, one Progress per step; the state may be saved between any two."""
+        total = sum(phase.steps for phase in self.plan)
+        while self.phase < len(self.plan):
+            phase = self.plan[self.phase]
+            if self.step == 0 or self.optimizer is None:
+                self.begin()
+            losses = self.update()
+            done = sum(p.steps for p in self.plan[: self.phase]) + self.step + 1
+            progress = Progress(done, total, self.phase // 2 + 1, phase.kind, losses)
+            self.step += 1
+            if self.step == phase.steps:
+                self.deltas = self.deltas.detach()
+                self.phase, self.step = self.phase + 1, 0
+            yield progress
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors for a safetensors file."""
+        state = {f"gates.{name}": t for name, t in self.gates.state_dict().items()}
+        state |= {"deltas": self.deltas, "generator": self.generator.get_state()}
+        state["position"] = torch.tensor([self.phase, self.step])
+        if self.step:
+            for i, moments in self.optimizer.state_dict()["state"].items():
+                state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+        return {name: t.detach().clone() for name, t in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state()` was taken; ValueError when it is of another run."""
+        try:
+            self.gates.load_state_dict(
+                {n.removeprefix("gates."): t for n, t in state.items() if n.startswith("gates.")}
+            )
+            self.phase, self.step = state["position"].tolist()
+            self.deltas = state["deltas"].to(self.shifts)
+            self.generator.set_state(state["generator"])
+            self.optimizer = None
+            if self.step:
+                self.begin()
+                moments: dict[int, dict[str, Tensor]] = {}
+                for name in (n for n in state if n.startswith("optimizer.")):
+                    _, i, moment = name.split(".")
+                    moments.setdefault(int(i), {})[moment] = state[name]
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        except (KeyError, RuntimeError, IndexError) as error:
+            raise ValueError(f"this state is of another run: {error}") from error
+
+
+# --- Generation --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def denoise(
+    model: "Model",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    gates: nn.Module | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+) -> Iterator[Tensor]:
+    """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
+
+    An image depends on its own prompt and seed alone, whatever else is in the batch.
+    """
+    unet = model.unet
+    c, size = unet.config["in_channels"], unet.config["sample_size"]
+    noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.stack(noise).to(model.device, model.dtype)
+    context = model.encode([*([""] * len(prompts) if guidance_scale != 1 else []), *prompts])
+    if isinstance(gates, ContextGate):
+        context, gates = gates(context), None
+    kv = unet.keys_values(context)
+    kv = gates(context, kv) if gates is not None else kv
+    yield from sampler.sample(unet, model.schedule, latents, kv, steps, guidance_scale, method)
+
+
+@torch.no_grad()
+def decode(model: "Model", latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of latents [B, c, h, w] as the U-Net knows them (scaled)."""
+    return model.vae.decode(latents / model.vae.scaling_factor).clamp(-1, 1)
