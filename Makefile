@@ -1,0 +1,36 @@
+# Every target makes the virtual environment it needs, once, and again when its requirements change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test oracle lint
+
+# Erase a concept from the embedded model and show before and after.
+demo: $(VENV)/core.stamp
+	$(BIN)/python cpe.py demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+# The same numerics, compared with diffusers and transformers.
+oracle: $(VENV)/oracle.stamp
+	$(BIN)/python -m pytest -m "oracle and not slow"
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core.stamp: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+$(VENV)/test.stamp: requirements-test.txt $(VENV)/core.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-test.txt
+	touch $@
+
+$(VENV)/oracle.stamp: requirements-oracle.txt $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-oracle.txt
+	touch $@
