@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -58,15 +58,8 @@ def writing(path: str | Path) -> Iterator[Path]:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
         raise UserError(f"{path} cannot be written: {reason or error}. Choose another place for it.") from error
     finally:
-        with_suppressed_unlink(part)
-
-
-def with_suppressed_unlink(path: Path) -> None:
-    """Remove a file if it is there and can be removed."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        pass  # in a folder we cannot write to there is nothing of ours
+        with suppress(OSError):  # in a folder we cannot write to there is nothing of ours
+            part.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

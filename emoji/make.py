@@ -296,6 +296,12 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.seen, self.seconds = state["average"], state["seen"], state["seconds"]
 
+    def freeze(self, *parts: str) -> None:
+        """Keep parts that later stages were built on at their averaged weights."""
+        for name, parameter in self.network.named_parameters():
+            if name.startswith(parts):
+                parameter.requires_grad_(False).copy_(self.average[name])
+
     def save(self) -> None:
         """Write a checkpoint."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -378,7 +384,7 @@ def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str
     in every style, or in every colour, and captions must say which.
     """
     names = concepts()
-    kind = chance.choices(("bare", "named", "styles", "colours"), (4, 3, 2, 1))[0]
+    kind = chance.choices(("bare", "named", "styles", "colours"), (3, 1, 4, 1))[0]
     repeat = {"styles": len(STYLES), "colours": len(COLOURS)}.get(kind, 1)
     rows = [c for c in chance.sample(range(len(names)), size // repeat) for _ in range(repeat)]
     style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
@@ -425,6 +431,8 @@ def train_clip(recipe: Recipe) -> None:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     training = Training("clip", model, loss, recipe)
+    if (BUILD / "contexts.safetensors").exists():
+        training.freeze("text_model")  # the U-Net reads its contexts; the vision tower may still improve
     for line in training:
         judge = clip.CLIP(clip_config())
         judge.load_state_dict(training.average)
@@ -480,6 +488,8 @@ def train_vae(recipe: Recipe) -> None:
         return (x - y).abs().mean() + 2 * F.mse_loss(x, y) + 0.5 * outlines + 2e-4 * divergence
 
     training = Training("vae", model, loss, recipe)
+    if (BUILD / "latents.safetensors").exists():
+        training.freeze("encoder", "quant_conv")  # the U-Net writes its latents; the decoder may still improve
     for line in training:
         judged = vae.VAE(vae_config())
         judged.load_state_dict(training.average)

@@ -1,0 +1,483 @@
+"""The command line of the Concept Pinpoint Eraser: demo, train, generate, inspect.
+
+    python cpe.py demo                                        # see it work on the embedded model
+    python cpe.py train --target "Brad Pitt"                  # train a gate that erases it from SD 1.4
+    python cpe.py generate "a portrait of Brad Pitt" --gates gates/brad-pitt.safetensors --before-after
+    python cpe.py inspect gates/brad-pitt.safetensors --prompt "a portrait of Brad Pitt"
+
+Arguments are read before torch is imported. What the user can mend ends with one line and exit code 2.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cpe import Objective, Prompts, Recipe, ResAG, Trainer
+    from weights import Model
+
+HERE = Path(__file__).resolve().parent
+PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji")
+CHECKPOINT_SECONDS = 10.0
+
+
+# --- Arguments ---------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, low: float, high: float):
+    """An argparse type: a number of `kind` between low and high."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command."""
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="repeats a run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of this command to FILE")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that choose the model and where it runs."""
+    parser.add_argument("--model", default="sd14", help="sd14, emoji (embedded), or a folder in the diffusers layout")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
+
+
+def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float) -> None:
+    """Options of generation."""
+    parser.add_argument("--steps", type=number(int, 1, 1000), default=steps, help="denoising steps")
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=guidance, help="guidance scale")
+    parser.add_argument("--sampler", choices=("ddim", "dpm"), default="ddim", help="DDIM or DPM-Solver++(2M)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(prog="cpe.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        add_common(sub)
+        return sub
+
+    sub = add("demo", demo, "erase a concept from the embedded model, and measure and show what became of the others")
+    sub.add_argument("--target", default="red heart", help="what to erase")
+    sub.add_argument("--images", type=number(int, 1, 100), default=2, help="images per concept that are judged")
+    add_sampling(sub, 20, 4.0)
+    sub.set_defaults(sampler="dpm", model="emoji", device="cpu")
+    sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture")
+
+    sub = add("train", train, "train a gate that erases a concept")
+    sub.add_argument("--target", required=True, help="what to erase")
+    sub.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
+    sub.add_argument("--surrogate", help="what it becomes (default: the preset's)")
+    sub.add_argument("--preset", choices=PRESET_NAMES, help="recipe (default: celebrity; emoji for --model emoji)")
+    sub.add_argument("--gate", choices=("resag", "context"), default="resag", help="the paper's, or one for all layers")
+    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
+    sub.add_argument("--out", type=Path, help="gate file (default: gates/<target>.safetensors)")
+    sub.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    add_model(sub)
+
+    sub = add("generate", generate, "make images, with or without gates")
+    sub.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    sub.add_argument("--gates", action="append", type=Path, default=[], help="gate file to apply (repeatable)")
+    sub.add_argument("--before-after", action="store_true", help="also without the gates, on the same seeds")
+    sub.add_argument("--out", type=Path, default=Path("images/generated.png"), help="the picture")
+    add_model(sub)
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    add_sampling(sub, 50, 7.5)
+
+    sub = add("inspect", inspect, "show which tokens of a prompt open a gate")
+    sub.add_argument("gates", nargs="+", type=Path, help="gate files")
+    sub.add_argument("--prompt", required=True, help="the prompt to read")
+    add_model(sub)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    args = parser().parse_args(arguments)
+    from weights import UserError  # imports torch: only now
+
+    warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
+    begun = time.perf_counter()
+    try:
+        figures = args.run(args)
+        figures["seconds"] = round(time.perf_counter() - begun, 1)
+        if args.json:
+            from weights import write_json
+
+            write_json(args.json, figures)
+        print(f"took    {figures['seconds']} s")
+        if figures.get("next"):
+            print(f"next    {figures['next']}")
+    except UserError as error:
+        print(f"cpe.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncpe.py: interrupted; nothing half-written is left (train goes on with --resume)", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- Shared steps ------------------------------------------------------------------------------------------------
+
+
+def bar(iterable: Iterable, total: int, text: str):
+    """A progress bar on the terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, total=total, desc=text, leave=False, file=sys.stderr)
+
+
+def open_model(args: argparse.Namespace, dtype: str = "float32") -> "Model":
+    """The model of --model on --device; UserError if there is no such device here."""
+    import torch
+
+    from weights import UserError, load_model
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[args.device]:
+        raise UserError(f"--device {args.device}: this machine has none. Use --device cpu.")
+    return load_model(args.model, getattr(torch, dtype), args.device)
+
+
+def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
+    """Gates of all files merged; UserError for a file that holds none, or that belongs to another model."""
+    import cpe
+    from weights import UserError, read_tensors
+
+    gates, names = [], []
+    for path in paths:
+        tensors, metadata = read_tensors(path)
+        try:
+            gates.append(cpe.from_tensors(tensors))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}.") from error
+        names.append(metadata.get("target") or metadata.get("prompts") or path.stem)
+        made_for = metadata.get("fingerprint")
+        if model and made_for and made_for != model.fingerprint:
+            warnings.warn(f"{path} was trained for another model (its text encoder differs)", stacklevel=2)
+    try:
+        merged = cpe.merge(gates)
+    except ValueError as error:
+        raise UserError(f"{', '.join(map(str, paths))}: {error}.") from error
+    if model:
+        check_fits(merged, model, paths)
+        merged = merged.to(model.device, model.dtype)
+    merged.targets = names
+    return merged
+
+
+def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
+    """UserError if the gates' projections are not those of the model's U-Net."""
+    import torch
+
+    from unet import UNet
+    from weights import UserError
+
+    with torch.device("meta"):
+        layers = UNet(model.config("unet")[0]).cross_attentions()
+    widths = {f"{p}.{k}": getattr(a, k).out_features for p, a in layers.items() for k in ("to_k", "to_v")}
+    d = model.config("unet")[0]["cross_attention_dim"]
+    if gates.w_qs.shape[1] != d or dict(zip(gates.names, gates.widths, strict=True)) != widths:
+        raise UserError(
+            f"{paths[0]} is of another model: it corrects {len(gates.names)} projections of a context of width "
+            f"{gates.w_qs.shape[1]}, {model.name} has {len(widths)} of width {d}. Train gates for this model."
+        )
+
+
+def read_prompts(preset: str) -> "Prompts":
+    """Templates and anchor words of a preset."""
+    import cpe
+    from weights import UserError
+
+    path = HERE / "prompts" / f"{preset}.txt"
+    try:
+        return cpe.parse_prompts(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def slug(name: str) -> str:
+    """A file name for a target: letters, digits and hyphens, so that it cannot leave its folder."""
+    words = "-".join(re.findall(r"\w+", name.casefold()))
+    return words.encode()[:80].decode(errors="ignore") or "target"
+
+
+def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1) -> None:
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    from weights import write_bytes
+
+    picture = torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)
+    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, args, text: str) -> "Tensor":
+    """Images [B, 3, H, W] of prompts, batched, with a progress bar."""
+    import torch
+
+    import cpe
+
+    batch = 16 if model.unet.config["sample_size"] <= 16 else 1
+    starts = range(0, len(prompts), batch)
+
+    def steps():
+        for i in starts:
+            run = cpe.denoise(
+                model, prompts[i : i + batch], seeds[i : i + batch], gates, args.steps, args.guidance, args.sampler
+            )
+            for latents in run:
+                yield i, latents
+
+    latest = dict(bar(steps(), len(starts) * args.steps, text))
+    return torch.cat([cpe.decode(model, latest[i]) for i in starts])
+
+
+# --- train -------------------------------------------------------------------------------------------------------
+
+
+def check_target(args: argparse.Namespace, prompts: "Prompts") -> list[str]:
+    """The names to erase; UserError if they are empty, equal to the surrogate, or unknown to the embedded model."""
+    from cpe import normalised
+    from weights import UserError
+
+    names = [" ".join(name.split()) for name in (args.target, *args.alias)]
+    for name in names:
+        if not normalised(name):
+            raise UserError('the target is empty: say what to erase, for example --target "Brad Pitt".')
+        if normalised(name) == normalised(args.surrogate):
+            raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
+        if args.model == "emoji":
+            known = [*prompts.domain, *prompts.general]
+            words = {word for entry in known for word in normalised(entry).split()}
+            if not set(normalised(name).split()) <= words:
+                near = difflib.get_close_matches(name.casefold(), prompts.domain, 3, cutoff=0.3) or prompts.domain[:3]
+                raise UserError(
+                    f"the embedded model has never seen {name!r}: it only knows emoji, for example {', '.join(near)}. "
+                    "Real names need --model sd14."
+                )
+    return names
+
+
+def build_trainer(args: argparse.Namespace, model: "Model", names: list[str], recipe: "Recipe", prompts) -> "Trainer":
+    """Encode the prompts (anchors from the cache) and measure the layers: all that training reads."""
+    import cpe
+    from weights import cached_contexts
+
+    def anchors(wanted: list[str]) -> "Tensor":
+        return cached_contexts(model, wanted, lambda parts: bar(parts, len(parts), "encoding anchors"))
+
+    data = cpe.prepare(recipe, prompts, names, model.encode, anchors)
+    if "text_encoder" in model.__dict__:
+        del model.text_encoder  # half a gigabyte in SD 1.4, not needed any more
+    objective = cpe.Objective(model.cross_attention())
+    return cpe.Trainer(objective, data, recipe, args.seed, args.gate)
+
+
+def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict[str, float]:
+    """Train to the end, saving the state every few seconds; returns the last value of every loss."""
+    import cpe
+    from weights import UserError, read_tensors, write_tensors
+
+    if resume and state.exists():
+        tensors, metadata = read_tensors(state)
+        if metadata.get("run") != run:
+            raise UserError(f"{state} is of a run with other settings: use the same, or train without --resume.")
+        try:
+            trainer.load_state(tensors)
+        except ValueError as error:
+            raise UserError(f"{state}: {error}. Train without --resume.") from error
+    total, losses, saved = sum(phase.steps for phase in trainer.plan), {}, time.monotonic()
+    done = sum(p.steps for p in trainer.plan[: trainer.phase]) + trainer.step
+    progress = bar(None, total, "training")
+    progress.update(done)
+    try:
+        for report in trainer.steps():
+            losses |= report.losses
+            progress.set_postfix(stage=report.stage, **{n: f"{v:.2g}" for n, v in report.losses.items()}, refresh=False)
+            progress.update()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                write_tensors(state, trainer.state(), {"run": run})
+                saved = time.monotonic()
+    except cpe.Diverged as error:
+        write_tensors(state, trainer.state(), {"run": run})
+        raise UserError(f"{error}. The last good state is in {state}; try a smaller --steps-scale or seed.") from error
+    except KeyboardInterrupt:
+        write_tensors(state, trainer.state(), {"run": run})
+        raise
+    finally:
+        progress.close()
+    return losses
+
+
+def finished_gates(trainer: "Trainer", objective: "Objective") -> "ResAG":
+    """The trained gates in the form of a gate file."""
+    import cpe
+
+    gates = trainer.gates
+    return gates.expand(objective.W) if isinstance(gates, cpe.ContextGate) else gates
+
+
+def train(args: argparse.Namespace) -> dict:
+    """`train`: one gate file for one target."""
+    import dataclasses
+
+    import cpe
+    from weights import write_tensors
+
+    args.preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
+    recipe = cpe.PRESETS[args.preset]
+    args.surrogate = recipe.surrogate if args.surrogate is None else args.surrogate
+    prompts = read_prompts(args.preset)
+    names = check_target(args, prompts)
+    recipe = dataclasses.replace(recipe, surrogate=args.surrogate).scaled(args.steps_scale)
+    out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
+    state = out.with_name(f"{out.stem}.state.safetensors")
+
+    model = open_model(args)
+    settings = {"target": names[0], "aliases": names[1:], "gate": args.gate, "seed": args.seed, "preset": args.preset}
+    settings |= {"fingerprint": model.fingerprint, **dataclasses.asdict(recipe)}
+    trainer = build_trainer(args, model, names, recipe, prompts)
+    losses = run_trainer(trainer, state, json.dumps(settings, sort_keys=True), args.resume)
+    gates = finished_gates(trainer, trainer.objective)
+    metadata = {"prompts": names[0], "rank": str(gates.k), "alpha": str(gates.alpha[0].item()), "version": "1"}
+    metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    write_tensors(out, cpe.to_tensors(gates), metadata)
+    state.unlink(missing_ok=True)
+    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
+    again = f'python cpe.py generate "a picture of {names[0]}" --gates {out} --before-after --model {args.model}'
+    return {**settings, "losses": losses, "out": str(out), "next": again}
+
+
+# --- generate, inspect -------------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> dict:
+    """`generate`: one column per prompt; with --before-after the first row is the model without gates."""
+    from weights import UserError
+
+    if args.before_after and not args.gates:
+        raise UserError("--before-after compares with gates: give at least one --gates FILE.")
+    model = open_model(args, args.dtype)
+    gates = load_gates(args.gates, model) if args.gates else None
+    seeds = [args.seed + i for i in range(len(args.prompts))]
+    kinds = [None, gates] if args.before_after else [gates]
+    rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
+    grid(rows, args.out)
+    print(f"wrote   {args.out}: {len(args.prompts)} prompts x {len(rows)}, seeds {seeds[0]} to {seeds[-1]}")
+    figures = {"out": str(args.out), "prompts": args.prompts, "seeds": seeds}
+    if len(rows) == 2:
+        figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
+        for prompt, change in zip(args.prompts, figures["change"], strict=True):
+            print(f"change  {change:.4f} of 2  {prompt}")
+    if args.gates:
+        figures["next"] = f'python cpe.py inspect {args.gates[0]} --prompt "{args.prompts[0]}" --model {args.model}'
+    return figures
+
+
+def inspect(args: argparse.Namespace) -> dict:
+    """`inspect`: the gate value of every token of a prompt, one column per concept."""
+    import torch
+
+    model = open_model(args)
+    gates = load_gates(args.gates, model)
+    with torch.no_grad():
+        values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
+    tokens = ["<start>", *model.tokenizer.tokens(args.prompt)[:75], "<end>"]
+    width = max(map(len, tokens)) + 2
+    print(" " * width + "  ".join(gates.targets))
+    for i, token in enumerate(tokens):
+        cells = [f"{v:.3f} {'█' * round(10 * v):10}" for v in values[:, i].tolist()]
+        print(f"{token:{width}}" + "  ".join(cells))
+    figures = {"tokens": tokens, "targets": gates.targets, "gates": values[:, : len(tokens)].tolist()}
+    return figures | {"next": f'python cpe.py generate "{args.prompt}" --gates {args.gates[0]} --model {args.model}'}
+
+
+# --- demo --------------------------------------------------------------------------------------------------------
+
+
+def demo(args: argparse.Namespace) -> dict:
+    """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others."""
+    import evaluate
+    from weights import UserError
+
+    prompts = read_prompts("emoji")
+    concepts = prompts.domain
+    if args.target not in concepts:
+        raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
+    gate_file = args.out.with_suffix(".safetensors")
+    train_args = parser().parse_args(
+        ["train", "--target", args.target, "--model", "emoji", "--seed", str(args.seed), "--out", str(gate_file)]
+    )
+    trained = train(train_args)
+    model = open_model(args)
+    gates = load_gates([gate_file], model)
+
+    features = evaluate.name_features(model.clip, model.tokenizer, concepts)
+    target = concepts.index(args.target)
+    order = evaluate.nearest(features, target, len(concepts) - 1)
+    rest = order[10:]
+    groups = {"erased": [target], "nearest": order[:10], "others": rest[:: max(1, len(rest) // 30)][:30]}
+    styles, colours = ("noto", "twemoji", "fluent", "blob"), ("white", "blue", "yellow", "green")
+    cases = []  # (group, concept, seed)
+    for group, members in groups.items():
+        images = args.images * 8 if group == "erased" else args.images
+        cases += [(group, c, args.seed + i) for c in members for i in range(images)]
+    texts = [
+        f"a picture of a {concepts[c]}, {styles[i % 4]} style, on a {colours[i // 4 % 4]} background"
+        for i, (_, c, _) in enumerate(cases)
+    ]
+    seeds = [seed for _, _, seed in cases]
+    before = draw(model, texts, seeds, None, args, "before")
+    after = draw(model, texts, seeds, gates, args, "after")
+    seen = {name: evaluate.recognise(model.clip, x, features) for name, x in (("before", before), ("after", after))}
+
+    figures = {"target": args.target, "losses": trained["losses"], "groups": {}}
+    print(f"\n{'recognised by CLIP':22}{'images':>8}{'before':>9}{'after':>9}{'image change':>15}")
+    for group in groups:
+        rows = [i for i, case in enumerate(cases) if case[0] == group]
+        share = {
+            name: sum(seen[name][i].item() == cases[i][1] for i in rows) / len(rows) for name in ("before", "after")
+        }
+        change = (before[rows] - after[rows]).abs().mean().item()
+        figures["groups"][group] = {"images": len(rows), **share, "change": change}
+        print(f"{group:22}{len(rows):8}{share['before']:9.1%}{share['after']:9.1%}{change:15.4f}")
+    first = [
+        next(i for i, case in enumerate(cases) if case[1] == c) for c in (target, *order[:5], *groups["others"][:4])
+    ]
+    shown = [*first[:1], *[i for i, case in enumerate(cases) if case[1] == target][1:4], *first[1:]]
+    grid([before[shown], after[shown]], args.out, scale=2)
+    print(f"\nwrote   {gate_file} and {args.out} (above: before, below: after)")
+    return figures | {
+        "out": str(args.out),
+        "next": f'python cpe.py inspect {gate_file} --prompt "{texts[0]}" --model emoji',
+    }
