@@ -1,25 +1,34 @@
-"""Models on disk: find, download, read, check and write them; the only file that touches disk or network for models.
+"""Finding, reading, checking and writing models: the only file that touches disk or network for them.
 
-A model is a folder in the diffusers layout (tokenizer/, text_encoder/, unet/, vae/, scheduler/, perhaps clip/), or one
-safetensors file in the original layout of Stable Diffusion. Its architecture is read from config.json, its tensors
-must be exactly those of the modules in clip.py, unet.py and vae.py. Parts are loaded when they are first used, by
-memory map. Only safetensors are read: a pickle can run any code.
+A model is a folder in the diffusers layout (`tokenizer/`, `text_encoder/`, `unet/`, `vae/`, `scheduler/`, sometimes
+`clip/`), or one `.safetensors` checkpoint in the key layout of the original Stable Diffusion code (LDM). Nothing is
+guessed: the architecture comes from `config.json`, what it asks for and we do not have is an error, and every tensor
+must be there with its shape and no other. Nothing is unpickled: safetensors files only, read by memory map.
+
+    model = load_model("sd14")             # finds (or downloads) the files; reads no tensor yet
+    context = model.encode(["a cat"])      # builds the text encoder, and only that
+    weights = model.cross_attention()      # all that training needs of the U-Net; never builds one
+
+Whatever a user can mend raises `UserError`. Built on torch and safetensors; huggingface_hub downloads.
 """
 
 import errno
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip import CLIP, TextEncoder, Tokenizer
@@ -27,397 +36,767 @@ from sampler import Schedule
 from unet import UNet
 from vae import VAE
 
-SD14 = "CompVis/stable-diffusion-v1-4"
-EMOJI = Path(__file__).resolve().parent / "emoji"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl", ".pickle")
-
-# Old files have these besides, or under other names; nothing else may differ.
-IGNORED = re.compile(r".*text_model\.embeddings\.position_ids|.*vision_model\.embeddings\.position_ids")
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 class UserError(Exception):
-    """Something the user can mend: what is wrong, with which file or argument, and what to do next."""
+    """Something the user can mend; the message says what was wrong, where, and what to do next."""
 
+
+SD14 = "CompVis/stable-diffusion-v1-4"
+HELP = (
+    "Ways out: `--model emoji` uses the small model that comes with this project; or connect once, so that "
+    f"`--model sd14` can download {SD14}; or give `--model` the folder of a copy from another machine."
+)
+
+# The networks of a model: the folder each lies in, its class, and the stem of its weights file.
+PARTS: dict[str, tuple[type[nn.Module], str]] = {
+    "text_encoder": (TextEncoder, "model"),
+    "unet": (UNet, "diffusion_pytorch_model"),
+    "vae": (VAE, "diffusion_pytorch_model"),
+    "clip": (CLIP, "model"),
+}
+TOKENIZER = ("vocab.json", "merges.txt")
+SCHEDULER = "scheduler/scheduler_config.json"
+
+# Stable Diffusion 1.4's own config.json files, for checkpoints that come as one file without any.
+SD14_CONFIGS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 77,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "vocab_size": 49408,
+    },
+    "unet": {
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "scheduler": {
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+}
 
 # --- Writing -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place only when all went well; UserError on a full disk."""
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: takes its place when the block ends well, vanishes when it does not.
+
+    UserError when it cannot be written or the disk is full; whatever was at `path` before is then still there.
+    """
     path = Path(path)
-    part = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    # The suffix stays last: some writers choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb") as file:
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
-        raise UserError(f"{path} cannot be written: {reason or error}. Choose another place for it.") from error
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        hint = "the disk is full: make room" if full else f"{error}: check the folder, or choose another"
+        raise UserError(f"{path} could not be written: {hint}") from error
     finally:
-        with suppress(OSError):  # in a folder we cannot write to there is nothing of ours
-            part.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with writing(path) as part:
-        part.write_bytes(content)
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one piece, or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Write a JSON file whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one piece, or not at all; `metadata` maps strings to strings."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        # transformers refuses files that do not say which library their tensors are laid out for.
+        save_file(plain, temporary, {"format": "pt", **(metadata or {})})
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(path, to_bytes(tensors, metadata=metadata))
+# --- Reading tensors ---------------------------------------------------------------------------------------------
 
-
-# --- Reading -----------------------------------------------------------------------------------------------------
-
-
-def refuse_pickle(path: Path) -> None:
-    """UserError for a file that is no safetensors."""
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{path} is a pickle, which can run any code when it is read: only .safetensors are. Get the model in "
-            "that format (most are published in both), or convert it where you trust it."
-        )
+Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or None: ignore it
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator["safe_open"]:
-    """A memory-mapped safetensors file; UserError if it is missing, truncated or something else."""
-    path = Path(path)
-    refuse_pickle(path)
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check the path, or get the file again")
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
-            raise
-        raise UserError(f"{path} is not a whole safetensors file ({error}): get it again.") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): get it again") from error
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error}") from error
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file."""
-    with opened(path) as file:
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata."""
+    refuse_pickles(Path(path))
+    with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; UserError if it is missing or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is this a whole model in the diffusers layout?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return content
+def refuse_pickles(path: Path) -> None:
+    """UserError for a file that would have to be unpickled: that can run any code its author liked."""
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth", ".pkl"):
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened: only .safetensors files are read. Most models "
+            "offer one beside it; else convert it once, where you trust it, with torch.load(..., weights_only=True) "
+            "and safetensors.torch.save_file"
+        )
 
 
-def check_config(config: dict, fixed: dict, path: Path) -> None:
-    """UserError naming the first key that asks for something this project does not implement."""
-    for key, allowed in fixed.items():
-        value = config.get(key, allowed)
-        choices = allowed if isinstance(allowed, tuple) else (allowed,)
-        values = value if isinstance(value, list | tuple) else (value,)
-        if any(v not in choices for v in values):
-            raise UserError(f"{path}: {key} = {value!r} is not implemented here (only {allowed!r} is).")
+def diffusers_name(key: str) -> str | None:
+    """Our name of a tensor in the diffusers layout: the same, but for what older or newer libraries wrote.
+
+    This is the complete list of exceptions.
+    """
+    if key.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: written by transformers before 4.31
+        return None
+    if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", key):  # text encoders of transformers 5
+        return f"text_model.{key}"
+    # The autoencoder's attention, written by diffusers before 0.18.
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return re.sub(r"(\.attentions\.0)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", key)
 
 
-def check_sizes(config: dict, keys: Iterable[str], path: Path) -> None:
-    """UserError naming the first size that is missing or no positive whole number (or a list of such)."""
-    for key in keys:
-        value = config.get(key)
-        values = value if isinstance(value, list) and value else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= 2**20 for v in values):
-            raise UserError(f"{path}: {key} must be a positive whole number or a list of such, not {value!r}.")
+@dataclass(frozen=True)
+class Part:
+    """One network of a model: how it is built, and where its tensors are."""
+
+    build: type[nn.Module]
+    config: dict[str, Any]
+    path: Path
+    rename: Rename
+
+    def empty(self) -> nn.Module:
+        """The module without any memory behind its tensors."""
+        with torch.device("meta"):
+            return self.build(self.config)
+
+    def keys(self) -> dict[str, str]:
+        """Our name -> the file's key, of every tensor in the file that is this part's."""
+        with opened(self.path) as file:
+            pairs = [(self.rename(key), key) for key in file.keys()]  # noqa: SIM118
+        names = {name: key for name, key in pairs if name is not None}
+        if len(names) < sum(name is not None for name, _ in pairs):
+            twice = next(key for name, key in pairs if name is not None and names[name] != key)
+            raise UserError(f"{self.path}: the tensor {twice} is there twice, under two names: get the file again")
+        return names
+
+    def check(self, expected: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+        """UserError that names every kind of mismatch between the tensors `expected` and those in the file."""
+        bad = []
+        with opened(self.path) as file:
+            for name in expected.keys() & keys.keys():
+                entry = file.get_slice(keys[name])
+                shape, want = entry.get_shape(), list(expected[name].shape)
+                if shape != want and shape != [*want, 1, 1]:  # LDM writes some linear layers as 1x1 convolutions
+                    bad.append(f"{keys[name]} is {shape}, not {want}")
+                elif "F" not in entry.get_dtype():
+                    bad.append(f"{keys[name]} holds {entry.get_dtype()}, not floating-point numbers")
+        problems = {
+            "missing": sorted(expected.keys() - keys.keys()),
+            "not part of this architecture": sorted(keys[name] for name in keys.keys() - expected.keys()),
+            "unfit": sorted(bad),
+        }
+        lines = [
+            f"{len(found)} tensors {what}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+            for what, found in problems.items()
+            if found
+        ]
+        if lines:
+            advice = "the weights do not belong to its config.json, or the file is of another kind of model"
+            raise UserError(f"{self.path} is not this {self.build.__name__}: {'; '.join(lines)}. Likely {advice}")
+
+    def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The tensors `expected` names, in a dtype on a device; call `check` first.
+
+        On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
+        """
+        keys = self.keys()
+        tensors = {}
+        for name, like in expected.items():
+            # Opened anew for each, so that what was read only to be converted does not stay in memory.
+            with opened(self.path) as file:
+                tensors[name] = file.get_tensor(keys[name]).to(device, dtype).reshape(like.shape)
+        return tensors
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""
+        module = self.empty()
+        expected = module.state_dict()
+        self.check(expected, self.keys())
+        module.load_state_dict(self.read(expected, dtype, device), strict=True, assign=True)
+        return module.requires_grad_(False).eval()
 
 
-TRANSFORMER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-TEXT_SIZES = ("vocab_size", *TRANSFORMER)
-VISION_SIZES = ("image_size", "patch_size", *TRANSFORMER)
-CONVOLUTIONS = ("block_out_channels", "layers_per_block", "in_channels", "out_channels", "norm_num_groups")
-SIZES = {
-    TextEncoder: TEXT_SIZES,
-    UNet: (*CONVOLUTIONS, "cross_attention_dim", "attention_head_dim", "sample_size"),
-    VAE: (*CONVOLUTIONS, "latent_channels"),
-    CLIP: ("projection_dim",),
+# --- One-file checkpoints ----------------------------------------------------------------------------------------
+
+LDM_PREFIXES = {
+    "text_encoder": "cond_stage_model.transformer.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+}
+# What a one-file checkpoint also holds and inference does not need: the schedule, training's leftovers.
+LDM_IGNORED = re.compile(
+    r"model_ema\.|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)|"
+    r"(betas|alphas_cumprod|log_one_minus|sqrt_|posterior_|logvar|lvlb_weights)"
+)
+LDM_UNET = {
+    "time_embed.0.": "time_embedding.linear_1.",
+    "time_embed.2.": "time_embedding.linear_2.",
+    "input_blocks.0.0.": "conv_in.",
+    "middle_block.0.": "mid_block.resnets.0.",
+    "middle_block.1.": "mid_block.attentions.0.",
+    "middle_block.2.": "mid_block.resnets.1.",
+    "out.0.": "conv_norm_out.",
+    "out.2.": "conv_out.",
+}
+LDM_RESNET = {
+    "in_layers.0.": "norm1.",
+    "in_layers.2.": "conv1.",
+    "emb_layers.1.": "time_emb_proj.",
+    "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.",
+    "skip_connection.": "conv_shortcut.",
+}
+LDM_VAE = {
+    ".mid.block_1.": ".mid_block.resnets.0.",
+    ".mid.block_2.": ".mid_block.resnets.1.",
+    ".mid.attn_1.norm.": ".mid_block.attentions.0.group_norm.",
+    ".mid.attn_1.q.": ".mid_block.attentions.0.to_q.",
+    ".mid.attn_1.k.": ".mid_block.attentions.0.to_k.",
+    ".mid.attn_1.v.": ".mid_block.attentions.0.to_v.",
+    ".mid.attn_1.proj_out.": ".mid_block.attentions.0.to_out.0.",
+    ".down.": ".down_blocks.",
+    ".up.": ".up_blocks.",
+    ".block.": ".resnets.",
+    ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.",
+    ".nin_shortcut.": ".conv_shortcut.",
+    ".norm_out.": ".conv_norm_out.",
 }
 
 
-def check(kind: type[nn.Module], config: dict, path: Path) -> None:
-    """UserError if a module of this kind cannot be built from `config`."""
-    check_sizes(config, SIZES[kind], path)
-    parts = [config]
-    if kind is CLIP:
-        parts = [config.get("text_config"), config.get("vision_config")]
-        for part, sizes in zip(parts, (TEXT_SIZES, VISION_SIZES), strict=True):
+def replace_all(key: str, table: Mapping[str, str]) -> str:
+    """The key with every entry of the table replaced."""
+    for old, new in table.items():
+        key = key.replace(old, new)
+    return key
+
+
+def ldm_unet_name(key: str, config: dict[str, Any]) -> str:
+    """Our name of a U-Net tensor in the LDM layout, which numbers all blocks of one half of the U in a row."""
+    for old, new in LDM_UNET.items():
+        if key.startswith(old):
+            return replace_all(new + key.removeprefix(old), LDM_RESNET)
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", key)
+    if not match:
+        return key
+    half, number, slot, rest = match.groups()
+    # layers_per_block layers and a change of resolution make a level; going down, conv_in is block 0.
+    level, layer = divmod(int(number) - (half == "input"), config["layers_per_block"] + 1)
+    block = f"{'down' if half == 'input' else 'up'}_blocks.{level}"
+    if rest.startswith("op."):
+        return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    if rest.startswith("conv."):
+        return f"{block}.upsamplers.0.{rest}"
+    if slot == "0":
+        return f"{block}.resnets.{layer}.{replace_all(rest, LDM_RESNET)}"
+    return f"{block}.attentions.{layer}.{rest}"
+
+
+def ldm_vae_name(key: str, config: dict[str, Any]) -> str:
+    """Our name of an autoencoder tensor in the LDM layout, which counts the decoder's levels from the image down."""
+    last = len(config["block_out_channels"]) - 1
+    key = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{last - int(m[1])}.", key)
+    return replace_all(key, LDM_VAE)
+
+
+def ldm_name(key: str, part: str, config: dict[str, Any]) -> str | None:
+    """Our name of a tensor in a one-file checkpoint; None if it is of another part."""
+    if not key.startswith(LDM_PREFIXES[part]) or LDM_IGNORED.match(key):
+        return None
+    key = key.removeprefix(LDM_PREFIXES[part])
+    if part == "unet":
+        return ldm_unet_name(key, config)
+    return ldm_vae_name(key, config) if part == "vae" else diffusers_name(key)
+
+
+def ldm_part(path: Path, part: str) -> Part:
+    """A part of a one-file checkpoint; UserError unless it is one of Stable Diffusion, complete and without extras."""
+    if part not in LDM_PREFIXES:
+        raise UserError(f"{path} is a one-file checkpoint, which has no {part}: load one with `load_clip`")
+    with opened(path) as file:
+        keys = list(file.keys())
+    prefixes = tuple(LDM_PREFIXES.values())
+    odd = [key for key in keys if not key.startswith(prefixes) and not LDM_IGNORED.match(key)]
+    absent = [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]
+    if absent or odd:
+        found = f"it has no {absent[0]}*" if absent else f"{odd[0]} does not belong there ({len(odd)} such tensors)"
+        raise UserError(
+            f"{path} is not a checkpoint of Stable Diffusion 1.x in one file: {found}. "
+            "A model in several files is given as the folder that holds unet/, vae/ and text_encoder/"
+        )
+    config = SD14_CONFIGS[part]
+    return Part(PARTS[part][0], config, path, lambda key: ldm_name(key, part, config))
+
+
+# --- Configs -----------------------------------------------------------------------------------------------------
+
+# Sizes a config.json must state, as positive integers or lists of them, and what they must be divisible by.
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES: dict[type, tuple[str, ...]] = {
+    TextEncoder: (*TOWER, "vocab_size"),
+    UNet: (
+        *("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "sample_size"),
+        *("block_out_channels", "attention_head_dim", "norm_num_groups"),
+    ),
+    VAE: (
+        "in_channels",
+        "out_channels",
+        "latent_channels",
+        "layers_per_block",
+        "block_out_channels",
+        "norm_num_groups",
+    ),
+    CLIP: ("projection_dim",),
+}
+DIVISIBLE = {"block_out_channels": ("norm_num_groups", "attention_head_dim"), "hidden_size": ("num_attention_heads",)}
+# Sizes that old config.json files leave out, as diffusers fills them in.
+DEFAULTS: dict[type, dict[str, int]] = {UNet: {"norm_num_groups": 32}, VAE: {"norm_num_groups": 32}}
+# What the networks of a diffusers config may say that changes nothing here.
+HARMLESS = {"addition_embed_type_num_heads", "force_upcast", "sample_size", "scaling_factor"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError when it is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: give --model a folder in the diffusers layout. {HELP}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} could not be read as JSON ({error}): get it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: get it again")
+    return value
+
+
+def check_sizes(config: dict[str, Any], keys: Sequence[str], path: Path) -> None:
+    """UserError unless every key is a sensible size, and widths divide into their heads and groups."""
+    for key in keys:
+        if key not in config:
+            raise UserError(f"{path} does not say {key}: it is not the config.json of this network, or not a whole one")
+        value = config[key]
+        sizes = value if isinstance(value, list) and key.startswith("block_") else [value]
+        limit = 1000 if "layers" in key else 10_000_000
+        if not sizes or any(type(size) is not int or not 0 < size <= limit for size in sizes):
+            raise UserError(f"{path}: {key} is {value!r}, where a positive integer is needed: such a model is unknown")
+        for divisor in DIVISIBLE.get(key, ()):
+            if divisor in keys and type(config.get(divisor)) is int and config[divisor] > 0:
+                odd = [size for size in sizes if size % config[divisor]]
+                if odd:
+                    raise UserError(f"{path}: {key} {odd[0]} does not divide by {divisor} {config[divisor]}")
+
+
+def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Path) -> None:
+    """UserError for a config that asks for something else than the one value we implement."""
+    for key, only in fixed.items():
+        value = config.get(key)
+        allowed = only if isinstance(only, tuple) else (only,)
+        wrong = [v for v in (value if isinstance(value, list) else [value]) if v not in allowed]
+        if key in config and wrong:
+            known = " or ".join(json.dumps(v) for v in allowed)
+            raise UserError(f"{path}: {key} is {json.dumps(wrong[0])}, and only {known} is implemented")
+
+
+def check_config(config: dict[str, Any], build: type, path: Path) -> dict[str, Any]:
+    """The config with its defaults filled in; UserError that names the file and the key if we cannot build it."""
+    if build is CLIP:
+        for tower, more in (("text_config", ("vocab_size",)), ("vision_config", ("image_size", "patch_size"))):
+            part = config.get(tower)
             if not isinstance(part, dict):
-                raise UserError(f"{path}: text_config and vision_config must be there.")
-            check_sizes(part, sizes, path)
+                raise UserError(f"{path} has no {tower}: give the folder of a CLIP model with both towers")
+            check_sizes(part, (*TOWER, *more), path)
+            check_fixed(part, CLIP.FIXED, path)
+    config = DEFAULTS.get(build, {}) | config
+    check_sizes(config, SIZES[build], path)
+    check_fixed(config, build.FIXED if build is not CLIP else {}, path)
+    if build in (UNet, VAE):
+        types = [config.get(key) for key in ("down_block_types", "up_block_types")]
+        levels = len(config["block_out_channels"]) if isinstance(config["block_out_channels"], list) else 0
+        if any(not isinstance(kinds, list) or len(kinds) != levels for kinds in types):
+            raise UserError(f"{path}: block_out_channels, down_block_types, up_block_types must be equally long lists")
+        # A key that a newer library added may change the architecture: null means that it does not.
+        known = build.FIXED.keys() | set(SIZES[build]) | HARMLESS
+        odd = [k for k, v in config.items() if k not in known and not k.startswith("_") and v is not None]
+        if odd:
+            raise UserError(f"{path}: {odd[0]} is {json.dumps(config[odd[0]])}, a setting that is not implemented")
+    return config
+
+
+def check_agreement(parts: Mapping[str, Part], name: str) -> None:
+    """UserError unless the parts of a model fit together."""
+    pairs = [
+        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
+        ("unet", "in_channels", "vae", "latent_channels"),
+        ("unet", "out_channels", "vae", "latent_channels"),
+    ]
+    for one, key, other, other_key in pairs:
+        if one in parts and other in parts and parts[one].config[key] != parts[other].config[other_key]:
+            values = f"{key} is {parts[one].config[key]}, {other_key} is {parts[other].config[other_key]}"
+            raise UserError(f"{name}: {one} and {other} do not fit together: {values}")
+
+
+# --- Finding files -----------------------------------------------------------------------------------------------
+
+
+def variants(stem: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The two names a weights file may have, the better one first.
+
+    Rounding float32 to half precision gives the half-precision file bit for bit, so for float16 that one is enough;
+    bfloat16 would be rounded twice.
+    """
+    full, half = f"{stem}.safetensors", f"{stem}.fp16.safetensors"
+    return (half, full) if dtype == torch.float16 else (full, half)
+
+
+def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
+    """A network in its own folder: `config.json` and a safetensors file beside it."""
+    build, stem = PARTS[part]
+    config = check_config(read_json(folder / "config.json"), build, folder / "config.json")
+    for name in variants(stem, dtype):
+        if (folder / name).exists():
+            return Part(build, config, folder / name, diffusers_name)
+    for file in sorted(folder.iterdir()):
+        refuse_pickles(file)
+    raise UserError(f"{folder / stem}.safetensors does not exist: the model is not complete. {HELP}")
+
+
+def wanted_files(parts: Sequence[str], dtype: torch.dtype) -> list[tuple[str, ...]]:
+    """What to fetch of a repository in the diffusers layout: for each file its possible names, the best first."""
+    wanted: list[tuple[str, ...]] = [(SCHEDULER,), *((f"tokenizer/{file}",) for file in TOKENIZER)]
     for part in parts:
-        check_config(part, kind.FIXED, path)
-        heads = part.get("num_attention_heads")
-        if heads and part["hidden_size"] % heads:
-            raise UserError(f"{path}: num_attention_heads = {heads} does not divide hidden_size.")
-    if "block_out_channels" in config:
-        check_blocks(config, path)
+        wanted.append((f"{part}/config.json",))
+        wanted.append(tuple(f"{part}/{name}" for name in variants(PARTS[part][1], dtype)))
+    return wanted
 
 
-def check_blocks(config: dict, path: Path) -> None:
-    """UserError if the levels of a U-Net or autoencoder do not fit together."""
-    channels, groups = config["block_out_channels"], config["norm_num_groups"]
-    if not isinstance(channels, list):
-        raise UserError(f"{path}: block_out_channels must be a list.")
-    for key in ("down_block_types", "up_block_types"):
-        if len(config.get(key, channels)) != len(channels):
-            raise UserError(f"{path}: {key} and block_out_channels must be of one length.")
-    heads = config.get("attention_head_dim", 1)
-    for key, n in (("norm_num_groups", groups), ("attention_head_dim", heads)):
-        if not isinstance(n, int) or any(c % n for c in channels):
-            raise UserError(f"{path}: {key} = {n!r} must be one number that divides every block_out_channels.")
+def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
+    """The folder of a Hugging Face repository in the local cache, with the wanted files in it.
 
+    What the cache has is not asked for again; the rest is downloaded, with progress, and goes on where a broken-off
+    download stopped. UserError says what to do without a network.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise UserError(f"downloading {repository} needs `pip install huggingface_hub`. {HELP}") from error
 
-def modern(name: str) -> str:
-    """The key of today for a key of an old file (the autoencoder's attention was named otherwise)."""
-    if ".attentions." in name or ".attn_1." in name:
-        head, *tail = name.rsplit(".", 2)
-        if len(tail) == 2 and tail[0] in OLD_ATTENTION:
-            return f"{head}.{OLD_ATTENTION[tail[0]]}.{tail[1]}"
-    return name
+    def find(names: tuple[str, ...], revision: str) -> str:
+        for name in names:
+            path = hub.try_to_load_from_cache(repository, name, revision=revision)
+            if isinstance(path, str):
+                return path
+        for name in names:
+            with suppress(EntryNotFoundError):
+                return hub.hf_hub_download(repository, name, revision=revision)
+        raise UserError(f"{repository} has no {' or '.join(names)}: choose another model. {HELP}")
 
-
-def load(kind: type[nn.Module], config: dict, source: "Source", dtype: torch.dtype, device: str) -> nn.Module:
-    """Build a module and give it the tensors of `source`: exactly its own, each of its shape, or UserError."""
-    with torch.device("meta"):
-        module = kind(config)
-    expected = module.state_dict()
-    shapes = source.shapes()
-    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    odd = [n for n in expected if n in shapes and math.prod(shapes[n]) != expected[n].numel()]
-    for problem, names in (("lacks", missing), ("should not have", extra), ("has other shapes for", odd)):
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{source.path} {problem} {shown}: it does not fit its config.")
-    state = {}
-    for name, tensor in source.tensors(list(expected)):
-        if tensor.shape != expected[name].shape and tensor.squeeze().shape != expected[name].squeeze().shape:
-            raise UserError(f"{source.path} has other shapes for {name}: it does not fit its config.")
-        # Old files keep the autoencoder's linear layers as 1x1 convolutions.
-        state[name] = tensor.reshape(expected[name].shape).to(device, dtype, copy=True)
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-class Source:
-    """The tensors of one part of a model in a safetensors file, under their names of today."""
-
-    def __init__(self, path: Path, rename=modern):
-        self.path, self.rename = path, rename
-
-    def names(self) -> dict[str, str]:
-        """Name of today -> name in the file; names that the renaming gives up on (None) belong to other parts."""
-        with opened(self.path) as file:
-            pairs = {self.rename(name): name for name in file.keys() if not IGNORED.fullmatch(name)}  # noqa: SIM118
-        pairs.pop(None, None)
-        return pairs
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of every tensor, without reading any."""
-        names = self.names()
-        with opened(self.path) as file:
-            return {name: file.get_slice(old).get_shape() for name, old in names.items()}
-
-    def tensors(self, wanted: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The wanted tensors, one after the other."""
-        names = self.names()
-        with opened(self.path) as file:
-            for name in wanted:
-                yield name, file.get_tensor(names[name])
-
-
-# --- Models ------------------------------------------------------------------------------------------------------
-
-
-class Model:
-    """A model in the diffusers layout; every part is read when it is first asked for. UserError if it cannot be."""
-
-    def __init__(self, name: str, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-        self.name, self.folder, self.dtype, self.device = name, folder, dtype, device
-
-    def config(self, part: str) -> tuple[dict, Path]:
-        """The config.json of a part, and where it lies."""
-        path = self.folder / part / "config.json"
-        return read_json(path), path
-
-    def source(self, part: str) -> Source:
-        """The safetensors file of a part: the fp16 variant if it is the only one, or all that is wanted."""
-        folder, stem = self.folder / part, "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
-        files = [folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"]
-        found = [file for file in files if file.exists()]
-        if found:
-            return Source(found[-1] if self.dtype == torch.float16 else found[0])
-        for file in sorted(folder.glob("*")) if folder.is_dir() else []:
-            refuse_pickle(file)
-        raise UserError(f"{files[0]} does not exist: is {self.folder} a whole model in the diffusers layout?")
-
-    def load(self, kind: type[nn.Module], part: str) -> nn.Module:
-        """Build one part from its folder."""
-        config, path = self.config(part)
-        check(kind, config, path)
-        return load(kind, config, self.source(part), self.dtype, self.device)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """CLIP's tokenizer with this model's vocabulary."""
-        folder = self.folder / "tokenizer"
+    revision, folder = "main", Path()
+    for names in wanted:
         try:
-            return Tokenizer(folder / "vocab.json", folder / "merges.txt")
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename} does not exist: is this a whole model?") from None
-        except Exception as error:  # the tokenizers library raises plain Exception for merges it cannot use
-            raise UserError(f"{folder} holds no usable CLIP tokenizer ({error}).") from error
+            path = Path(find(names, revision))
+        except UserError:
+            raise
+        except LocalEntryNotFoundError as error:
+            raise UserError(
+                f"{names[0]} of {repository} is not in the Hugging Face cache, and the network cannot be used "
+                f"({error.__cause__ or error}). {HELP}"
+            ) from error
+        except Exception as error:  # the hub's client raises many kinds, and others in its next version
+            raise UserError(f"downloading {names[0]} of {repository} failed ({error}): try again. {HELP}") from error
+        folder = path.parents[names[0].count("/")]
+        revision = folder.name  # the commit: all files from the same one
+    return folder
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder; UserError when its files are missing or are none."""
+    vocab, merges = (folder / file for file in TOKENIZER)
+    try:
+        return Tokenizer(vocab, merges)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist: a model needs its {' and '.join(TOKENIZER)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"the tokenizer in {folder} could not be read ({error}): get its two files again") from error
+
+
+# --- The model ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A Stable Diffusion model whose parts are read when they are first used, and then kept.
+
+    `path` is a folder in the diffusers layout or a one-file checkpoint; `repository` is where missing files of a
+    folder may be fetched from.
+    """
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    device: torch.device
+    repository: str | None = None
+    parts: dict[str, Part] = field(default_factory=dict, repr=False)
+
+    def part(self, name: str) -> Part:
+        """Where a network is, found and its config checked, but not read."""
+        if name not in self.parts:
+            if self.path.is_file():
+                self.parts[name] = ldm_part(self.path, name)
+            else:
+                if self.repository and name != "clip":
+                    fetch(self.repository, wanted_files([name], self.dtype))
+                self.parts[name] = folder_part(self.path / name, name, self.dtype)
+            check_agreement(self.parts, self.name)
+        return self.parts[name]
+
+    @property
+    def folder(self) -> Path:
+        """The folder the model lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The text tower that conditions the U-Net."""
-        return self.load(TextEncoder, "text_encoder")
+        """The text tower of CLIP."""
+        return self.part("text_encoder").load(self.dtype, self.device)
 
     @cached_property
     def unet(self) -> UNet:
-        """The denoising U-Net."""
-        return self.load(UNet, "unet")
+        """The U-Net."""
+        return self.part("unet").load(self.dtype, self.device)
 
     @cached_property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self.load(VAE, "vae")
+        return self.part("vae").load(self.dtype, self.device)
 
     @cached_property
     def clip(self) -> CLIP:
-        """The CLIP model that lies beside this one, for evaluation."""
-        return self.load(CLIP, "clip")
+        """The CLIP model that evaluates this model's images, if it brings one; see `load_clip` for others."""
+        if not (self.folder / "clip").is_dir():
+            raise UserError(f"{self.name} has no clip/ folder to evaluate with: name a CLIP model, {CLIP_LARGE} say")
+        return self.part("clip").load(self.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return read_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where vocab.json and merges.txt are: a one-file checkpoint has none, SD 1.4's serves every SD 1.x."""
+        for folder in (self.folder / "tokenizer", self.folder):
+            if self.path.is_dir() or all((folder / file).is_file() for file in TOKENIZER):
+                return folder
+        try:
+            return fetch(SD14, [(f"tokenizer/{file}",) for file in TOKENIZER]) / "tokenizer"
+        except UserError as error:
+            beside = f"put {' and '.join(TOKENIZER)} beside it"
+            raise UserError(f"{self.path} brings no tokenizer: {beside}. (SD 1.4's: {error})") from error
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The noise schedule; SD 1.4's where the folder has none."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        config = read_json(path) if path.exists() else {}
-        check_config(config, Schedule.FIXED, path)
+        """The noise schedule."""
+        path = self.path / SCHEDULER
+        config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
+        check_fixed(config, Schedule.FIXED, path)
         return Schedule(config)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int = 16) -> Tensor:
-        """Contexts E [B, 77, d] of prompts."""
-        if not prompts:
-            return torch.zeros(0, 77, self.text_encoder.config["hidden_size"], device=self.device, dtype=self.dtype)
-        tokens = self.tokenizer(prompts).to(self.device)
-        return torch.cat([self.text_encoder(part) for part in tokens.split(batch_size)])
+    def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """Context E [B, 77, d] of B prompts."""
+        tower, length = self.text_encoder, self.part("text_encoder").config.get("max_position_embeddings", 77)
+        tokens = self.tokenizer(prompts, length).to(self.device)
+        return torch.cat([tower(batch) for batch in tokens.split(batch_size)])
 
-    def cross_attention(self) -> dict[str, Tensor]:
-        """`...attn2.{to_q,to_k,to_v,to_out.0}.weight` of the U-Net, float32; nothing else of the file is read."""
-        config, path = self.config("unet")
-        check(UNet, config, path)
-        with torch.device("meta"):
-            names = [n for n in UNet(config).state_dict() if re.search(r"\.attn2\..*weight$", n)]
-        source = self.source("unet")
-        missing = [name for name in names if name not in source.names()]
-        if missing:
-            raise UserError(f"{source.path} lacks {missing[0]}: it does not fit its config.")
-        return {name: tensor.to(self.device, torch.float32) for name, tensor in source.tensors(names)}
+    def cross_attention(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The weights of to_q, to_k, to_v and to_out.0 of every cross-attention layer, under the checkpoint's keys.
+
+        In the order of `UNet.cross_attentions`. Nothing else of the U-Net is read, and none is built.
+        """
+        part = self.part("unet")
+        module, keys = part.empty(), part.keys()
+        part.check(module.state_dict(), keys)  # of the header, so free
+        expected = {
+            f"{path}.{matrix}.weight": layer.get_submodule(matrix).weight
+            for path, layer in module.cross_attentions().items()
+            for matrix in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        return part.read(expected, dtype, self.device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of the text encoder: two models of one fingerprint give prompts the same contexts.
+        """16 hexadecimal digits that tell text encoders apart: what gates were trained for, what was cached with it.
 
-        Hashes a few rows of every tensor: half a gigabyte need not be read to tell two encoders apart.
+        SHA-256 of every tensor's name, shape and values, rounded to half precision: files in any layout and both
+        precisions of one model agree, and no edit escapes, as it would a sample. Takes half a second for SD 1.4.
+        The U-Net stays out: its fine-tunes share the text encoder, and gates carry over to them.
         """
+        part = self.part("text_encoder")
+        expected = part.empty().state_dict()
+        part.check(expected, part.keys())
         digest = hashlib.sha256()
-        source = self.source("text_encoder")
-        names = sorted(source.names())
-        for name, tensor in source.tensors(names):
-            rows = tensor.flatten()[:256].float()
-            digest.update(f"{name} {list(tensor.shape)}".encode() + rows.numpy().tobytes())
-        for file in ("vocab.json", "merges.txt"):
-            path = self.folder / "tokenizer" / file
-            digest.update(path.read_bytes() if path.exists() else b"")
+        for name in sorted(expected):
+            one = part.read({name: expected[name]}, torch.float16, torch.device("cpu"))[name]
+            digest.update(f"{name} {list(one.shape)}\n".encode())
+            digest.update(one.contiguous().numpy())
         return digest.hexdigest()[:16]
 
 
-def load_model(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """Open the model `name`: "emoji" (embedded), "sd14" (cache or download) or a folder; UserError if there is none."""
-    if str(name) == "emoji":
-        return Model("emoji", EMOJI, dtype, device)
-    if str(name) == "sd14":
-        return Model("sd14", download_sd14(), dtype, device)
-    path = Path(name)
-    if path.is_file():
-        refuse_pickle(path)
-        raise UserError(f"{path} is a file: give the folder of a model in the diffusers layout.")
-    if not path.is_dir():
-        raise UserError(f"there is no model {str(name)!r}: use sd14, emoji, or the folder of a model.")
-    return Model(path.resolve().name, path, dtype, device)
+def load_model(
+    name: str | Path = "sd14",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    parts: Sequence[str] = ("text_encoder", "unet", "vae"),
+) -> Model:
+    """The model "sd14", "emoji", or at a path; its tensors are read when a part of it is first used.
 
-
-def download_sd14() -> Path:
-    """The folder of SD 1.4 in the Hugging Face cache; what is not there is downloaded, resuming where it broke off."""
-    from huggingface_hub import snapshot_download  # slow to import, and needed by one command alone
-
-    files = ["tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
-    files += [f"{part}/config.json" for part in ("text_encoder", "unet", "vae")]
-    files += ["text_encoder/model.safetensors"]
-    files += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    The files of `parts` are found, or downloaded, and their configs checked at once, so that what is missing shows
+    before any work is done. UserError says what to do about it.
+    """
     try:
-        folder = Path(snapshot_download(SD14, allow_patterns=files))
-    except Exception as error:  # huggingface_hub raises a dozen kinds; all mean that the files cannot be had
-        raise UserError(
-            f"Stable Diffusion 1.4 is not on this machine and cannot be downloaded ({type(error).__name__}). Either "
-            f"connect to the internet and try again (or put {SD14} into the Hugging Face cache yourself, or pass "
-            "--model FOLDER), or use the embedded model: --model emoji."
-        ) from error
-    missing = [file for file in files if not (folder / file).exists()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {missing[0]} and cannot be completed without a network. Connect and try again, or use "
-            "the embedded model: --model emoji."
-        )
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device} cannot be used ({error}): choose another, cpu say") from error
+    name, repository = str(name), None
+    if name == "sd14":
+        repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
+    elif name == "emoji":
+        path = Path(__file__).with_name("emoji")
+    else:
+        path = Path(name).expanduser()
+        refuse_pickles(path)
+        if not path.exists():
+            raise UserError(f"there is no model {name}: choose sd14, emoji, or the path of a folder or a .safetensors")
+    model = Model(name, path, dtype, device, repository)
+    for part in parts:
+        model.part(part)
+    return model
+
+
+CLIP_LARGE = "openai/clip-vit-large-patch14"
+
+
+def load_clip(
+    name: str | Path = CLIP_LARGE, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[CLIP, Tokenizer]:
+    """A CLIP model and its tokenizer, from a folder or the Hugging Face repository of any `openai/clip-vit-*`."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            raise UserError(f"there is no CLIP model {name}: give a folder, or a repository as in {CLIP_LARGE}")
+        folder = fetch(str(name), [("config.json",), *((file,) for file in TOKENIZER), variants("model", dtype)])
+    part = folder_part(folder, "clip", dtype)
+    return part.load(dtype, torch.device(device)), read_tokenizer(folder)
+
+
+# --- Writing models ----------------------------------------------------------------------------------------------
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
+    """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
+
+    UserError when the folder exists already. It appears when it is complete, and not before.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another name, or remove it")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        for part in ("text_encoder", "unet", "vae"):
+            write_part(model, part, temporary / part, changed.get(part))
+        if (model.folder / "clip").is_dir():
+            write_part(model, "clip", temporary / "clip", changed.get("clip"))
+        (temporary / "tokenizer").mkdir()
+        for file in TOKENIZER:
+            shutil.copyfile(model.tokenizer_folder / file, temporary / "tokenizer" / file)
+        scheduler = {"_class_name": "DDIMScheduler", **model.schedule.config}
+        write_text(temporary / SCHEDULER, json.dumps(scheduler, indent=2))
+        write_text(temporary / "model_index.json", json.dumps(MODEL_INDEX, indent=2))
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error}. Make room, or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-# --- Cache of contexts -------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where encoded anchors are kept: $CPE_CACHE, else ~/.cache/cpe."""
-    return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
-
-
-def cached_contexts(model: Model, prompts: Sequence[str], progress=lambda x: x, chunk: int = 64) -> Tensor:
-    """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
-
-    They are kept in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
-    """
-    parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
-    contexts = []
-    for part in progress(parts):
-        key = hashlib.sha256(json.dumps([model.fingerprint, part]).encode()).hexdigest()[:32]
-        path = cache_folder() / f"contexts-{key}.safetensors"
-        try:
-            tensor = read_tensors(path)[0]["contexts"]
-        except (UserError, KeyError):  # not there yet, or damaged: encode it again
-            tensor = model.encode(part).half().cpu()
-            write_tensors(path, {"contexts": tensor})
-        contexts.append(tensor)
-    return torch.cat(contexts) if contexts else model.encode([]).half()
+def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """One network of a model: its file as it is, unless its tensors changed or lie among others."""
+    part = model.part(name)
+    folder.mkdir(parents=True)
+    target = folder / f"{PARTS[name][1]}.safetensors"
+    if state is None and model.path.is_dir():
+        shutil.copyfile(part.path, target)
+    else:
+        expected = part.empty().state_dict()
+        if state is None:
+            part.check(expected, part.keys())
+            state = part.read(expected, model.dtype, torch.device("cpu"))
+        if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in expected.items()}:
+            raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
+        save_tensors(target, state)
+    write_text(folder / "config.json", json.dumps(part.config, indent=2))

@@ -212,9 +212,14 @@ def test_without_weights_and_network_both_ways_out_are_named(tmp_path, monkeypat
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "new" / "file.json"
     weights.write_json(path, {"a": 1})
-    with pytest.raises(KeyboardInterrupt), weights.writing(path) as part:
-        part.write_bytes(b"half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with weights.writing(path) as part:
+            part.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 

@@ -1,0 +1,181 @@
+"""clip.py: the tokenizer, the text tower and the vision tower."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import clip
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parent / "emoji" / "tokenizer"
+
+TEXTS = [
+    "a photo of a cat",
+    "A Photo Of A CAT",
+    "  two\tspaces \n and   lines ",
+    "it's we've they'll I'm don't you'd they're IT'S",
+    "3 cats, 12 dogs and 2024 years",
+    "café naïve Ångström Édith cafe\u0301 İstanbul STRASSE straße",
+    "🐱 a cat 👩‍🚀 🇫🇷 👍🏽!",
+    "кошка 猫 고양이 قطة γάτα ไทย हिन्दी",
+    'odd punctuation: (a), [b]... "c" — d/e_f #g @h $5 50% a&b',
+    "<|endoftext|> a <|startoftext|>cat<|endoftext|>",
+    "non\u00a0breaking\u2003space\u200bzero",
+    "",
+    "   ",
+    "\x00\x1f",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return clip.Tokenizer(FOLDER / "vocab.json", FOLDER / "merges.txt")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    (tokenizer,) = tiny.reference("transformers", "CLIPTokenizer")
+    return tokenizer.from_pretrained(FOLDER)
+
+
+def test_tokenizer_pads_with_eos_to_77(tokenizer):
+    ids = tokenizer(["a cat", ""])
+    words = tokenizer.ids("a cat")
+    assert ids.shape == (2, 77)
+    assert ids.dtype == torch.long
+    assert ids[0].tolist() == [tokenizer.bos, *words] + [tokenizer.eos] * (76 - len(words))
+    assert ids[1].tolist() == [tokenizer.bos] + [tokenizer.eos] * 76
+    assert tokenizer([]).shape == (0, 77)
+
+
+def test_tokenizer_ignores_case_and_white_space(tokenizer):
+    assert tokenizer.ids("A\tPhoto \n of  a CAT ") == tokenizer.ids("a photo of a cat")
+
+
+def test_tokenizer_composes_accents(tokenizer):
+    assert tokenizer.ids("cafe\u0301") == tokenizer.ids("café")
+
+
+def test_tokenizer_splits_contractions_and_digits(tokenizer):
+    assert tokenizer.ids("it's") == tokenizer.ids("it") + tokenizer.ids("'s")
+    assert tokenizer.ids("2024") == [i for digit in "2024" for i in tokenizer.ids(digit)]
+
+
+def test_tokens_are_readable(tokenizer):
+    assert "".join(tokenizer.tokens("A photo of a cat")) == "aphotoofacat"
+
+
+def test_long_prompt_is_cut_with_a_warning_that_shows_what(tokenizer):
+    with pytest.warns(UserWarning, match="prompt cut at 75 tokens.*'7 and Unread'"):
+        ids = tokenizer(["1" * 75 + "7 and Unread"])
+    assert ids[0].tolist() == [tokenizer.bos] + tokenizer.ids("1" * 75) + [tokenizer.eos]
+
+
+def test_75_tokens_fit_without_a_warning(tokenizer):
+    assert tokenizer(["1" * 75])[0, -2:].tolist() == [tokenizer.ids("1")[0], tokenizer.eos]
+
+
+def test_tokenizer_refuses_other_files(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(ValueError, match="not a CLIP vocabulary"):
+        clip.Tokenizer(tmp_path / "vocab.json", FOLDER / "merges.txt")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
+    with pytest.raises(ValueError, match="not a list of BPE merges"):
+        clip.Tokenizer(FOLDER / "vocab.json", tmp_path / "merges.txt")
+
+
+def test_sd14_text_encoder_has_the_official_size():
+    with torch.device("meta"):
+        assert tiny.size(clip.TextEncoder(tiny.SD14_TEXT)) == (196, 123_060_480)
+
+
+def test_text_tower_equals_the_stored_reference():
+    stored = load_file(HERE / "reference.safetensors")["text"]
+    ours = tiny.filled(clip.TextEncoder(tiny.TEXT))
+    assert tiny.difference(ours(tiny.tokens(60)), stored) <= 1e-5
+
+
+def test_both_towers_equal_the_stored_reference():
+    stored = load_file(HERE / "reference.safetensors")["clip"]
+    ours = tiny.filled(clip.CLIP(tiny.CLIP))
+    assert tiny.difference(ours(tiny.draw("images", 2, 3, 16, 16), tiny.tokens(60)), stored) <= 1e-5
+
+
+def test_text_tower_is_causal():
+    ours, ids = tiny.filled(clip.TextEncoder(tiny.TEXT)), tiny.tokens(60)
+    changed = ids.clone()
+    changed[:, 5:] = 1
+    assert torch.allclose(ours(ids)[:, :5], ours(changed)[:, :5], atol=1e-6)
+    assert not torch.allclose(ours(ids)[:, 5:], ours(changed)[:, 5:], atol=1e-3)
+
+
+def test_preprocess_normalises_and_resizes():
+    grey = torch.zeros(1, 3, 16, 16)
+    expected = (0.5 - torch.tensor(clip.IMAGE_MEAN)) / torch.tensor(clip.IMAGE_STD)
+    for size in (8, 16, 32):
+        out = clip.preprocess(grey, size)
+        assert out.shape == (1, 3, size, size)
+        assert torch.allclose(out.mean(dim=(0, 2, 3)), expected, atol=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_equals_transformers(tokenizer, theirs, text):
+    expected = theirs(text, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert tokenizer([text])[0].tolist() == expected
+
+
+@pytest.mark.oracle
+@given(st.text(max_size=30))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_tokenizer_equals_transformers_on_any_text(tokenizer, theirs, text):
+    assert tokenizer.ids(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.oracle
+def test_cut_prompt_equals_transformers(tokenizer, theirs):
+    prompt = "a very long story of " * 40
+    expected = theirs(prompt, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    with pytest.warns(UserWarning, match="prompt cut"):
+        assert tokenizer([prompt])[0].tolist() == expected
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("change", [{}, {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6}])
+def test_text_tower_equals_transformers(change):
+    config = {**tiny.TEXT, **change}
+    ours = tiny.filled(clip.TextEncoder(config))
+    theirs = tiny.their_text(config, ours)
+    for length in (9, 77):
+        ids = tiny.tokens(60, length)
+        assert tiny.difference(ours(ids), theirs(input_ids=ids).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("change", [{}, {"patch_size": 8, "num_hidden_layers": 3}])
+def test_both_towers_equal_transformers(change):
+    config = {**tiny.CLIP, "vision_config": {**tiny.VISION, **change}}
+    ours = tiny.filled(clip.CLIP(config))
+    theirs = tiny.their_clip(config, ours)
+    ids, images = tiny.tokens(60), tiny.draw("images", 2, 3, 16, 16)
+    vision = theirs.vision_model(pixel_values=images).pooler_output
+    assert tiny.difference(ours.vision_model(images), vision) <= 1e-5
+    logits = theirs(input_ids=ids, pixel_values=images).logits_per_image
+    assert tiny.difference(ours(images, ids), logits) <= 1e-5
+
+
+@pytest.mark.oracle
+@pytest.mark.slow
+def test_sd14_text_encoder_equals_transformers():
+    ours = tiny.filled(clip.TextEncoder(tiny.SD14_TEXT))
+    ids = tiny.tokens(49408, 77)
+    theirs = tiny.their_text(tiny.SD14_TEXT, ours)
+    assert tiny.difference(ours(ids), theirs(input_ids=ids).last_hidden_state) <= 1e-4

@@ -1,0 +1,74 @@
+"""vae.py: encode and decode."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from vae import VAE
+
+HERE = Path(__file__).parent
+
+
+def moments(vae: VAE, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat(vae.encode(images), dim=1)
+
+
+def test_sd14_has_the_official_size():
+    with torch.device("meta"):
+        vae = VAE(tiny.SD14_VAE)
+    assert tiny.size(vae) == (248, 83_653_863)
+    assert vae.scaling_factor == 0.18215
+
+
+def test_equals_the_stored_reference():
+    stored, vae = load_file(HERE / "reference.safetensors"), tiny.filled(VAE(tiny.VAE))
+    images, latents = tiny.draw("images", 2, 3, 16, 16)[:1], tiny.draw("latents", 1, 4, 4, 4)
+    assert tiny.difference(moments(vae, images), stored["vae.encode"]) <= 1e-5
+    assert tiny.difference(vae.decode(latents), stored["vae.decode"]) <= 1e-5
+
+
+def test_shapes_and_bounds():
+    vae = tiny.filled(VAE(tiny.VAE))
+    mean, logvar = vae.encode(1e4 * tiny.draw("images", 2, 3, 16, 24))
+    assert mean.shape == logvar.shape == (2, 4, 8, 12)
+    assert logvar.min() >= -30
+    assert logvar.max() <= 20
+    assert vae.decode(mean).shape == (2, 3, 16, 24)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"layers_per_block": 2, "latent_channels": 3},
+        {
+            "block_out_channels": [8, 16, 24, 32],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
+    ],
+)
+def test_equals_diffusers(change):
+    config = {**tiny.VAE, **change}
+    ours = tiny.filled(VAE(config))
+    theirs = tiny.their_vae(config, ours)
+    images, latents = tiny.draw("images", 2, 3, 32, 48), tiny.draw("latents", 2, config["latent_channels"], 4, 6)
+    posterior = theirs.encode(images).latent_dist
+    mean, logvar = ours.encode(images)
+    assert tiny.difference(mean, posterior.mean) <= 1e-5
+    assert tiny.difference(logvar, posterior.logvar) <= 1e-5
+    assert tiny.difference(ours.decode(latents), theirs.decode(latents).sample) <= 1e-5
+
+
+@pytest.mark.oracle
+@pytest.mark.slow
+def test_sd14_equals_diffusers():
+    ours = tiny.filled(VAE(tiny.SD14_VAE))
+    theirs = tiny.their_vae(tiny.SD14_VAE, ours)
+    images, latents = tiny.draw("images", 1, 3, 128, 128), tiny.draw("latents", 1, 4, 16, 16)
+    assert tiny.difference(moments(ours, images), theirs.encode(images).latent_dist.parameters) <= 1e-4
+    assert tiny.difference(ours.decode(latents), theirs.decode(latents).sample) <= 1e-4

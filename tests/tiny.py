@@ -1,0 +1,173 @@
+"""Tiny configs, weights that any machine draws alike, and the references: what several test files share."""
+
+import importlib
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+TEXT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 58,
+    "eos_token_id": 59,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 4,
+}
+CLIP = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 2,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+
+# The sizes of Stable Diffusion 1.4.
+SD14_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+SD14_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}
+SD14_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DDIM = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+
+
+def draw(name: str, *shape: int) -> Tensor:
+    """Standard normal numbers that depend on the name and the shape alone (numpy's frozen generator)."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    return torch.tensor(random.standard_normal(shape), dtype=torch.float32)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """The model in eval mode, every tensor drawn by its key: biases and norms included, none of them trivial."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        noise = draw(key, *tensor.shape)
+        if key.endswith("bias"):
+            state[key] = 0.1 * noise
+        elif tensor.dim() < 2:  # norms, the class embedding, the logit scale
+            state[key] = 1 + 0.1 * noise
+        else:
+            state[key] = noise * (tensor.shape[0] / tensor.numel()) ** 0.5
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+def tokens(vocab_size: int, length: int = 9) -> Tensor:
+    """Three rows of ids: BOS, some words, then EOS up to the end."""
+    bos, eos = vocab_size - 2, vocab_size - 1
+    rows = [[bos, 5, 17, 3, eos], [bos, 40, 2, 2, 31, 8, 11, eos], [bos, eos]]
+    return torch.tensor([row + [eos] * (length - len(row)) for row in rows])
+
+
+def reference(library: str, *names: str) -> list:
+    """Objects of diffusers or transformers; the test is skipped where the extra `oracle` is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(library, exc_type=ImportError)
+        module = importlib.import_module(library)
+        return [getattr(module, name) for name in names]
+
+
+def copied(ours: nn.Module, theirs: nn.Module) -> nn.Module:
+    """Their model with our tensors (shared, not copied), strictly; some versions drop the prefix `text_model.`."""
+    known = theirs.state_dict()
+    state = {key if key in known else key.removeprefix("text_model."): x for key, x in ours.state_dict().items()}
+    theirs.load_state_dict(state, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def their_text(config: dict, ours: nn.Module) -> nn.Module:
+    """transformers' CLIPTextModel with our weights."""
+    model, make = reference("transformers", "CLIPTextModel", "CLIPTextConfig")
+    return copied(ours, model(make(**config, hidden_act="quick_gelu")))
+
+
+def their_clip(config: dict, ours: nn.Module) -> nn.Module:
+    """transformers' CLIPModel with our weights."""
+    model, make = reference("transformers", "CLIPModel", "CLIPConfig")
+    return copied(ours, model(make(**config)))
+
+
+def their_unet(config: dict, ours: nn.Module) -> nn.Module:
+    """diffusers' UNet2DConditionModel with our weights."""
+    (model,) = reference("diffusers", "UNet2DConditionModel")
+    return copied(ours, model(**config))
+
+
+def their_vae(config: dict, ours: nn.Module) -> nn.Module:
+    """diffusers' AutoencoderKL with our weights."""
+    (model,) = reference("diffusers", "AutoencoderKL")
+    return copied(ours, model(**config))
+
+
+def dummy(latents: Tensor, timestep: int, kv: dict[str, Tensor]) -> Tensor:
+    """A seeded stand-in for the U-Net: mixes channels, depends on the timestep, and adds kv["shift"] [B] per row."""
+    noise = torch.tanh(torch.einsum("ij,bjhw->bihw", draw("dummy", 4, 4), latents))
+    return noise + 0.3 * np.sin(int(timestep) / 150) + kv["shift"].view(-1, 1, 1, 1)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference; the shapes must agree."""
+    assert ours.shape == theirs.shape
+    return (ours - theirs).abs().max().item()
+
+
+def size(model: nn.Module) -> tuple[int, int]:
+    """Tensors and parameters of a model."""
+    return len(model.state_dict()), sum(x.numel() for x in model.state_dict().values())
