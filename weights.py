@@ -535,8 +535,11 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
             if isinstance(path, str):
                 return path
         for name in names:
-            with suppress(EntryNotFoundError):
+            try:
                 return hub.hf_hub_download(repository, name, revision=revision)
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # not a 404: the repository was not reached
+                    raise
         raise UserError(f"{repository} has no {' or '.join(names)}: choose another model. {HELP}")
 
     revision, folder = "main", Path()
