@@ -122,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = args.run(args)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
         if args.json:
-            from weights import write_json
+            from weights import write_text
 
-            write_json(args.json, figures)
+            write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
         print(f"took    {figures['seconds']} s")
         if figures.get("next"):
             print(f"next    {figures['next']}")
@@ -147,26 +147,23 @@ def bar(iterable: Iterable, total: int, text: str):
     return tqdm(iterable, total=total, desc=text, leave=False, file=sys.stderr)
 
 
-def open_model(args: argparse.Namespace, dtype: str = "float32") -> "Model":
-    """The model of --model on --device; UserError if there is no such device here."""
+def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "float32") -> "Model":
+    """The model of --model on --device; only the files of `parts` are looked for."""
     import torch
 
-    from weights import UserError, load_model
+    from weights import load_model
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[args.device]:
-        raise UserError(f"--device {args.device}: this machine has none. Use --device cpu.")
-    return load_model(args.model, getattr(torch, dtype), args.device)
+    return load_model(args.model, getattr(torch, dtype), args.device, parts)
 
 
 def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
     """Gates of all files merged; UserError for a file that holds none, or that belongs to another model."""
     import cpe
-    from weights import UserError, read_tensors
+    from weights import UserError, load_tensors
 
     gates, names = [], []
     for path in paths:
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = load_tensors(path)
         try:
             gates.append(cpe.from_tensors(tensors))
         except ValueError as error:
@@ -188,15 +185,12 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
 
 def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
     """UserError if the gates' projections are not those of the model's U-Net."""
-    import torch
-
-    from unet import UNet
     from weights import UserError
 
-    with torch.device("meta"):
-        layers = UNet(model.config("unet")[0]).cross_attentions()
+    unet = model.part("unet").empty()
+    layers = unet.cross_attentions()
     widths = {f"{p}.{k}": getattr(a, k).out_features for p, a in layers.items() for k in ("to_k", "to_v")}
-    d = model.config("unet")[0]["cross_attention_dim"]
+    d = unet.config["cross_attention_dim"]
     if gates.w_qs.shape[1] != d or dict(zip(gates.names, gates.widths, strict=True)) != widths:
         raise UserError(
             f"{paths[0]} is of another model: it corrects {len(gates.names)} projections of a context of width "
@@ -226,19 +220,16 @@ def slug(name: str) -> str:
 
 def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
-    import io
-
     import torch
     from PIL import Image
 
-    from weights import write_bytes
+    from weights import atomic
 
     picture = torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)
     pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    with atomic(path) as temporary:
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(temporary, "PNG")
 
 
 def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, args, text: str) -> "Tensor":
@@ -306,10 +297,10 @@ def build_trainer(args: argparse.Namespace, model: "Model", names: list[str], re
 def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict[str, float]:
     """Train to the end, saving the state every few seconds; returns the last value of every loss."""
     import cpe
-    from weights import UserError, read_tensors, write_tensors
+    from weights import UserError, load_tensors, save_tensors
 
     if resume and state.exists():
-        tensors, metadata = read_tensors(state)
+        tensors, metadata = load_tensors(state)
         if metadata.get("run") != run:
             raise UserError(f"{state} is of a run with other settings: use the same, or train without --resume.")
         try:
@@ -326,13 +317,13 @@ def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict
             progress.set_postfix(stage=report.stage, **{n: f"{v:.2g}" for n, v in report.losses.items()}, refresh=False)
             progress.update()
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                write_tensors(state, trainer.state(), {"run": run})
+                save_tensors(state, trainer.state(), {"run": run})
                 saved = time.monotonic()
     except cpe.Diverged as error:
-        write_tensors(state, trainer.state(), {"run": run})
+        save_tensors(state, trainer.state(), {"run": run})
         raise UserError(f"{error}. The last good state is in {state}; try a smaller --steps-scale or seed.") from error
     except KeyboardInterrupt:
-        write_tensors(state, trainer.state(), {"run": run})
+        save_tensors(state, trainer.state(), {"run": run})
         raise
     finally:
         progress.close()
@@ -352,7 +343,7 @@ def train(args: argparse.Namespace) -> dict:
     import dataclasses
 
     import cpe
-    from weights import write_tensors
+    from weights import save_tensors
 
     args.preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
     recipe = cpe.PRESETS[args.preset]
@@ -363,7 +354,7 @@ def train(args: argparse.Namespace) -> dict:
     out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
     state = out.with_name(f"{out.stem}.state.safetensors")
 
-    model = open_model(args)
+    model = open_model(args, ("text_encoder", "unet"))
     settings = {"target": names[0], "aliases": names[1:], "gate": args.gate, "seed": args.seed, "preset": args.preset}
     settings |= {"fingerprint": model.fingerprint, **dataclasses.asdict(recipe)}
     trainer = build_trainer(args, model, names, recipe, prompts)
@@ -371,7 +362,7 @@ def train(args: argparse.Namespace) -> dict:
     gates = finished_gates(trainer, trainer.objective)
     metadata = {"prompts": names[0], "rank": str(gates.k), "alpha": str(gates.alpha[0].item()), "version": "1"}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    write_tensors(out, cpe.to_tensors(gates), metadata)
+    save_tensors(out, cpe.to_tensors(gates), metadata)
     state.unlink(missing_ok=True)
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     again = f'python cpe.py generate "a picture of {names[0]}" --gates {out} --before-after --model {args.model}'
@@ -387,7 +378,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     if args.before_after and not args.gates:
         raise UserError("--before-after compares with gates: give at least one --gates FILE.")
-    model = open_model(args, args.dtype)
+    model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
@@ -408,7 +399,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
-    model = open_model(args)
+    model = open_model(args, ("text_encoder", "unet"))
     gates = load_gates(args.gates, model)
     with torch.no_grad():
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
@@ -439,7 +430,7 @@ def demo(args: argparse.Namespace) -> dict:
         ["train", "--target", args.target, "--model", "emoji", "--seed", str(args.seed), "--out", str(gate_file)]
     )
     trained = train(train_args)
-    model = open_model(args)
+    model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
     features = evaluate.name_features(model.clip, model.tokenizer, concepts)

@@ -803,3 +803,33 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
             raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
         save_tensors(target, state)
     write_text(folder / "config.json", json.dumps(part.config, indent=2))
+
+
+# --- Cache of contexts -------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where encoded anchors are kept: $CPE_CACHE, else ~/.cache/cpe."""
+    return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
+
+
+def cached_contexts(
+    model: Model, prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64
+) -> Tensor:
+    """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
+
+    They are kept in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
+    """
+    parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
+    contexts = []
+    for part in progress(parts):
+        vocabulary = [(model.tokenizer_folder / file).read_text(encoding="utf-8") for file in TOKENIZER]
+        key = hashlib.sha256(json.dumps([model.fingerprint, vocabulary, part]).encode()).hexdigest()[:32]
+        path = cache_folder() / f"contexts-{key}.safetensors"
+        try:
+            tensor = load_tensors(path)[0]["contexts"]
+        except (UserError, KeyError):  # not there yet, or damaged: encode it again
+            tensor = model.encode(part).half().cpu()
+            save_tensors(path, {"contexts": tensor})
+        contexts.append(tensor)
+    return torch.cat(contexts)

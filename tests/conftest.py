@@ -1,5 +1,6 @@
 """A tiny random model in the official layout: everything but the quality of its pictures is real."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,8 +48,8 @@ VAE_CONFIG = {
 def write_part(folder: Path, kind: type, config: dict, file: str) -> None:
     """One part of a model: random weights of its own seed, and its config.json."""
     torch.manual_seed(len(str(config)))
-    weights.write_json(folder / "config.json", config)
-    weights.write_tensors(folder / file, kind(config).state_dict())
+    weights.write_text(folder / "config.json", json.dumps(config))
+    weights.save_tensors(folder / file, kind(config).state_dict())
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +65,7 @@ def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_part(folder / "vae", VAE, VAE_CONFIG, "diffusion_pytorch_model.safetensors")
     both = {"text_config": text, "vision_config": VISION, "projection_dim": 8}
     write_part(folder / "clip", CLIP, both, "model.safetensors")
+    weights.write_text(folder / "scheduler" / "scheduler_config.json", json.dumps({"beta_start": 0.00085}))
     return folder
 
 

@@ -43,7 +43,7 @@ def test_train_writes_one_gate_file_and_says_what_is_next(run, tmp_path):
     assert "wrote   gates/red-heart.safetensors" in said
     assert "python cpe.py generate" in said
     assert [p.name for p in (tmp_path / "gates").iterdir()] == ["red-heart.safetensors"]
-    tensors, metadata = weights.read_tensors("gates/red-heart.safetensors")
+    tensors, metadata = weights.load_tensors("gates/red-heart.safetensors")
     assert metadata["prompts"] == "red heart"
     assert metadata["rank"] == "4"
     assert cpe.from_tensors(tensors).concepts == 1
@@ -111,11 +111,11 @@ def test_inspect_prints_a_gate_value_for_every_token(run):
     [
         (("train", "--target", "  "), "empty"),
         (("train", "--target", "…"), "empty"),
-        (("train", "--target", "A  Person"), "surrogate"),
+        (("train", "--target", "An  Object", "--preset", "object"), "surrogate"),
         (("train", "--target", "x", "--model", "nowhere"), "there is no model"),
         (("train", "--target", "x", "--model", "model.ckpt"), "pickle"),
         (("train", "--target", "Brad Pitt", "--model", "emoji"), "never seen"),
-        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "cannot be written"),
+        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "could not be written"),
         (("generate", "x", "--gates", "none.safetensors"), "does not exist"),
         (("generate", "x", "--before-after"), "--gates"),
         (("generate", "x", "--gates", "gate.pt"), "pickle"),
