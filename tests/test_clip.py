@@ -74,7 +74,7 @@ def test_tokens_are_readable(tokenizer):
 def test_long_prompt_is_cut_with_a_warning_that_shows_what(tokenizer):
     with pytest.warns(UserWarning, match="prompt cut at 75 tokens.*'7 and Unread'"):
         ids = tokenizer(["1" * 75 + "7 and Unread"])
-    assert ids[0].tolist() == [tokenizer.bos] + tokenizer.ids("1" * 75) + [tokenizer.eos]
+    assert ids[0].tolist() == [tokenizer.bos, *tokenizer.ids("1" * 75), tokenizer.eos]
 
 
 def test_75_tokens_fit_without_a_warning(tokenizer):
