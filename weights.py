@@ -122,7 +122,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+            any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        )
         hint = "the disk is full: make room" if full else f"{error}: check the folder, or choose another"
         raise UserError(f"{path} could not be written: {hint}") from error
     finally:
@@ -409,8 +411,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: give --model a folder in the diffusers layout. {HELP}") from error
-    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not exist: is this a whole model in the diffusers layout?") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} could not be read as JSON ({error}): get it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object: get it again")
@@ -505,7 +507,7 @@ def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
             return Part(build, config, folder / name, diffusers_name)
     for file in sorted(folder.iterdir()):
         refuse_pickles(file)
-    raise UserError(f"{folder / stem}.safetensors does not exist: the model is not complete. {HELP}")
+    raise UserError(f"{folder / stem}.safetensors does not exist: is this a whole model in the diffusers layout?")
 
 
 def wanted_files(parts: Sequence[str], dtype: torch.dtype) -> list[tuple[str, ...]]:
@@ -832,4 +834,4 @@ def cached_contexts(
             tensor = model.encode(part).half().cpu()
             save_tensors(path, {"contexts": tensor})
         contexts.append(tensor)
-    return torch.cat(contexts)
+    return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

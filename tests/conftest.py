@@ -37,6 +37,8 @@ UNET = {
 }
 VAE_CONFIG = {
     "block_out_channels": [4, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
     "layers_per_block": 1,
     "in_channels": 3,
     "out_channels": 3,

@@ -30,6 +30,12 @@ def test_equals_the_stored_reference(unet):
     assert tiny.difference(unet(tiny.draw("latents", 1, 4, 8, 8), 701, kv), stored) <= 1e-5
 
 
+def test_eps_of_every_group_norm(unet):
+    for path, eps in tiny.eps(unet).items():
+        transformer = path.endswith(".norm") and "attentions" in path
+        assert eps == (1e-6 if transformer else 1e-5), path
+
+
 def test_keys_values_are_named_after_their_weights(unet):
     context = tiny.draw("context", 2, 9, 32)
     kv, state = unet.keys_values(context), unet.state_dict()
@@ -104,6 +110,7 @@ def test_equals_diffusers(change):
     config = {**tiny.UNET, **change}
     ours = tiny.filled(UNet(config))
     theirs = tiny.their_unet(config, ours)
+    assert tiny.eps(ours) == tiny.eps(theirs)
     latents, context = tiny.draw("latents", 3, 4, 16, 16), tiny.draw("context", 3, 77, 32)
     timesteps = torch.tensor([0, 481, 999])
     expected = theirs(latents, timesteps, context).sample

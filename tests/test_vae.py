@@ -30,6 +30,10 @@ def test_equals_the_stored_reference():
     assert tiny.difference(vae.decode(latents), stored["vae.decode"]) <= 1e-5
 
 
+def test_eps_of_every_group_norm():
+    assert set(tiny.eps(VAE(tiny.VAE)).values()) == {1e-6}
+
+
 def test_shapes_and_bounds():
     vae = tiny.filled(VAE(tiny.VAE))
     mean, logvar = vae.encode(1e4 * tiny.draw("images", 2, 3, 16, 24))
@@ -56,6 +60,7 @@ def test_equals_diffusers(change):
     config = {**tiny.VAE, **change}
     ours = tiny.filled(VAE(config))
     theirs = tiny.their_vae(config, ours)
+    assert tiny.eps(ours) == tiny.eps(theirs)
     images, latents = tiny.draw("images", 2, 3, 32, 48), tiny.draw("latents", 2, config["latent_channels"], 4, 6)
     posterior = theirs.encode(images).latent_dist
     mean, logvar = ours.encode(images)

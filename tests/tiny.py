@@ -168,6 +168,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
+def eps(model: nn.Module) -> dict[str, float]:
+    """The eps of every normalisation by path: too small a thing for activations of tiny models to show."""
+    norms = nn.GroupNorm, nn.LayerNorm
+    return {path: module.eps for path, module in model.named_modules() if isinstance(module, norms)}
+
+
 def size(model: nn.Module) -> tuple[int, int]:
     """Tensors and parameters of a model."""
     return len(model.state_dict()), sum(x.numel() for x in model.state_dict().values())
