@@ -713,7 +713,8 @@ def load_model(
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device} cannot be used ({error}): choose another, cpu say") from error
+        reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
+        raise UserError(f"the device {device} cannot be used ({reason}): choose another, cpu say") from error
     name, repository = str(name), None
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
