@@ -444,7 +444,7 @@ def demo(args: argparse.Namespace) -> dict:
         images = args.images * 8 if group == "erased" else args.images
         cases += [(group, c, args.seed + i) for c in members for i in range(images)]
     texts = [
-        f"a picture of a {concepts[c]}, {styles[i % 4]} style, on a {colours[i // 4 % 4]} background"
+        f"a picture of a {concepts[c]} on a {colours[i // 4 % 4]} background, {styles[i % 4]} style"
         for i, (_, c, _) in enumerate(cases)
     ]
     seeds = [seed for _, _, seed in cases]

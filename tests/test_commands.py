@@ -65,7 +65,7 @@ def test_a_context_gate_is_saved_as_gates_of_every_layer(run):
     code, _ = run(*TRAIN, "--gate", "context")
     assert code == 0
     gates = cpe.from_tensors(load_file("gates/red-heart.safetensors"))
-    assert len(gates.names) == len(gates.widths) == 6
+    assert len(gates.names) == len(gates.widths) == 8
 
 
 def test_generate_with_untrained_corrections_changes_nothing(run, tiny):
@@ -75,7 +75,8 @@ def test_generate_with_untrained_corrections_changes_nothing(run, tiny):
     code, said = run("generate", "a cat", "a dog", "--gates", "zero.safetensors", "--before-after", "--steps", "2")
     assert code == 0
     assert said.count("change  0.0000") == 2
-    assert Image.open("images/generated.png").size == (2 * 8, 2 * 8)
+    with Image.open("images/generated.png") as image:
+        assert image.size == (2 * 8, 2 * 8)
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(tiny):
