@@ -1,0 +1,308 @@
+"""The theorems, in both directions: what is optimal is attained, and nothing else does better."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "theory"))
+import theorems as th
+
+cases = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 10**6)
+
+
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Standard normal tensors in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def close(a: float, b: float, rel: float = 1e-7) -> bool:
+    return math.isclose(a, b, rel_tol=rel, abs_tol=1e-9)
+
+
+def feasible(Delta: Tensor, E_t: Tensor, noise: Tensor) -> Tensor:
+    """Another edit that does the same to the targets, columns of E_t."""
+    Q = torch.linalg.qr(E_t)[0]
+    return Delta + noise - noise @ Q @ Q.T
+
+
+# --- T1 ---
+
+
+@cases
+@given(seeds, st.integers(2, 12), st.integers(1, 6))
+def test_floor_is_attained_and_not_undercut(seed, d, m):
+    X, e, t, noise = draw(seed, (3 * d, d), (d,), (m,), (m, d))
+    S = th.second_moment(X)
+    best = th.best_edit(S, e, t)
+    assert torch.allclose(best @ e, t)
+    assert close(th.damage(best, S), th.floor(S, e, t))
+    other = feasible(best, e[:, None], noise)
+    assert torch.allclose(other @ e, t)
+    # Pythagoras: the excess is the damage of the difference, so Delta* is the only one on the floor (S > 0).
+    assert close(th.damage(other, S) - th.floor(S, e, t), th.damage(other - best, S), rel=1e-6)
+    assert th.damage(other, S) > th.floor(S, e, t)
+
+
+@cases
+@given(seeds, st.integers(3, 10))
+def test_floor_on_a_subspace(seed, d):
+    X, t, inside, outside = draw(seed, (d - 1, d), (3,), (d - 1,), (d,))
+    S = th.second_moment(X)  # of rank d - 1
+    e = inside @ X
+    assert th.floor(S, e, t) > 0
+    assert close(th.damage(th.best_edit(S, e, t), S), th.floor(S, e, t), rel=1e-5)
+    assert th.leverage(S, outside) == math.inf
+    assert th.floor(S, outside, t) == 0
+    best = th.best_edit(S, outside, t)
+    assert torch.allclose(best @ outside, t)
+    assert th.damage(best, S) < 1e-12 * best.square().sum() * S.trace()
+
+
+@cases
+@given(seeds, st.floats(0.001, 1000))
+def test_soft_floor(seed, lam):
+    X, e, t, noise = draw(seed, (30, 8), (8,), (4,), (4, 8))
+    S = th.second_moment(X)
+    best = th.soft_edit(S, e, t, lam)
+    assert close(th.soft_loss(best, S, e, t, lam), th.soft_floor(S, e, t, lam))
+    assert th.soft_loss(best + 0.01 * noise, S, e, t, lam) > th.soft_floor(S, e, t, lam)
+    Delta = best.clone().requires_grad_()
+    loss = (Delta @ e - t).square().sum() + lam * ((Delta @ S) * Delta).sum()
+    assert torch.autograd.grad(loss, Delta)[0].norm() < 1e-8 * (1 + lam) * t.norm() * e.norm()
+    assert close(th.soft_edit(S, e, t, 1e-12).sub(th.best_edit(S, e, t)).norm().item(), 0)
+
+
+@cases
+@given(seeds, st.floats(0, 2))
+def test_frontier_bounds_edits_that_erase_only_partly(seed, share):
+    X, e, t, Delta = draw(seed, (30, 8), (8,), (4,), (4, 8))
+    S = th.second_moment(X)
+    error = (Delta @ e - t).norm().item()
+    assert th.damage(Delta, S) >= th.frontier(S, e, t, error)
+    best = max(1 - share, 0) * th.best_edit(S, e, t)
+    assert close(th.damage(best, S), th.frontier(S, e, t, share * t.norm().item()))
+    # The floor itself bounds only edits that erase: doing nothing lies under it.
+    assert th.damage(0 * Delta, S) < th.floor(S, e, t)
+
+
+@cases
+@given(seeds, st.integers(1, 5))
+def test_several_targets(seed, c):
+    X, E_t, T, noise = draw(seed, (40, 9), (9, c), (4, c), (4, 9))
+    S = th.second_moment(X)
+    best = th.best_edit_many(S, E_t, T)
+    assert torch.allclose(best @ E_t, T)
+    assert close(th.damage(best, S), th.floor_many(S, E_t, T))
+    other = feasible(best, E_t, noise)
+    assert torch.allclose(other @ E_t, T)
+    assert th.damage(other, S) > th.floor_many(S, E_t, T)
+    assert th.floor_many(S, E_t, T) >= th.floor(S, E_t[:, 0], T[:, 0]) * (1 - 1e-9)  # more to do, no less damage
+    if c == 1:
+        assert close(th.floor_many(S, E_t, T), th.floor(S, E_t[:, 0], T[:, 0]))
+
+
+def test_floor_by_monte_carlo():
+    X, e, t = draw(0, (4000, 6), (6,), (3,))
+    S = th.second_moment(X)
+    noises = draw(1, *[(3, 6)] * 200)
+    edits = [feasible(th.best_edit(S, e, t), e[:, None], scale * n) for scale in (1e-3, 1) for n in noises]
+    measured = torch.stack([(X @ Delta.T).square().sum(dim=1).mean() for Delta in edits])
+    assert measured.min() >= th.floor(S, e, t)
+    assert measured.min() <= 1.001 * th.floor(S, e, t)
+
+
+# --- T2 ---
+
+
+@cases
+@given(seeds, st.integers(1, 15))
+def test_null_space_edit_spares_the_list_only(seed, n):
+    d = 16
+    X, e, t, fresh = draw(seed, (n, d), (d,), (4,), (200, d))
+    Delta = th.listed_edit(X, e, t)
+    assert torch.allclose(Delta @ e, t)
+    assert (X @ Delta.T).norm() < 1e-6 * Delta.norm() * X.norm()
+    S = torch.eye(d, dtype=torch.float64)
+    assert th.damage(Delta, S) >= th.floor(S, e, t) * (1 - 1e-9)
+    assert (fresh @ Delta.T).norm() > 0
+    # It has the least norm of all edits that spare the list.
+    constraints = torch.cat([X, e[None]])
+    least = torch.linalg.lstsq(constraints, torch.cat([0 * X[:, :4], t[None]]), driver="gelsd").solution.T
+    assert n < 4 or torch.allclose(Delta, least, rtol=1e-5, atol=1e-7)
+
+
+def test_listing_is_enough_when_the_tokens_fill_a_subspace():
+    basis, codes, e, t = draw(3, (4, 16), (100, 4), (16,), (5,))
+    E = codes @ basis
+    Delta = th.listed_edit(E[:4], e, t)  # 4 listed, 96 never seen
+    assert (E @ Delta.T).abs().max() < 1e-8
+
+
+@cases
+@given(seeds, st.floats(0.05, 2))
+def test_spread_bounds_every_edit(seed, sigma):
+    d = 8
+    modes, e, t, noise = draw(seed, (3, d), (d,), (3,), (3, d))
+    S = th.second_moment(modes) + sigma**2 * torch.eye(d, dtype=torch.float64)
+    bound = th.spread_bound(sigma, e, t)
+    best = th.best_edit(S, e, t)
+    for Delta in (best, feasible(best, e[:, None], noise)):
+        assert th.damage(Delta, S) >= bound * (1 - 1e-9)
+    alone = sigma**2 * torch.eye(d, dtype=torch.float64)
+    assert close(th.floor(alone, e, t), bound)  # equality when the modes are at zero
+
+
+# --- T3 ---
+
+
+@cases
+@given(seeds, st.floats(0.1, 30))
+def test_gate_bounds_and_floor(seed, kappa):
+    X, e, t = draw(seed, (20, 30), (30,), (5,))
+    v = e - th.hull_point(e, X)
+    b, m = th.halfway(v, e, X)
+    assert m > 0  # 20 points in 30 dimensions
+    bound = th.gate_error_bound(kappa, m, t)
+    assert bound <= t.norm().item() * math.exp(-kappa * m) * (1 + 1e-9)
+    slack = 1e-9 + 1e-9 * bound
+    assert (th.gate(e[None], v, b, kappa, t)[0] - t).norm() <= bound + slack
+    assert th.gate(X, v, b, kappa, t).norm(dim=1).max() <= bound + slack
+
+
+@cases
+@given(seeds)
+def test_gate_goes_under_the_floor(seed):
+    X, e, t = draw(seed, (200, 30), (30,), (5,))
+    e = 10 * e  # outside the hull, inside the span
+    S = th.second_moment(X)
+    v = e - th.hull_point(e, X)
+    b, m = th.halfway(v, e, X)
+    assert m > 0
+    kappa = th.sufficient_kappa(th.leverage(S, e), m)
+    gated = th.gate(X, v, b, kappa, t).square().sum(dim=1).mean().item()
+    assert gated < th.floor(S, e, t)
+
+
+@cases
+@given(seeds)
+def test_no_certificate_inside_the_hull(seed):
+    X, weights, directions = draw(seed, (12, 5), (12,), (200, 5))
+    e = torch.softmax(weights, dim=0) @ X
+    assert all(th.halfway(v, e, X)[1] <= 1e-12 for v in directions)
+    # Frank-Wolfe gets there: |p - e|^2 <= 4 diameter^2 / (steps + 2).
+    assert (e - th.hull_point(e, X, steps=200)).norm() <= 2 * torch.cdist(X, X).max() / 202**0.5
+
+
+def test_outside_the_hull_without_a_margin():
+    """e_t is outside the hull of infinitely many tokens, but not of its closure: the margin tends to zero."""
+    e = torch.zeros(2, dtype=torch.float64)
+    margins = []
+    for n in (10, 100, 1000):
+        others = torch.stack([torch.tensor([1 / i, 0.0], dtype=torch.float64) for i in range(1, n + 1)])
+        v = e - th.hull_point(e, others)
+        margins.append(th.halfway(v / v.norm(), e, others)[1])
+    assert margins == pytest.approx([0.05, 0.005, 0.0005])
+
+
+@cases
+@given(seeds, st.integers(3, 40))
+def test_layer_norm_makes_extreme_points(seed, n):
+    d = 10
+    X, weight, bias = draw(seed, (n, d), (d,), (d,))
+    weight = weight.sign() * (weight.abs() + 0.1)
+    E = torch.nn.functional.layer_norm(X, (d,), weight, bias, eps=0.0)
+    for i in range(n):
+        others = torch.cat([E[:i], E[i + 1 :]])
+        assert th.halfway(th.ellipsoid_normal(E[i], weight, bias), E[i], others)[1] > 0
+
+
+def test_layer_norm_needs_a_small_eps():
+    """With eps > 0 tokens lie inside the ellipsoid: one of little variance can be the mean of two others."""
+    X = torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]], dtype=torch.float64)
+    E = torch.nn.functional.layer_norm(X, (3,), eps=1e-5)
+    assert torch.allclose(E[2], E[:2].mean(dim=0))
+
+
+# --- T4 ---
+
+
+@cases
+@given(seeds, st.sampled_from([1, 2, 4]), st.floats(0.01, 10))
+def test_attention_bounds_hold(seed, heads, size):
+    q, E, W_k, W_v, W_o, dK, dV = draw(seed, (5, 8), (7, 6), (8, 6), (8, 6), (9, 8), (7, 8), (7, 8))
+    K, V, dK, dV = E @ W_k.T, E @ W_v.T, size * dK, size * dV
+    out, P = th.attention(q, K, V, W_o, heads)
+    by_value = th.attention(q, K, V + dV, W_o, heads)[0] - out
+    assert by_value.norm(dim=1).max() <= th.value_bound(dV, W_o)
+    by_key = th.attention(q, K + dK, V, W_o, heads)[0] - out
+    assert by_key.norm(dim=1).max() <= th.key_bound(q, dK, E, W_v, W_o, heads)
+    assert th.softmax_slope(P) <= min(0.5, P.max().item()) + 1e-12
+
+
+@cases
+@given(seeds)
+def test_one_over_tokens_holds_where_attention_is_even(seed):
+    T = 77
+    q, E, W_v, W_o, dK = draw(seed, (5, 8), (T, 6), (8, 6), (9, 8), (T, 8))
+    K, V, dK = torch.zeros(T, 8, dtype=torch.float64), E @ W_v.T, 1e-4 * dK
+    out, P = th.attention(q, K, V, W_o)
+    assert close(th.softmax_slope(P), 1 / T)
+    moved = th.attention(q, K + dK, V, W_o)[0] - out
+    assert moved.norm(dim=1).max() <= 1.01 * th.key_bound(q, dK, E, W_v, W_o, slope=1 / T)
+
+
+def test_one_over_tokens_fails_where_attention_is_sharp():
+    """Half of the attention on each of two tokens: outputs move up to 77 / 2 times further."""
+    T = 77
+    one, E = torch.ones(1, 1, dtype=torch.float64), torch.zeros(T, 1, dtype=torch.float64)
+    K, dK = torch.full((T, 1), -50.0, dtype=torch.float64), torch.zeros(T, 1, dtype=torch.float64)
+    K[:2], E[0], E[1], dK[0], dK[1] = 0, 1, -1, 1e-3, -1e-3
+    out, P = th.attention(one, K, E, one)
+    assert th.softmax_slope(P) == pytest.approx(0.5)
+    moved = (th.attention(one, K + dK, E, one)[0] - out).norm().item()
+    assert moved <= th.key_bound(one, dK, E, one, one)
+    ratio = moved / th.key_bound(one, dK, E, one, one, slope=1 / T)
+    assert ratio == pytest.approx(T / 2, rel=0.01)
+
+
+def test_product_norm_fails_with_several_heads():
+    """Two heads that cancel: W_o W_v = 0, so a_l = 0, and yet the output moves."""
+    W_v = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+    W_o = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    assert th.norm2(W_o @ W_v) == 0
+    E = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    q, K = torch.ones(1, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    dK = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)  # only the first head's key moves
+    out, moved = (th.attention(q, k, E @ W_v.T, W_o, heads=2)[0] for k in (K, K + dK))
+    assert (moved - out).norm() > 0.1
+    assert (moved - out).norm() <= th.key_bound(q, dK, E, W_v, W_o, heads=2)
+
+
+# --- T6 ---
+
+
+@cases
+@given(seeds, st.integers(1, 4), st.floats(0.001, 100))
+def test_one_ridge_serves_every_layer(seed, k, lam):
+    z, x, z_a, *layers = draw(seed, (20, k), (20, 7), (30, k), (3, 7), (11, 7), (7, 7))
+    U_c = th.context_ridge(z, x, z_a, lam)
+    for W, a in zip(layers, (0.01, 1.0, 50.0), strict=True):
+        # Independently: least squares of the stacked system, with this layer's weight.
+        A = a**0.5 * torch.cat([z, lam**0.5 * z_a])
+        B = a**0.5 * torch.cat([x @ W.T, torch.zeros(len(z_a), len(W), dtype=torch.float64)])
+        best = torch.linalg.lstsq(A, B).solution
+        assert torch.allclose(U_c @ W.T, best, rtol=1e-6, atol=1e-9)
+        U = (U_c @ W.T).requires_grad_()
+        loss = th.layer_loss(U, W, z, x, z_a, lam)
+        gradient = torch.autograd.grad(loss, U)[0]
+        assert gradient.norm() < 1e-8 * (1 + lam) * z.square().sum() * x.norm() * W.norm()
+        (noise,) = draw(seed + 1, U.shape)
+        assert th.layer_loss(U.detach() + 0.01 * noise, W, z, x, z_a, lam) > loss.detach()

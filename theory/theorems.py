@@ -1,0 +1,223 @@
+"""The mathematics of the notebooks, in small functions that tests/test_theory.py checks in both directions.
+
+Two ways to erase a token: a linear edit adds Delta e (every edit of a weight matrix does), a gate adds a bump.
+
+Letters: d width of an embedding, m width of a projection, n number of listed embeddings, c targets, T tokens, k rank,
+    e_t [d] target, t [m] what must be added to it, S [d, d] = E[e e^T] second moment of the tokens that remain.
+Everything is meant for float64. Sources: Pinv and Lagrange multipliers for T1 and T2, Rockafellar's separation theorem
+for T3, Gao & Pavel (arXiv 1704.00805) for the softmax's Lipschitz constant in T4, ridge regression for T6.
+"""
+
+import torch
+from torch import Tensor
+
+# --- T1: the floor of linear edits ---------------------------------------------------------------------------------
+
+
+def second_moment(E: Tensor) -> Tensor:
+    """S = mean of e e^T over the rows of E [n, d]."""
+    return E.T @ E / len(E)
+
+
+def damage(Delta: Tensor, S: Tensor) -> float:
+    """E|Delta e|^2 = tr(Delta S Delta^T), of Delta [m, d]: what the edit does to the tokens that remain."""
+    return ((Delta @ S) * Delta).sum().item()
+
+
+def spectrum(S: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """(S^+, projector onto the null space), both [d, d]; eigenvalues under rtol times the largest count as zero."""
+    values, Q = torch.linalg.eigh((S + S.mT) / 2)
+    kept = values > rtol * values.max().clamp_min(0)
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    return (Q * inverse) @ Q.T, (Q * (~kept).to(Q)) @ Q.T
+
+
+def leak(S: Tensor, e_t: Tensor, rtol: float = 1e-4) -> Tensor | None:
+    """The part n [d] of e_t outside range(S), or None when there is none: the direction of a free erasure.
+
+    Parts under rtol |e_t| are taken for the rounding of a float32 text encoder.
+    """
+    n = spectrum(S)[1] @ e_t
+    return n if n.norm() > rtol * e_t.norm() else None
+
+
+def leverage(S: Tensor, e_t: Tensor) -> float:
+    """q = e_t^T S^+ e_t: how much like the remaining tokens a target is; infinity outside range(S)."""
+    return float("inf") if leak(S, e_t) is not None else (e_t @ spectrum(S)[0] @ e_t).item()
+
+
+def floor(S: Tensor, e_t: Tensor, t: Tensor) -> float:
+    """min { E|Delta e|^2 : Delta e_t = t } = |t|^2 / q; 0 when e_t is not in range(S)."""
+    return t.square().sum().item() / leverage(S, e_t)
+
+
+def best_edit(S: Tensor, e_t: Tensor, t: Tensor) -> Tensor:
+    """Delta* [m, d] that attains the floor: t (S^+ e_t)^T / q, or t n^T / (n^T e_t) through the leak n."""
+    n = leak(S, e_t)
+    direction = spectrum(S)[0] @ e_t if n is None else n
+    return torch.outer(t, direction) / (direction @ e_t)
+
+
+def frontier(S: Tensor, e_t: Tensor, t: Tensor, error: float) -> float:
+    """The least damage of any Delta with |Delta e_t - t| <= error: (|t| - error)_+^2 / q. error = 0 is the floor."""
+    return max(t.norm().item() - error, 0.0) ** 2 / leverage(S, e_t)
+
+
+def soft_floor(S: Tensor, e_t: Tensor, t: Tensor, lam: float) -> float:
+    """min |Delta e_t - t|^2 + lam E|Delta e|^2 = |t|^2 lam / (lam + q), lam > 0."""
+    return t.square().sum().item() * lam / (lam + leverage(S, e_t))
+
+
+def soft_edit(S: Tensor, e_t: Tensor, t: Tensor, lam: float) -> Tensor:
+    """The minimiser [m, d] of the soft form, q / (lam + q) Delta*: a shorter step in the same direction."""
+    q = leverage(S, e_t)
+    return best_edit(S, e_t, t) * (1.0 if q == float("inf") else q / (lam + q))
+
+
+def soft_loss(Delta: Tensor, S: Tensor, e_t: Tensor, t: Tensor, lam: float) -> float:
+    """|Delta e_t - t|^2 + lam E|Delta e|^2."""
+    return (Delta @ e_t - t).square().sum().item() + lam * damage(Delta, S)
+
+
+def floor_many(S: Tensor, E_t: Tensor, T: Tensor) -> float:
+    """min { E|Delta e|^2 : Delta E_t = T } = tr(T G^-1 T^T), G = E_t^T S^-1 E_t.
+
+    Targets are the columns of E_t [d, c], their shifts those of T [m, c]. S must be invertible; with dependent
+    targets (and shifts that agree with that) G^-1 becomes G^+.
+    """
+    G = E_t.T @ torch.linalg.solve(S, E_t)
+    return (T @ torch.linalg.pinv(G, hermitian=True) @ T.T).trace().item()
+
+
+def best_edit_many(S: Tensor, E_t: Tensor, T: Tensor) -> Tensor:
+    """Delta* [m, d] = T G^-1 E_t^T S^-1."""
+    X = torch.linalg.solve(S, E_t)
+    return T @ torch.linalg.pinv(E_t.T @ X, hermitian=True) @ X.T
+
+
+# --- T2: listing what must be kept ----------------------------------------------------------------------------------
+
+
+def listed_edit(listed: Tensor, e_t: Tensor, t: Tensor) -> Tensor:
+    """The edit [m, d] that does the least to the rows of `listed` [n, d], and of those the one of least norm.
+
+    While they do not span e_t it is the null-space edit, without any damage to the list.
+    """
+    return best_edit(second_moment(listed), e_t, t)
+
+
+def spread_bound(sigma: float, e_t: Tensor, t: Tensor) -> float:
+    """sigma^2 |t|^2 / |e_t|^2 <= E|Delta e|^2 for every Delta with Delta e_t = t, when S >= sigma^2 I."""
+    return sigma**2 * (t.norm() / e_t.norm()).square().item()
+
+
+# --- T3: gates ------------------------------------------------------------------------------------------------------
+
+
+def gate_error_bound(kappa: float, margin: float, t: Tensor) -> float:
+    """|t| / (1 + e^(kappa m)) <= |t| e^(-kappa m): bounds both the erase error and the damage of one token."""
+    return t.norm().item() * torch.sigmoid(torch.tensor(-kappa * margin, dtype=torch.float64)).item()
+
+
+def gate(E: Tensor, v: Tensor, b: float, kappa: float, t: Tensor) -> Tensor:
+    """R(e) = sigmoid(kappa (v^T e - b)) t of every row of E [n, d], [n, m]."""
+    return torch.outer(torch.sigmoid(kappa * (E @ v - b)), t)
+
+
+def sufficient_kappa(q: float, margin: float) -> float:
+    """From here on the squared damage of a gate is below the floor |t|^2 / q: ln(q) / (2 m), or 0 when q <= 1."""
+    return max(torch.tensor(q, dtype=torch.float64).log().item() / (2 * margin), 0.0)
+
+
+def halfway(v: Tensor, e_t: Tensor, others: Tensor) -> tuple[float, float]:
+    """(b, m): the plane v^T e = b halfway between e_t and the nearest of `others` [n, d], and the margin to both.
+
+    In the units of v^T e; m > 0 exactly when v separates e_t from all of them.
+    """
+    target, nearest = (v @ e_t).item(), (others @ v).max().item()
+    return (target + nearest) / 2, (target - nearest) / 2
+
+
+def hull_point(e_t: Tensor, others: Tensor, steps: int = 500) -> Tensor:
+    """The point [d] of the convex hull of `others` [n, d] nearest to e_t, by Frank-Wolfe with exact line search.
+
+    p - e_t is zero iff e_t is in the hull. Otherwise v = e_t - p tends to the normal of the plane of maximal margin;
+    whatever the number of steps, `halfway(v, ...)` > 0 is a certificate that e_t is outside.
+    """
+    p = others.mean(dim=0)
+    for _ in range(steps):
+        s = others[(others @ (e_t - p)).argmax()]
+        step = s - p
+        length = step.square().sum()
+        if length == 0:
+            break
+        gamma = ((e_t - p) @ step / length).clamp(0, 1)
+        if gamma == 0:
+            break
+        p = p + gamma * step
+    return p
+
+
+def ellipsoid_normal(e_t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """v [d] = u / gamma, with e_t = gamma u + beta: the ellipsoid's normal at a token that left a LayerNorm.
+
+    v^T (e_t - e) = |u_t|^2 - u_t^T u > 0 for every other e with |u| <= |u_t|. Needs gamma != 0 in every coordinate,
+    and |u|^2 = d var / (var + eps), which is the same for all tokens only as far as eps is negligible.
+    """
+    return (e_t - bias) / weight.square()
+
+
+# --- T4: attention --------------------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, K: Tensor, V: Tensor, W_o: Tensor, heads: int = 1) -> tuple[Tensor, Tensor]:
+    """Output [N, o] and probabilities [heads, N, T], for q [N, m], K and V [T, m], W_o [o, m]."""
+    q, K, V = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, K, V))
+    P = torch.softmax(q @ K.mT * q.shape[-1] ** -0.5, dim=-1)
+    return (P @ V).transpose(0, 1).flatten(1) @ W_o.T, P
+
+
+def norm2(W: Tensor) -> float:
+    """Spectral norm of a matrix."""
+    return torch.linalg.matrix_norm(W, ord=2).item()
+
+
+def value_bound(dV: Tensor, W_o: Tensor) -> float:
+    """How far any output row can move when V moves by dV [T, m]: |W_o| |dV|_F. No assumption."""
+    return norm2(W_o) * dV.norm().item()
+
+
+def softmax_slope(P: Tensor) -> float:
+    """max over rows of |diag(p) - p p^T|_2: how fast the probabilities P [..., T] follow their logits. At most 1/2;
+    1/T exactly where attention is even."""
+    P = P.flatten(0, -2)
+    return torch.linalg.matrix_norm(torch.diag_embed(P) - P.unsqueeze(-1) * P.unsqueeze(-2), ord=2).max().item()
+
+
+def key_bound(q: Tensor, dK: Tensor, E: Tensor, W_v: Tensor, W_o: Tensor, heads: int = 1, slope: float = 0.5) -> float:
+    """How far any output row can move when K moves by dK [T, m], with V = E W_v^T.
+
+        |W_o W_v| |E| slope |dK|_F max|q| / sqrt(m / heads)          one head
+        |W_o| |W_v| ...                                              several: each head has its own probabilities
+
+    slope = 1/2 always holds. The paper's 1/77 is the slope of even attention, so it holds to first order, there.
+    """
+    mixing = norm2(W_o @ W_v) if heads == 1 else norm2(W_o) * norm2(W_v)
+    scale = (q.shape[-1] / heads) ** -0.5
+    return mixing * norm2(E) * slope * dK.norm().item() * q.norm(dim=-1).max().item() * scale
+
+
+# --- T6: one correction of the context ------------------------------------------------------------------------------
+
+
+def context_ridge(z: Tensor, x: Tensor, z_a: Tensor, lam: float) -> Tensor:
+    """U_c [k, d] = (sum z^T z + lam sum z_a^T z_a)^-1 sum z^T x, for codes z [n, k], shifts x [n, d], anchors z_a.
+
+    The best U of every layer, whatever its W_l [m, d] and its weight a_l, is U_c W_l^T (`layer_loss`).
+    """
+    return torch.linalg.lstsq(z.T @ z + lam * z_a.T @ z_a, z.T @ x).solution
+
+
+def layer_loss(U: Tensor, W: Tensor, z: Tensor, x: Tensor, z_a: Tensor, lam: float) -> Tensor:
+    """|x W^T - z U|^2 + lam |z_a U|^2 of one layer, U [k, m]."""
+    return (x @ W.T - z @ U).square().sum() + lam * (z_a @ U).square().sum()
