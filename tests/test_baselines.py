@@ -1,0 +1,347 @@
+"""The linear erasers: every closed form is the optimum it claims to be, every training lowers its loss."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import baselines
+import cpe
+import weights
+from baselines import ERASERS
+
+TARGETS, SURROGATE, KEPT = ["cat"], "an object", ["a dog", "red apple", "picture of a heart"]
+RECIPE = replace(
+    cpe.PRESETS["object"], lam=1e2, stages=2, first_steps=10, later_steps=5, attack_steps=3, deltas=2, anchors=4,
+    first_lr=1e-2, later_lr=1e-3,
+)  # fmt: skip
+# What makes the trained erasers quick enough for a test.
+QUICK = {
+    "lora": {"recipe": RECIPE, "templates": ["{}", "a {}"]},
+    "esd": {"steps": 2, "images": 2, "sampling_steps": 2},
+    "mace": {"steps": 2, "images": 2, "sampling_steps": 2, "keep": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_original: Path) -> weights.Model:
+    """The tiny model, never changed."""
+    return weights.load_model(tiny_original)
+
+
+def erase(name: str, model: weights.Model, targets: list[str] = TARGETS, seed: int = 0, **options) -> dict[str, Tensor]:
+    """An eraser run with what makes it quick."""
+    return ERASERS[name](model, targets, SURROGATE, KEPT, seed, **{**QUICK.get(name, {}), **options})
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_minimum(objective: Callable[[Tensor], Tensor], solution: Tensor) -> None:
+    """The gradient of an objective vanishes at the solution, and every step away from it is worse."""
+    x = solution.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(x), x)
+    (elsewhere,) = torch.autograd.grad(objective(x + 1), x)
+    assert gradient.norm() < 1e-9 * elsewhere.norm()
+    for seed in range(5):
+        assert objective(solution + 1e-2 * random(*solution.shape, seed=seed)) > objective(solution)
+
+
+# --- Every eraser ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_edits_cross_attention_only_and_repeatably(name: str, model: weights.Model) -> None:
+    before = {key: W.clone() for key, W in model.unet.state_dict().items()}
+    edited = erase(name, model, ["cat", "dog"])
+    read = {"speed": ("to_v",), "esd": ("to_q", "to_k", "to_v", "to_out")}.get(name, ("to_k", "to_v"))
+    assert edited.keys() == {key for key in before if any(f".attn2.{kind}." in key for kind in read)}
+    for key, W in edited.items():
+        assert (W.shape, W.dtype, W.requires_grad) == (before[key].shape, torch.float32, False)
+        assert W.isfinite().all()
+    assert any(not torch.equal(W, before[key]) for key, W in edited.items())
+    again = erase(name, model, ["cat", "dog"])
+    assert all(torch.equal(W, again[key]) for key, W in edited.items())
+    # The model itself is left as it was.
+    assert all(torch.equal(W, before[key]) for key, W in model.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["lora", "esd", "mace"])
+def test_training_depends_on_its_seed(name: str, model: weights.Model) -> None:
+    first, second = erase(name, model, seed=0), erase(name, model, seed=1)
+    assert any(not torch.equal(W, second[key]) for key, W in first.items())
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_nothing_to_preserve(name: str, model: weights.Model) -> None:
+    edited = ERASERS[name](model, TARGETS, SURROGATE, [], **QUICK.get(name, {}))
+    assert all(W.isfinite().all() for W in edited.values())
+
+
+def test_edited_weights_make_a_plain_unet(model: weights.Model, tmp_path: Path) -> None:
+    edited = erase("uce", model)
+    weights.save_model(model, tmp_path / "erased", unet=model.unet.state_dict() | edited)
+    erased = weights.load_model(tmp_path / "erased")
+    assert all(torch.equal(erased.unet.state_dict()[key], W) for key, W in edited.items())
+
+
+# --- Closed forms ------------------------------------------------------------------------------------------------
+
+
+def test_refit_is_the_optimum() -> None:
+    W, X, Y = random(5, 8), random(6, 8, seed=1), random(6, 5, seed=2)
+    V = baselines.refit(W, Y.T @ X, X.T @ X, 0.3)
+    assert_minimum(lambda V: (X @ V.T - Y).square().sum() + 0.3 * (V - W).square().sum(), V)
+
+
+def test_move_is_the_optimum_of_uce() -> None:
+    W, C, G, P = random(5, 8), random(3, 8, seed=1), random(3, 8, seed=2), random(4, 8, seed=3)
+
+    def objective(V: Tensor) -> Tensor:
+        erased, kept = C @ V.T - G @ W.T, P @ (V - W).T
+        return 2.0 * erased.square().sum() + 0.7 * kept.square().sum() + 0.5 * (V - W).square().sum()
+
+    assert_minimum(objective, baselines.move({"W": W}, C, G, P, 0.5, 2.0, 0.7)["W"])
+
+
+def test_last_tokens_stand_before_eos(model: weights.Model) -> None:
+    prompts = ["cat", "a picture of a heart", ""]
+    rows = baselines.last_tokens(model, prompts)
+    ids, E = model.tokenizer(prompts), model.encode(prompts).double()
+    for i, row in enumerate(rows):
+        first_eos = (ids[i] == model.tokenizer.eos).nonzero()[0].item()
+        assert torch.equal(row, E[i, first_eos - 1])
+    assert baselines.last_tokens(model, []).shape == (0, E.shape[-1])
+
+
+def test_uce_moves_the_target_to_the_surrogate(model: weights.Model) -> None:
+    edited = erase("uce", model, lam=1e-6)
+    c, g = baselines.last_tokens(model, TARGETS), baselines.last_tokens(model, [SURROGATE])
+    p = baselines.last_tokens(model, KEPT)
+    for key, W in baselines.projections(model).items():
+        V = edited[key].double()
+        torch.testing.assert_close(V @ c.T, W @ g.T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(V @ p.T, W @ p.T, rtol=0, atol=1e-4)
+
+
+def test_uce_keeps_what_weighs_enough(model: weights.Model) -> None:
+    p = baselines.last_tokens(model, KEPT)
+    loose, tight = erase("uce", model, s_p=0.0), erase("uce", model, s_p=1e9)
+    for key, W in baselines.projections(model).items():
+        moved = (p @ (tight[key].double() - W).T).norm()
+        assert moved < 1e-5
+        assert moved < 0.01 * (p @ (loose[key].double() - W).T).norm()
+
+
+def test_revival_is_the_optimum() -> None:
+    original = {"a": random(5, 8), "b": random(6, 8, seed=1)}
+    edited = {"a": random(5, 8, seed=2), "b": random(6, 8, seed=3)}
+    C = random(4, 8, seed=4)
+
+    def objective(X: Tensor) -> Tensor:
+        misfit = sum((X @ edited[key].T - C @ W.T).square().sum() for key, W in original.items())
+        return misfit + 0.1 * X.square().sum()
+
+    assert_minimum(objective, baselines.revive(original, edited, C, 0.1))
+
+
+def test_rece_leaves_less_to_revive_than_uce(model: weights.Model) -> None:
+    original = baselines.projections(model)
+    C = baselines.encode(model, TARGETS)[0]
+
+    def left(edited: dict[str, Tensor]) -> float:
+        """How near the best revival comes to what the target was."""
+        edited = {key: W.double() for key, W in edited.items()}
+        X = baselines.revive(original, edited, C, 0.1)
+        return sum((X @ edited[key].T - C @ W.T).square().sum() for key, W in original.items()).item()
+
+    assert left(erase("rece", model)) > left(erase("uce", model, lam=0.1, s_p=0.1))
+
+
+def test_rece_without_rounds_is_uce(model: weights.Model) -> None:
+    one, other = erase("rece", model, rounds=0), erase("uce", model, lam=0.1, s_p=0.1)
+    assert all(torch.equal(W, other[key]) for key, W in one.items())
+
+
+# --- SPEED -------------------------------------------------------------------------------------------------------
+
+
+def speed_parts() -> tuple[Tensor, ...]:
+    """W, C, G, R, C2 in 12 dimensions: 2 tokens to erase, 5 that stay, 3 that must stay exactly."""
+    return tuple(random(n, 12, seed=seed) for seed, n in enumerate((6, 2, 2, 5, 3)))
+
+
+def test_null_edit_is_blind_to_what_stays() -> None:
+    W, C, G, R, C2 = speed_parts()
+    V = baselines.null_edit(W, G.T @ C / 2, C.T @ C / 2, R, C2, threshold=1e-9)
+    torch.testing.assert_close(R @ V.T, R @ W.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(C2 @ V.T, C2 @ W.T, rtol=0, atol=1e-10)
+    assert (C @ V.T - G @ W.T).norm() < (C @ W.T - G @ W.T).norm()
+
+
+def test_null_edit_is_the_optimum() -> None:
+    W, C, G, R, C2 = speed_parts()
+    V = baselines.null_edit(W, G.T @ C / 2, C.T @ C / 2, R, C2, rho=0.2, threshold=1e-9)
+    # An orthonormal basis of all that R and C2 are blind to: Delta = Y B for any Y.
+    B = torch.linalg.svd(torch.cat([R, C2]))[2][8:]
+
+    def objective(Y: Tensor) -> Tensor:
+        return (C @ (W + Y @ B).T - G @ W.T).square().sum() / 2 + 0.2 * Y.square().sum()
+
+    torch.testing.assert_close((V - W) @ B.T @ B, V - W)
+    assert_minimum(objective, (V - W) @ B.T)
+
+
+def test_null_edit_where_all_must_stay() -> None:
+    W, C, G, R, _ = speed_parts()
+    everything = random(40, 12, seed=20)
+    assert torch.equal(baselines.null_edit(W, G.T @ C, C.T @ C, everything, R), W)
+    # Rows of C2 inside R's span make a singular system.
+    V = baselines.null_edit(W, G.T @ C, C.T @ C, R, R[:2], threshold=1e-9)
+    torch.testing.assert_close(R @ V.T, R @ W.T, rtol=0, atol=1e-9)
+
+
+def test_speed_keeps_preserved_prompts(model: weights.Model) -> None:
+    edited = erase("speed", model, augment=0, threshold=1e-9)
+    p = baselines.last_tokens(model, [*KEPT, ""])
+    c = baselines.last_tokens(model, TARGETS)
+    for key, W in baselines.projections(model, ["to_v"]).items():
+        V = edited[key].double()
+        torch.testing.assert_close(p @ V.T, p @ W.T, rtol=0, atol=1e-5)
+        assert (c @ (V - W).T).norm() > 1e-3
+
+
+def test_influential_tokens_mean_what_they_meant() -> None:
+    W = torch.cat([random(6, 7), torch.zeros(6, 1, dtype=torch.float64)], dim=1)  # does not read the last coordinate
+    kept, erase = random(10, 8, seed=1), random(6, 8, seed=2)
+    R = baselines.influential(W, kept, erase, 3, torch.Generator().manual_seed(0))
+    influence = (kept @ erase.T).norm(dim=1)
+    chosen = kept[influence >= influence.mean()]
+    assert torch.equal(R[: len(chosen)], chosen)
+    assert 0 < len(R) - len(chosen) < 3 * len(chosen)
+    assert torch.cdist(R @ W.T, chosen @ W.T).amin(dim=1).max() < 1e-6
+
+
+def test_centroids_find_clusters() -> None:
+    x = torch.cat([random(10, 2, seed=i) / 100 + offset for i, offset in enumerate((0.0, 5.0, 9.0))])
+    centres = baselines.centroids(x, 3, torch.Generator().manual_seed(3)).mean(1).sort().values
+    torch.testing.assert_close(centres, torch.tensor([0.0, 5.0, 9.0]).double(), rtol=0, atol=0.05)
+
+
+# --- Trained erasers ---------------------------------------------------------------------------------------------
+
+
+def test_lora_lowers_its_loss(model: weights.Model) -> None:
+    trainer = baselines.lora_trainer(
+        model, TARGETS, SURROGATE, KEPT, 0, replace(RECIPE, lam=1.0, first_steps=60), ["{}"]
+    )
+    losses = [step.losses["erase"] for step in trainer.steps() if step.stage == 1 and step.kind == "erase"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_folded_lora_is_its_corrections(model: weights.Model) -> None:
+    names = {key.removesuffix(".weight"): W for key, W in baselines.projections(model).items()}
+    d = next(iter(names.values())).shape[1]
+    lora = baselines.LoRA({name: len(W) for name, W in names.items()}, d, r=1, k=3, alpha=2.0).double()
+    with torch.no_grad():
+        lora.lora_down.copy_(random(*lora.lora_down.shape))
+        lora.lora_up.copy_(random(*lora.lora_up.shape, seed=1))
+        E = random(2, 7, d, seed=2)
+        changed = lora(E, {name: E @ W.T for name, W in names.items()})
+    folded = lora.fold(baselines.projections(model))
+    for name, expected in changed.items():
+        torch.testing.assert_close(E @ folded[f"{name}.weight"].T, expected)
+
+
+def test_lora_matches_a_gate_held_open(model: weights.Model) -> None:
+    """Same losses: an anchor's penalty equals the mean square of what the weights changed, weighted by layer."""
+    trainer = baselines.lora_trainer(model, TARGETS, SURROGATE, KEPT, 0, RECIPE, ["{}"])
+    objective, lora = trainer.objective, trainer.core
+    with torch.no_grad():
+        lora.lora_up.copy_(random(*lora.lora_up.shape))
+        E, x = trainer.data.targets, trainer.shifts
+        _, z = lora.read(E @ lora.columns())
+        loss = cpe.residual(x, objective.energy(x), z, *objective.products(lora)).mean()
+    folded = lora.fold(baselines.projections(model))
+    written = 0.0
+    for name, W in objective.W.items():
+        change = folded[f"{name}.weight"].float() - W
+        written += objective.a[name] * (x @ W.T - E @ change.T).square().mean() / len(objective.W)
+    torch.testing.assert_close(loss, written, rtol=1e-4, atol=0)
+
+
+def test_esd_lowers_its_loss(model: weights.Model) -> None:
+    state = model.unet.state_dict()
+    trained = {key: W.clone() for key, W in state.items() if ".attn2." in key}
+    losses = list(baselines.esd_steps(model, TARGETS, trained, 0, 24, 3e-3, 3.0, 1.0, images=1, sampling_steps=2))
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_predict_is_the_unet(model: weights.Model) -> None:
+    E, x = model.encode(["cat"]), random(1, 4, 4, 4).float()
+    expected = model.unet(x, 500, model.unet.keys_values(E))
+    assert torch.equal(baselines.predict(model.unet, {}, x, 500, E), expected)
+    edited = erase("uce", model)
+    assert not torch.equal(baselines.predict(model.unet, edited, x, 500, E), expected)
+
+
+# --- MACE --------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_around_a_concept(model: weights.Model) -> None:
+    old, new = baselines.around(model, "a photo of {} on white", "cat", "red heart")
+    E_old, E_new = baselines.encode(model, ["a photo of cat on white", "a photo of red heart on white"])
+    ids = model.tokenizer.ids
+    start, n_old, n_new = 1 + len(ids("a photo of")), len(ids("cat")), len(ids("red heart"))
+    assert baselines.span(model, "a photo of {} on white", "cat") == (start, start + n_old)
+    assert len(old) == len(new) == 77 - max(n_old, n_new)
+    assert torch.equal(old[start:], E_old[start + n_old :][: len(old) - start])
+    assert torch.equal(new[start:], E_new[start + n_new :][: len(new) - start])
+    torch.testing.assert_close(old[:start], new[:start])  # a causal encoder has not seen the concept yet
+
+
+def test_attention_maps_are_what_the_unet_attends_to(model: weights.Model) -> None:
+    E, x = model.encode(["cat"]), random(1, 4, 4, 4).float()
+    seen = {}
+    layer = next(iter(model.unet.cross_attentions().values()))
+    hook = layer.to_out[0].register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
+    maps = baselines.attention_maps(model.unet, {}, x, 300, E)
+    hook.remove()
+    V = layer.to_v(E).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+    torch.testing.assert_close((maps[0] @ V).transpose(1, 2).flatten(-2), seen["y"], rtol=1e-4, atol=1e-5)
+    assert len(maps) == len(model.unet.cross_attentions())
+
+
+def test_mace_masks_and_loss(model: weights.Model) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = random(3, 4, 4, 4).float()
+    masks = baselines.own_masks(model, images, model.encode(["a cat"]), (2, 3), (200,), generator)
+    assert masks.shape == (3, 4, 4)
+    assert set(masks.flatten().tolist()) == {0.0, 1.0}
+    base = baselines.plain(baselines.projections(model))
+    change = baselines.new_change(base, generator)
+    losses = list(baselines.unseeing_steps(model, "cat", base, change, generator, 24, 2e-2, 1, 2))
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_mace_fuses_one_untrained_concept_into_its_refinement(model: weights.Model) -> None:
+    """With lam -> 0 and one LoRA that is still zero, fusion returns the refined weights on the concept's prompts."""
+    edited = erase("mace", model, steps=0, keep=0.0, lam=1e-9, templates=["{}"])
+    old, new = baselines.around(model, "{}", "cat", SURROGATE)
+    gram, cross = old.T @ old, new.T @ old
+    E = baselines.encode(model, TARGETS)[0]
+    for key, W in baselines.projections(model).items():
+        refined = baselines.refit(W, W @ cross, gram, 1e-9)
+        torch.testing.assert_close(E @ edited[key].double().T, E @ refined.T, rtol=0, atol=1e-4)
+
+
+def test_focal_weights_peak_between_their_bounds() -> None:
+    p = baselines.focal(1000)
+    assert p.argmax().item() == 300
+    assert (p >= 0).all()
+    assert p[200:401].sum() > 0.8 * p.sum()
