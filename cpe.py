@@ -157,7 +157,7 @@ def merge(gates: Sequence[ResAG]) -> ResAG:
 
 
 class ContextGate(nn.Module):
-    """One gate and one low-rank change of the context itself, for all projections at once; our variant, not the paper's.
+    """One gate and one low-rank change of the context itself, for all projections; our variant, not the paper's.
 
         E' = E + s g * (H D) U_c       D [d, k], U_c [k, d]
 
@@ -240,8 +240,13 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
         odd = sorted(parts ^ (tensors.keys() - set(KEYS.values()))) or ["any projection"]
         raise ValueError(f"not a gate file: {odd[0]} is missing or does not belong there")
     w_qs, first = tensors[KEYS["w_qs"]], next(iter(names.values()))
-    if w_qs.ndim != 3 or len(w_qs) != 1 or tensors[f"{first}.lora_down.weight"].ndim != 3:
+    if any(t.ndim != 3 or len(t) != 1 or 0 in t.shape for t in (w_qs, tensors[f"{first}.lora_down.weight"])):
         raise ValueError("not a gate file: w_qs and lora_down must have the shapes [1, d, r] and [1, d, k]")
+    for stem in stems:
+        if tensors[f"{stem}.alpha"].ndim or tensors[f"{stem}.alpha"] != tensors[f"{first}.alpha"]:
+            raise ValueError(f"{stem}.alpha must be one number, and the same for every projection")
+        if tensors[f"{stem}.lora_up.weight"].ndim != 3:
+            raise ValueError(f"{stem}.lora_up.weight must have the shape [1, k, d_l]")
     (_, d, r), k = w_qs.shape, tensors[f"{first}.lora_down.weight"].shape[-1]
     widths = {name: tensors[f"{stem}.lora_up.weight"].shape[-1] for name, stem in names.items()}
     gates = ResAG(widths, d, r, k, alpha=tensors[f"{first}.alpha"].item())
@@ -369,7 +374,7 @@ class Recipe:
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe with `factor` times the steps: trades quality for time. ValueError unless factor > 0."""
-        if not factor > 0:
+        if not 0 < factor < math.inf:
             raise ValueError(f"the number of steps can only be scaled by a positive factor, not {factor}")
         steps = {name: max(1, round(getattr(self, name) * factor)) for name in STEPS}
         return replace(self, **steps)
@@ -658,7 +663,7 @@ class Trainer:
                 {n.removeprefix("gates."): t for n, t in state.items() if n.startswith("gates.")}
             )
             self.phase, self.step = state["position"].tolist()
-            self.deltas = state["deltas"].to(self.shifts)
+            self.deltas = state["deltas"].to(self.shifts, copy=True)  # an attack writes into it
             self.generator.set_state(state["generator"])
             self.optimizer = None
             if self.step:
@@ -666,7 +671,7 @@ class Trainer:
                 moments: dict[int, dict[str, Tensor]] = {}
                 for name in (n for n in state if n.startswith("optimizer.")):
                     _, i, moment = name.split(".")
-                    moments.setdefault(int(i), {})[moment] = state[name]
+                    moments.setdefault(int(i), {})[moment] = state[name].clone()
                 self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         except (KeyError, RuntimeError, IndexError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
