@@ -31,8 +31,7 @@ def test_every_part_loads_with_the_dtype_asked_for(tiny):
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
         assert not any(p.is_meta or p.requires_grad for p in part.parameters())
     assert model.encode(["a red heart", ""]).shape == (2, 77, 16)
-    assert load_model(tiny).encode([]).shape == (0, 77, 16)
-
+    
 
 def test_loaded_tensors_are_those_of_the_file(tiny):
     loaded = load_model(tiny).unet.state_dict()
@@ -204,10 +203,10 @@ def test_a_missing_or_broken_tokenizer_is_named(tiny, file):
     path = tiny / "tokenizer" / file
     path.write_text("{}" if file == "vocab.json" else "only three words")
     with pytest.raises(UserError, match="tokenizer"):
-        _ = load_model(tiny).tokenizer
+        _ = load_model(tiny).encode(["x"])
     path.unlink()
     with pytest.raises(UserError, match=file):
-        _ = load_model(tiny).tokenizer
+        _ = load_model(tiny).encode(["x"])
 
 
 def test_an_unknown_model_says_what_there_is():
