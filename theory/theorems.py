@@ -32,18 +32,15 @@ def spectrum(S: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
     return (Q * inverse) @ Q.T, (Q * (~kept).to(Q)) @ Q.T
 
 
-def leak(S: Tensor, e_t: Tensor, rtol: float = 1e-4) -> Tensor | None:
-    """The part n [d] of e_t outside range(S), or None when there is none: the direction of a free erasure.
-
-    Parts under rtol |e_t| are taken for the rounding of a float32 text encoder.
-    """
-    n = spectrum(S)[1] @ e_t
-    return n if n.norm() > rtol * e_t.norm() else None
+def outside(projector: Tensor, e_t: Tensor, rtol: float = 1e-4) -> bool:
+    """Whether e_t has a part in the null space of S; less than rtol |e_t| is taken for float32 rounding."""
+    return bool((projector @ e_t).norm() > rtol * e_t.norm())
 
 
 def leverage(S: Tensor, e_t: Tensor) -> float:
     """q = e_t^T S^+ e_t: how much like the remaining tokens a target is; infinity outside range(S)."""
-    return float("inf") if leak(S, e_t) is not None else (e_t @ spectrum(S)[0] @ e_t).item()
+    inverse, projector = spectrum(S)
+    return float("inf") if outside(projector, e_t) else (e_t @ inverse @ e_t).item()
 
 
 def floor(S: Tensor, e_t: Tensor, t: Tensor) -> float:
@@ -52,9 +49,9 @@ def floor(S: Tensor, e_t: Tensor, t: Tensor) -> float:
 
 
 def best_edit(S: Tensor, e_t: Tensor, t: Tensor) -> Tensor:
-    """Delta* [m, d] that attains the floor: t (S^+ e_t)^T / q, or t n^T / (n^T e_t) through the leak n."""
-    n = leak(S, e_t)
-    direction = spectrum(S)[0] @ e_t if n is None else n
+    """Delta* [m, d] that attains the floor: t (S^+ e_t)^T / q, or t n^T / (n^T e_t) with n the part of e_t outside."""
+    inverse, projector = spectrum(S)
+    direction = (projector if outside(projector, e_t) else inverse) @ e_t
     return torch.outer(t, direction) / (direction @ e_t)
 
 
