@@ -269,7 +269,12 @@ class Recipe:
 RECIPES = {
     "clip": Recipe(115_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
     "vae": Recipe(36_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
-    "unet": Recipe(400_000, 64, 6e-4, 0.01, (0.9, 0.99), 0.998, 0.6, 200),
+    "unet": Recipe(160_000, 32, 5e-4, 0.01, (0.9, 0.99), 0.998, 0.6, 200),
+}
+EXPORTED = {
+    "clip": "clip/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
 }
 CHECKPOINT_SECONDS = 120
 
@@ -286,8 +291,13 @@ class Training:
         self.average = {key: value.clone() for key, value in network.state_dict().items()}
         self.seen, self.seconds = 0, 0.0
         self.path = BUILD / f"{name}.pt"
+        exported = HERE / EXPORTED[name]
         if self.path.exists():
             self.load()
+        elif exported.exists():
+            # No checkpoint, but weights that were trained before: a far better start than chance.
+            network.load_state_dict({key: value.float() for key, value in load_file(exported).items()})
+            self.average = {key: value.clone() for key, value in network.state_dict().items()}
 
     def load(self) -> None:
         """Continue from the last checkpoint."""
