@@ -10,13 +10,13 @@ checkpoint keys of the U-Net, only those that changed. Hyper-parameters are keyw
     uce     closed form   to_k, to_v   Gandikota et al. 2024 (arXiv 2308.14761)
     rece    closed form   to_k, to_v   Gong et al. 2024 (arXiv 2407.12383)
     speed   closed form   to_v         Li et al. 2025 (arXiv 2503.07392)
-    mace    both          to_k, to_v   Lu et al. 2024 (arXiv 2403.06135)
+    mace    both forms    to_k, to_v   Lu et al. 2024 (arXiv 2403.06135)
     esd     trained       all of attn2 Gandikota et al. 2023 (arXiv 2303.07345), variant x
     lora    trained       to_k, to_v   CPE's own losses without its gates: what the nonlinearity is worth
 
 Letters: W [d_l, d] a projection of the context; E [B, T, d] contexts; rows c of C [n, d] token embeddings to erase,
-G [n, d] what they become, P [n', d] what stays. Closed forms are solved in float64: the second moments of CLIP's tokens
-have condition numbers of 1e6 and more. Built on cpe, unet and sampler.
+G [n, d] what they become, P [n', d] those that stay. Closed forms are solved in float64: second moments of tokens
+are badly conditioned. Built on cpe, unet and sampler.
 """
 
 import math
@@ -62,14 +62,20 @@ def encode(model: "Model", prompts: Sequence[str]) -> Tensor:
     return next(contexts(model, prompts, chunk=len(prompts)))[1]
 
 
+def tails(model: "Model", prompts: Sequence[str]) -> Iterator[Tensor]:
+    """Of every prompt, its tokens from the last before EOS to the end of the padding, [<= T, d], float64.
+
+    The text encoder is causal: all of these have seen the whole prompt. Of '' the first is BOS.
+    """
+    for part, E in contexts(model, prompts):
+        for prompt, tokens in zip(part, E, strict=True):
+            yield tokens[min(len(model.tokenizer.ids(prompt)), len(tokens) - 2) :]
+
+
 def last_tokens(model: "Model", prompts: Sequence[str]) -> Tensor:
     """Embedding [B, d] of the last token before EOS of every prompt, float64; of '' it is BOS."""
     d = model.part("unet").config["cross_attention_dim"]
-    rows = [torch.zeros(0, d, dtype=torch.float64)]
-    for part, E in contexts(model, prompts):
-        last = [min(len(model.tokenizer.ids(prompt)), E.shape[1] - 2) for prompt in part]
-        rows.append(E[range(len(part)), last])
-    return torch.cat(rows)
+    return torch.stack([torch.zeros(d, dtype=torch.float64), *(tail[0] for tail in tails(model, prompts))])[1:]
 
 
 def refit(W: Tensor, cross: Tensor, gram: Tensor, lam: float) -> Tensor:
@@ -82,13 +88,16 @@ def refit(W: Tensor, cross: Tensor, gram: Tensor, lam: float) -> Tensor:
     return torch.linalg.solve(H, lam * W + cross, left=False)
 
 
-def move(weights: Weights, C: Tensor, G: Tensor, P: Tensor, lam: float, s_e: float = 1.0, s_p: float = 1.0) -> Weights:
+def move(
+    weights: Weights, C: Tensor, G: Tensor, kept: Tensor, lam: float, s_e: float = 1.0, s_p: float = 1.0
+) -> Weights:
     """Every W so changed that W' c is near W g and W' p near W p: one edit of UCE.
 
-    argmin over V of  s_e sum |V c - W g|^2 + s_p sum |V p - W p|^2 + lam |V - W|^2;   C, G [n, d], P [n', d].
+    argmin over V of  s_e sum |V c - W g|^2 + s_p sum |V p - W p|^2 + lam |V - W|^2
+    with C, G [n, d] and kept = sum p p^T [d, d].
     """
-    stays = s_p * P.T @ P
-    gram, mapped = s_e * C.T @ C + stays, s_e * G.T @ C + stays
+    # V = (lam W + W (s_e sum g c^T + s_p sum p p^T)) (lam I + s_e sum c c^T + s_p sum p p^T)^-1
+    gram, mapped = s_e * C.T @ C + s_p * kept, s_e * G.T @ C + s_p * kept
     return {key: refit(W, W @ mapped, gram, lam) for key, W in weights.items()}
 
 
@@ -110,10 +119,26 @@ def uce(
     lam: float = 0.5,
     s_e: float = 1.0,
     s_p: float = 1.0,
+    padding: bool = False,
 ) -> Weights:
-    """Unified Concept Editing: the last token of every target is read as the surrogate's. No chance in it."""
-    C, G = last_tokens(model, targets), last_tokens(model, [surrogate] * len(targets))
-    return plain(move(projections(model), C, G, last_tokens(model, preserved), lam, s_e, s_p))
+    """Unified Concept Editing: the last token of every target is read as the surrogate's. No chance in it.
+
+    With `padding`, so are EOS and all padding after it, and as many tokens of what is preserved stay: the authors'
+    first code. It erases more where padding carries the concept, and spoils more.
+    """
+    end = None if padding else 1
+    C, G = paired_tails(model, targets, surrogate, end)
+    d = C.shape[1]
+    kept = sum((tail[:end].T @ tail[:end] for tail in tails(model, preserved)), torch.zeros(d, d, dtype=C.dtype))
+    return plain(move(projections(model), C, G, kept, lam, s_e, s_p))
+
+
+def paired_tails(model: "Model", targets: Sequence[str], surrogate: str, end: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens C of the targets and G of the surrogate, [n, d], that correspond: the first `end` of their `tails`."""
+    (guide,) = tails(model, [surrogate])
+    pairs = [(tail[: len(guide)][:end], guide[: len(tail)][:end]) for tail in tails(model, targets)]
+    C, G = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    return C, G
 
 
 def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
@@ -145,10 +170,10 @@ def rece(
     The paper's own surrogate is ' '. For art styles it takes rho = 1e-3 and one round.
     """
     original = projections(model)
-    kept = last_tokens(model, preserved)
+    P, empty = last_tokens(model, preserved), encode(model, [""])[0]
     C, G = last_tokens(model, targets), last_tokens(model, [surrogate] * len(targets))
-    edited = move(original, C, G, kept, lam, 1.0, s_p)
-    kept = torch.cat([encode(model, [""])[0], kept])
+    edited = move(original, C, G, P.T @ P, lam, 1.0, s_p)
+    kept = P.T @ P + empty.T @ empty
     C, G = encode(model, targets).flatten(0, 1), encode(model, [surrogate] * len(targets)).flatten(0, 1)
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)

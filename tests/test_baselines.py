@@ -106,7 +106,7 @@ def test_move_is_the_optimum_of_uce() -> None:
         erased, kept = C @ V.T - G @ W.T, P @ (V - W).T
         return 2.0 * erased.square().sum() + 0.7 * kept.square().sum() + 0.5 * (V - W).square().sum()
 
-    assert_minimum(objective, baselines.move({"W": W}, C, G, P, 0.5, 2.0, 0.7)["W"])
+    assert_minimum(objective, baselines.move({"W": W}, C, G, P.T @ P, 0.5, 2.0, 0.7)["W"])
 
 
 def test_last_tokens_stand_before_eos(model: weights.Model) -> None:
@@ -127,6 +127,15 @@ def test_uce_moves_the_target_to_the_surrogate(model: weights.Model) -> None:
         V = edited[key].double()
         torch.testing.assert_close(V @ c.T, W @ g.T, rtol=0, atol=1e-4)
         torch.testing.assert_close(V @ p.T, W @ p.T, rtol=0, atol=1e-4)
+
+
+def test_uce_with_padding_moves_all_that_has_seen_the_target(model: weights.Model) -> None:
+    edited, last = erase("uce", model, padding=True), erase("uce", model)
+    C, G = baselines.paired_tails(model, TARGETS, SURROGATE, None)
+    ids = model.tokenizer.ids
+    assert len(C) == len(G) == 77 - max(len(ids("cat")), len(ids(SURROGATE)))
+    for key, W in baselines.projections(model).items():
+        assert (C @ edited[key].double().T - G @ W.T).norm() < (C @ last[key].double().T - G @ W.T).norm()
 
 
 def test_uce_keeps_what_weighs_enough(model: weights.Model) -> None:
