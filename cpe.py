@@ -449,7 +449,7 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
     drawn = []
     for word in words:
         picks = random.Random(normalised(word)).sample(range(len(templates)), min(per_word, len(templates)))
-        drawn += [templates[i].format(word) for i in picks]
+        drawn += [templates[i].replace("{}", word) for i in picks]
     return drawn
 
 
@@ -472,7 +472,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     `encode_anchors` may answer from a cache: it is asked for the same prompts whatever the target.
     """
     words = anchor_words(prompts, names)
-    pairs = [(t.format(name), t.format(recipe.surrogate)) for name in names for t in prompts.templates]
+    pairs = [(t.replace("{}", name), t.replace("{}", recipe.surrogate)) for name in names for t in prompts.templates]
     contexts = encode([p for pair in pairs for p in pair])
 
     # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
