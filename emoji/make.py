@@ -267,8 +267,8 @@ class Recipe:
 
 
 RECIPES = {
-    "clip": Recipe(115_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
-    "vae": Recipe(36_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
+    "clip": Recipe(260_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
+    "vae": Recipe(75_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
     "unet": Recipe(160_000, 32, 5e-4, 0.01, (0.9, 0.99), 0.998, 0.6, 200),
 }
 EXPORTED = {
@@ -832,7 +832,9 @@ def main() -> None:
     commands = ("data", "tokenizer", "clip", "vae", "unet", "export", "evaluate", "all")
     parser.add_argument("command", choices=commands, help="a step, or all of them in this order")
     parser.add_argument("--samples", type=int, help="budget of clip, vae or unet (in `all`: unet), in pictures")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores to use")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="cores to use (other work on the same ones: give 1)"
+    )
     parser.add_argument("--json", type=Path, help="where evaluate writes its figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
