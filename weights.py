@@ -519,11 +519,16 @@ def wanted_files(parts: Sequence[str], dtype: torch.dtype) -> list[tuple[str, ..
     return wanted
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the paragraphs that some libraries add."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     """The folder of a Hugging Face repository in the local cache, with the wanted files in it.
 
-    What the cache has is not asked for again; the rest is downloaded, with progress, and goes on where a broken-off
-    download stopped. UserError says what to do without a network.
+    What the cache has is not asked for again; the rest is downloaded, with progress. A connection that breaks is taken
+    up where it broke; a run that ended early keeps its finished files. UserError says what to do without a network.
     """
     try:
         import huggingface_hub as hub
@@ -553,10 +558,11 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
         except LocalEntryNotFoundError as error:
             raise UserError(
                 f"{names[0]} of {repository} is not in the Hugging Face cache, and the network cannot be used "
-                f"({error.__cause__ or error}). {HELP}"
+                f"({first_line(error.__cause__ or error)}). {HELP}"
             ) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
-            raise UserError(f"downloading {names[0]} of {repository} failed ({error}): try again. {HELP}") from error
+            reason = first_line(error)
+            raise UserError(f"downloading {names[0]} of {repository} failed ({reason}): try again. {HELP}") from error
         folder = path.parents[names[0].count("/")]
         revision = folder.name  # the commit: all files from the same one
     return folder
