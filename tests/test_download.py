@@ -1,0 +1,214 @@
+"""weights.py against a server: Stable Diffusion 1.4 is found in the cache, else downloaded; all on this machine."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub as hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+import weights
+from weights import UserError, load_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the files of one folder as the repository SD14, as the Hugging Face Hub would."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
+        self.cut: int | None = None  # break off the next long answer after so many bytes
+        self.stays_down = True  # and answer 503 from then on
+
+    @property
+    def downloads(self) -> list[str]:
+        """The files asked for, in order."""
+        return [file for method, file, _ in self.requests if method == "GET"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in {"X_Repo_Commit": COMMIT, "Content_Length": 0, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        match = re.fullmatch(rf"/{weights.SD14}/resolve/(?:main|{COMMIT})/(.+)", self.path)
+        file, ranges = match[1] if match else self.path, self.headers.get("Range")
+        if not match:  # the client looks around on its own account
+            return self.answer(404)
+        self.server.requests.append((self.command, file, ranges))
+        if not (self.server.folder / file).is_file():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        if self.server.cut == 0:
+            return self.answer(503)
+        content = (self.server.folder / file).read_bytes()
+        etag, start = f'"{hashlib.sha256(content).hexdigest()}"', 0
+        if ranges:
+            start = int(re.fullmatch(r"bytes=(\d+)-", ranges)[1])
+        self.answer(206 if start else 200, ETag=etag, Content_Length=len(content) - start, Accept_Ranges="bytes")
+        if self.command == "GET":
+            content, cut = content[start:], self.server.cut
+            if cut and len(content) > cut:
+                content, self.close_connection = content[:cut], True
+                self.server.cut = 0 if self.server.stays_down else None
+            self.wfile.write(content)
+        return None
+
+
+@pytest.fixture
+def server(tiny, tmp_path, monkeypatch):
+    """A server of the tiny model, an empty cache, and the hub's client pointed at both."""
+    server = Server(tiny)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its own attempts
+    yield server
+    hub.close_session()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_download_is_complete_and_minimal(server, tiny):
+    model, original = load_model("sd14"), load_model(tiny)
+    assert sorted(server.downloads) == sorted(
+        ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
+        + ["text_encoder/config.json", "text_encoder/model.safetensors"]
+        + [f"{p}/{f}" for p in ("unet", "vae") for f in ("config.json", "diffusion_pytorch_model.safetensors")]
+    )
+    assert torch.equal(model.encode(["a cat"]), original.encode(["a cat"]))
+    for name, tensor in original.unet.state_dict().items():
+        assert torch.equal(model.unet.state_dict()[name], tensor)
+    assert model.name == "sd14"
+
+
+def test_what_the_cache_has_is_not_asked_for_again(server, monkeypatch):
+    load_model("sd14")
+    server.requests.clear()
+    load_model("sd14")
+    assert server.requests == []
+    offline(monkeypatch)
+    assert load_model("sd14").encode(["a cat"]).shape == (1, 77, 16)
+
+
+def test_training_downloads_no_autoencoder(server):
+    model = load_model("sd14", parts=("text_encoder", "unet"))
+    assert not any(file.startswith("vae/") for file in server.downloads)
+    assert model.vae.config["latent_channels"] == 4  # and comes when it is asked for
+    assert server.downloads[-1] == "vae/diffusion_pytorch_model.safetensors"
+
+
+def test_half_precision_downloads_the_small_variant_if_there_is_one(server, tiny):
+    text = tiny / "text_encoder"
+    (text / "model.fp16.safetensors").write_bytes((text / "model.safetensors").read_bytes())
+    load_model("sd14", torch.float16, parts=("text_encoder", "unet"))
+    assert "text_encoder/model.fp16.safetensors" in server.downloads
+    assert "text_encoder/model.safetensors" not in server.downloads
+    assert "unet/diffusion_pytorch_model.safetensors" in server.downloads
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, tiny):
+    server.cut, server.stays_down = 3 * 512, False
+    assert load_model("sd14").fingerprint == load_model(tiny).fingerprint
+    assert [ranges for _, _, ranges in server.requests if ranges] == [f"bytes={3 * 512}-"]
+
+
+def test_a_download_that_failed_keeps_what_was_finished(server, tiny):
+    server.cut = 3 * 512
+    with pytest.raises(UserError, match=r"vocab\.json.*failed.*try again"):
+        load_model("sd14")
+    server.cut = None
+    server.requests.clear()
+    assert load_model("sd14").fingerprint == load_model(tiny).fingerprint
+    assert server.downloads[0] == "tokenizer/vocab.json"
+    assert "scheduler/scheduler_config.json" not in server.downloads
+
+
+def test_offline_with_an_empty_cache_names_both_ways_out(server, monkeypatch):
+    offline(monkeypatch)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE") as error:
+        load_model("sd14")
+    assert "--model emoji" in str(error.value)
+    assert weights.SD14 in str(error.value)
+    assert server.requests == []
+
+
+def test_a_server_that_is_down_is_named(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="network cannot be used") as error:
+        load_model("sd14")
+    assert "--model emoji" in str(error.value)
+
+
+def test_a_file_that_the_repository_lacks_is_named(server, tiny):
+    (tiny / "vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no vae/diffusion_pytorch_model\.safetensors or vae/.*fp16"):
+        load_model("sd14")
+
+
+def test_a_one_file_checkpoint_takes_its_tokenizer_from_sd14(server, tiny, tmp_path):
+    path = tmp_path / "elsewhere" / "model.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    model = weights.Model("x", path, torch.float32, torch.device("cpu"))
+    assert model.tokenizer.ids("a cat") == load_model(tiny).tokenizer.ids("a cat")
+    assert all(file.startswith("tokenizer/") for file in server.downloads)
+
+
+def test_clip_from_a_repository(server, tiny, monkeypatch):
+    for file in ("vocab.json", "merges.txt"):
+        (tiny / "clip" / file).write_bytes((tiny / "tokenizer" / file).read_bytes())
+    server.folder = tiny / "clip"
+    model, tokenizer = weights.load_clip(weights.SD14)  # any name will do for this server
+    assert torch.equal(model.logit_scale, load_model(tiny).clip.logit_scale)
+    assert tokenizer.eos == load_model(tiny).tokenizer.eos
+    assert sorted(server.downloads) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+
+
+def test_the_hubs_environment_variables_are_honoured(server, tmp_path):
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as a user sets them: before the program starts."""
+    code = "import weights; print(weights.load_model('sd14', parts=('text_encoder',)).fingerprint)"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    outputs = []
+    for change in ({"HF_ENDPOINT": constants.ENDPOINT}, {"HF_HUB_OFFLINE": "1"}):
+        command = [sys.executable, "-c", code]
+        root = Path(weights.__file__).parent
+        run = subprocess.run(command, env=environment | change, cwd=root, capture_output=True, text=True, check=True)
+        outputs.append(run.stdout)
+    assert server.downloads[-1] == "text_encoder/model.safetensors"
+    assert outputs[0] == outputs[1] != ""
