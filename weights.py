@@ -30,6 +30,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder, Tokenizer
 from sampler import Schedule
@@ -196,6 +197,16 @@ def diffusers_name(key: str) -> str | None:
     return re.sub(r"(\.attentions\.0)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", key)
 
 
+class Undrawn(TorchFunctionMode):
+    """Modules built in this mode draw no initial values: on the meta device, that imports half of torch's compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Part:
     """One network of a model: how it is built, and where its tensors are."""
@@ -207,7 +218,7 @@ class Part:
 
     def empty(self) -> nn.Module:
         """The module without any memory behind its tensors."""
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             return self.build(self.config)
 
     def keys(self) -> dict[str, str]:
