@@ -13,6 +13,8 @@ from clip import CLIP, TextEncoder
 from unet import UNet
 from vae import VAE
 
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TEXT = {
@@ -67,7 +69,7 @@ def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_part(folder / "vae", VAE, VAE_CONFIG, "diffusion_pytorch_model.safetensors")
     both = {"text_config": text, "vision_config": VISION, "projection_dim": 8}
     write_part(folder / "clip", CLIP, both, "model.safetensors")
-    weights.write_text(folder / "scheduler" / "scheduler_config.json", json.dumps({"beta_start": 0.00085}))
+    weights.write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(weights.SD14_CONFIGS["scheduler"]))
     return folder
 
 
