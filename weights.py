@@ -118,7 +118,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        os.chmod(temporary, mode)  # safetensors lets nobody else read what it writes
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -483,6 +486,18 @@ def check_config(config: dict[str, Any], build: type, path: Path) -> dict[str, A
     return config
 
 
+def check_schedule(config: dict[str, Any], path: Path) -> None:
+    """UserError unless this is a noise schedule we have; what defines it must be there, as defaults differ."""
+    for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+        if key not in config:
+            raise UserError(f"{path} does not say {key}: it is not the config of a scheduler, or not a whole one")
+    check_fixed(config, Schedule.FIXED, path)
+    check_sizes(config, ("num_train_timesteps",), path)
+    betas = (config["beta_start"], config["beta_end"])
+    if any(type(beta) not in (int, float) for beta in betas) or not 0 < betas[0] < betas[1] < 1:
+        raise UserError(f"{path}: beta_start and beta_end are {betas[0]!r} and {betas[1]!r}, not 0 < start < end < 1")
+
+
 def check_agreement(parts: Mapping[str, Part], name: str) -> None:
     """UserError unless the parts of a model fit together."""
     pairs = [
@@ -671,7 +686,7 @@ class Model:
         """The noise schedule."""
         path = self.path / SCHEDULER
         config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
-        check_fixed(config, Schedule.FIXED, path)
+        check_schedule(config, path)
         return Schedule(config)
 
     @torch.no_grad()
@@ -784,6 +799,8 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
 
     UserError when the folder exists already. It appears when it is complete, and not before.
     """
+    if changed.keys() - PARTS.keys():
+        raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another name, or remove it")

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import struct
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny as reference
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +33,7 @@ def test_every_part_loads_with_the_dtype_asked_for(tiny):
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
         assert not any(p.is_meta or p.requires_grad for p in part.parameters())
     assert model.encode(["a red heart", ""]).shape == (2, 77, 16)
-    
+
 
 def test_loaded_tensors_are_those_of_the_file(tiny):
     loaded = load_model(tiny).unet.state_dict()
@@ -270,3 +272,466 @@ def test_a_damaged_cache_is_made_anew(tiny):
     for path in weights.cache_folder().glob("*.safetensors"):
         path.write_bytes(b"damaged")
     assert torch.equal(weights.cached_contexts(model, ["a damaged entry"]), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_variant_fits_the_dtype(tiny, dtype):
+    """float16 takes the half-precision file; bfloat16 would be rounded twice by it."""
+    tensors = load_file(tiny / UNET_FILE)
+    save_file({n: (t + 1).half() for n, t in tensors.items()}, tiny / "unet/diffusion_pytorch_model.fp16.safetensors")
+    value = load_model(tiny, dtype).unet.conv_in.weight
+    expected = tensors["conv_in.weight"]
+    assert torch.equal(value, (expected + 1).half() if dtype == torch.float16 else expected.to(dtype))
+
+
+def test_text_encoders_as_transformers_5_writes_them_load(tiny):
+    context = load_model(tiny).encode(["a cat"])
+    tensors = load_file(tiny / TEXT_FILE)
+    save_file({name.removeprefix("text_model."): t for name, t in tensors.items()}, tiny / TEXT_FILE)
+    assert torch.equal(load_model(tiny).encode(["a cat"]), context)
+
+
+def test_a_tensor_under_two_names_is_refused(tiny):
+    tensors = load_file(tiny / TEXT_FILE)
+    name = "final_layer_norm.bias"
+    save_file(tensors | {name: tensors[f"text_model.{name}"].clone()}, tiny / TEXT_FILE)
+    with pytest.raises(UserError, match=r"final_layer_norm\.bias is there twice"):
+        _ = load_model(tiny).text_encoder
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("unet", "cross_attention_dim"), ("unet", "up_block_types"), ("vae", "latent_channels"), ("clip", "vision_config")]
+    + [("text_encoder", key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")],
+)
+def test_a_size_that_is_missing_names_file_and_key(tiny, part, key):
+    path = tiny / part / "config.json"
+    config = weights.read_json(path)
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        getattr(load_model(tiny), part)
+    assert key in str(error.value)
+    assert f"{part}/config.json" in str(error.value)
+
+
+def test_a_setting_nobody_knows_is_refused_unless_it_is_null(tiny):
+    change(tiny, "unet", new_setting=None, _private="x", addition_embed_type_num_heads=64)
+    assert load_model(tiny).unet is not None
+    change(tiny, "unet", new_setting="deeper")
+    with pytest.raises(UserError, match='new_setting is "deeper", a setting that is not implemented'):
+        load_model(tiny)
+
+
+def test_clip_checks_both_towers(tiny):
+    path = tiny / "clip/config.json"
+    config = weights.read_json(path)
+    config["vision_config"]["hidden_act"] = "gelu"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match='hidden_act is "gelu", and only "quick_gelu"'):
+        _ = load_model(tiny).clip
+
+
+def test_parts_that_do_not_fit_together_are_named(tiny):
+    change(tiny, "unet", cross_attention_dim=24)
+    with pytest.raises(UserError, match="cross_attention_dim is 24, hidden_size is 16"):
+        load_model(tiny)
+
+
+@pytest.mark.parametrize("file", ["vae/config.json", VAE_FILE, "text_encoder/config.json"])
+def test_what_is_missing_shows_before_any_work_is_done(tiny, file):
+    (tiny / file).unlink()
+    with pytest.raises(UserError, match=file):
+        load_model(tiny)
+
+
+def test_parts_that_are_not_asked_for_need_not_be_there(tiny):
+    for file in ("vae/config.json", "scheduler/scheduler_config.json"):
+        (tiny / file).unlink()
+    model = load_model(tiny, parts=("text_encoder", "unet"))
+    assert model.cross_attention()
+    with pytest.raises(UserError, match=r"scheduler_config\.json"):
+        _ = model.schedule
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prediction_type", "v_prediction"),
+        ("beta_schedule", "linear"),
+        ("num_train_timesteps", 0),
+        ("beta_end", "big"),
+        ("beta_start", 0.5),
+        ("beta_start", True),
+        ("beta_schedule", None),
+    ],
+)
+def test_another_schedule_is_refused(tiny, key, value):
+    config = weights.SD14_CONFIGS["scheduler"] | {key: value}
+    (tiny / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=key):
+        _ = load_model(tiny).schedule
+
+
+def test_a_schedule_is_not_guessed(tiny):
+    path = tiny / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"beta_start": 0.00085, "beta_schedule": "scaled_linear"}))
+    with pytest.raises(UserError, match="does not say beta_end"):
+        _ = load_model(tiny).schedule
+
+
+def test_a_model_without_clip_says_so(tiny):
+    shutil.rmtree(tiny / "clip")
+    with pytest.raises(UserError, match="no clip/ folder"):
+        _ = load_model(tiny).clip
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "nonsense"])
+def test_a_device_that_is_not_there_is_named(tiny, device):
+    if (device == "cuda" and torch.cuda.is_available()) or (device == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("it is there")
+    with pytest.raises(UserError, match=f"the device {device} cannot be used"):
+        load_model(tiny, device=device)
+
+
+def test_clip_loads_from_its_own_folder(tiny):
+    for file in weights.TOKENIZER:
+        shutil.copy(tiny / "tokenizer" / file, tiny / "clip")
+    clip, tokenizer = weights.load_clip(tiny / "clip")
+    tokens = tokenizer(["a cat"])
+    assert torch.equal(clip.encode_text(tokens), load_model(tiny).clip.encode_text(tokens))
+    with pytest.raises(UserError, match="there is no CLIP model nonsense"):
+        weights.load_clip("nonsense")
+
+
+def test_building_draws_no_initial_values(tiny):
+    """And leaves torch's generator alone: a seed set before loading holds after it."""
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    model = load_model(tiny)
+    _ = model.text_encoder, model.unet, model.vae, model.clip
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+# --- One-file checkpoints ----------------------------------------------------------------------------------------
+
+
+def counted(prefix: str, slots: list[list[tuple[str, str]]]) -> dict[str, str]:
+    """{our prefix: "<prefix>.<block>.<slot>"} where every inner list is a block of the original's single row."""
+    return {ours: f"{prefix}.{i}.{slot}." for i, block in enumerate(slots) for ours, slot in block}
+
+
+def original_unet(config: dict) -> dict[str, str]:
+    """Our prefix -> the original's, counted as its code does: block after block, not computed from an index."""
+    layers, last = config["layers_per_block"], len(config["block_out_channels"]) - 1
+    down, up = [[("conv_in.", "0")]], []
+    for i in range(last + 1):
+        block = f"down_blocks.{i}"
+        down += [[(f"{block}.resnets.{j}.", "0"), (f"{block}.attentions.{j}.", "1")] for j in range(layers)]
+        down += [[(f"{block}.downsamplers.0.conv.", "0.op")]] if i < last else []
+    for i, kind in enumerate(config["up_block_types"]):
+        block, cross = f"up_blocks.{i}", kind.startswith("CrossAttn")
+        up += [[(f"{block}.resnets.{j}.", "0"), (f"{block}.attentions.{j}.", "1")] for j in range(layers + 1)]
+        up[-1] += [(f"{block}.upsamplers.0.", "2" if cross else "1")] if i < last else []
+    middle = ["mid_block.resnets.0.", "mid_block.attentions.0.", "mid_block.resnets.1."]
+    rest = {"time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2."}
+    rest |= {"conv_norm_out.": "out.0.", "conv_out.": "out.2."}
+    rest |= {ours: f"middle_block.{i}." for i, ours in enumerate(middle)}
+    return rest | counted("input_blocks", down) | counted("output_blocks", up)
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def to_original(part: str, key: str, config: dict) -> str:
+    """The original name of one of our tensors."""
+    if part == "text_encoder":
+        return f"cond_stage_model.transformer.{key}"
+    if part == "unet":
+        ours, theirs = next((o, t) for o, t in original_unet(config).items() if key.startswith(o))
+        rest = key.removeprefix(ours)
+        if ".resnets." in ours:
+            name, end = rest.split(".")
+            rest = f"{RESNET[name]}.{end}"
+        return f"model.diffusion_model.{theirs}{rest}"
+    levels = len(config["block_out_channels"])
+    for i in range(levels):
+        key = key.replace(f"encoder.down_blocks.{i}.resnets", f"encoder.down.{i}.block")
+        key = key.replace(f"encoder.down_blocks.{i}.downsamplers.0", f"encoder.down.{i}.downsample")
+        key = key.replace(f"decoder.up_blocks.{i}.resnets", f"decoder.up.{levels - 1 - i}.block")
+        key = key.replace(f"decoder.up_blocks.{i}.upsamplers.0", f"decoder.up.{levels - 1 - i}.upsample")
+    key = key.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    for now, then in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        key = key.replace(f"mid_block.attentions.0.{now}", f"mid.attn_1.{then}")
+    return "first_stage_model." + key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path, monkeypatch) -> Path:
+    """The tiny model in one file, as its code of 2022 would have written it; its tokenizer lies beside."""
+    tensors = {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    configs = {}
+    for part, file in (("text_encoder", TEXT_FILE), ("unet", UNET_FILE), ("vae", VAE_FILE)):
+        configs[part] = weights.read_json(tiny / part / "config.json")
+        for key, tensor in load_file(tiny / file).items():
+            name = to_original(part, key, configs[part])
+            if part == "vae" and "attn_1" in name and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+            tensors[name] = tensor.contiguous()
+    monkeypatch.setattr(weights, "SD14_CONFIGS", weights.SD14_CONFIGS | configs)
+    path = tmp_path / "single" / "tiny.safetensors"
+    weights.save_tensors(path, tensors)
+    for file in weights.TOKENIZER:
+        shutil.copy(tiny / "tokenizer" / file, path.parent)
+    return path
+
+
+def test_a_one_file_checkpoint_equals_the_folder(tiny, checkpoint):
+    one, folder = load_model(checkpoint), load_model(tiny)
+    for part in ("text_encoder", "unet", "vae"):
+        ours, theirs = getattr(one, part).state_dict(), getattr(folder, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(one.encode(["a cat"]), folder.encode(["a cat"]))
+    assert one.cross_attention().keys() == folder.cross_attention().keys()
+    assert torch.equal(one.schedule.alphas_cumprod, folder.schedule.alphas_cumprod)
+    assert one.fingerprint == folder.fingerprint
+
+
+def test_a_one_file_checkpoint_may_be_in_half_precision(tiny, checkpoint):
+    tensors = {n: t.half() if t.is_floating_point() else t for n, t in load_file(checkpoint).items()}
+    save_file(tensors, checkpoint)
+    one, folder = load_model(checkpoint), load_model(tiny)
+    assert torch.equal(one.unet.conv_in.weight, folder.unet.conv_in.weight.half().float())
+    assert one.fingerprint == folder.fingerprint
+
+
+def test_fingerprints_agree_on_both_precisions(tiny):
+    before = load_model(tiny).fingerprint
+    save_file({n: t.half() for n, t in load_file(tiny / TEXT_FILE).items()}, tiny / TEXT_FILE)
+    assert load_model(tiny).fingerprint == before
+    assert load_model(tiny, torch.bfloat16).fingerprint == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.pop("model.diffusion_model.out.2.bias"), ["1 tensors missing", "conv_out.bias"]),
+        (lambda t: t.update({"model.diffusion_model.x": torch.zeros(1)}), ["not part of", "model.diffusion_model.x"]),
+        (lambda t: t.update({"control_model.x": torch.zeros(1)}), ["control_model.x does not belong there"]),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith("first_stage")], ["it has no first_stage_model.*"]),
+    ],
+    ids=["missing", "extra", "another model", "a part missing"],
+)
+def test_one_file_checkpoints_are_read_strictly(checkpoint, spoil, words):
+    tensors = load_file(checkpoint)
+    spoil(tensors)
+    save_file(tensors, checkpoint)
+    with pytest.raises(UserError) as error:
+        _ = load_model(checkpoint).unet
+    assert all(word in str(error.value) for word in [*words, "tiny.safetensors"])
+
+
+def test_a_file_of_one_part_says_to_give_the_folder(tiny):
+    with pytest.raises(UserError, match="given as the folder that holds unet/"):
+        load_model(tiny / UNET_FILE)
+
+
+def test_a_one_file_checkpoint_without_tokenizer_says_where_to_put_one(checkpoint, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(checkpoint.parent))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (checkpoint.parent / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"brings no tokenizer: put vocab\.json and merges\.txt beside it"):
+        _ = load_model(checkpoint).tokenizer
+
+
+# Read off the published checkpoint of Stable Diffusion 1.4.
+PUBLISHED = {
+    "unet": {
+        "input_blocks.0.0.weight": "conv_in.weight",
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
+        "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.conv_shortcut.weight",
+        "input_blocks.11.0.in_layers.2.bias": "down_blocks.3.resnets.1.conv1.bias",
+        "middle_block.1.proj_in.weight": "mid_block.attentions.0.proj_in.weight",
+        "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
+        "output_blocks.5.2.conv.weight": "up_blocks.1.upsamplers.0.conv.weight",
+        "output_blocks.8.2.conv.bias": "up_blocks.2.upsamplers.0.conv.bias",
+        "output_blocks.11.1.norm.weight": "up_blocks.3.attentions.2.norm.weight",
+        "time_embed.2.weight": "time_embedding.linear_2.weight",
+        "out.2.weight": "conv_out.weight",
+    },
+    "vae": {
+        "encoder.down.2.downsample.conv.weight": "encoder.down_blocks.2.downsamplers.0.conv.weight",
+        "encoder.down.1.block.0.nin_shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+        "decoder.up.3.block.2.conv1.weight": "decoder.up_blocks.0.resnets.2.conv1.weight",
+        "decoder.up.1.upsample.conv.weight": "decoder.up_blocks.2.upsamplers.0.conv.weight",
+        "decoder.up.0.block.0.nin_shortcut.bias": "decoder.up_blocks.3.resnets.0.conv_shortcut.bias",
+        "decoder.mid.attn_1.proj_out.weight": "decoder.mid_block.attentions.0.to_out.0.weight",
+        "encoder.norm_out.weight": "encoder.conv_norm_out.weight",
+        "post_quant_conv.weight": "post_quant_conv.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_every_name_of_stable_diffusion_has_one_original(part):
+    config = weights.SD14_CONFIGS[part]
+    names = weights.Part(weights.PARTS[part][0], config, Path(), str).empty().state_dict()
+    originals = {name: to_original(part, name, config) for name in names}
+    assert len(set(originals.values())) == len(names)
+    for name, original in originals.items():
+        assert weights.ldm_name(original, part, config) == name
+    for original, name in PUBLISHED.get(part, {}).items():
+        assert originals[name] == weights.LDM_PREFIXES[part] + original
+
+
+# --- Writing models ----------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_model_saved_is_the_model(tiny, tmp_path):
+    folder = weights.save_model(load_model(tiny), tmp_path / "copy")
+    assert all(contents(folder)[file] == (tiny / file).read_bytes() for file in (TEXT_FILE, UNET_FILE, VAE_FILE))
+    model, original = load_model(folder), load_model(tiny)
+    assert torch.equal(model.encode(["a cat"]), original.encode(["a cat"]))
+    assert torch.equal(model.clip.logit_scale, original.clip.logit_scale)
+    assert model.schedule.config["beta_start"] == 0.00085
+
+
+def test_a_model_saved_holds_what_was_changed_and_nothing_else(tiny, tmp_path):
+    model = load_model(tiny)
+    edited = {name: t.clone() for name, t in model.unet.state_dict().items()}
+    edited["conv_in.bias"] += 1
+    folder = weights.save_model(model, tmp_path / "edited", unet=edited)
+    assert torch.equal(load_model(folder).unet.conv_in.bias, model.unet.conv_in.bias + 1)
+    assert contents(folder)[TEXT_FILE] == (tiny / TEXT_FILE).read_bytes()
+    with pytest.raises(ValueError, match="not the tensors of a UNet"):
+        weights.save_model(model, tmp_path / "wrong", unet={"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="nonsense"):
+        weights.save_model(model, tmp_path / "wrong", nonsense={})
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_one_file_checkpoint_is_saved_as_a_folder(tiny, checkpoint, tmp_path):
+    folder = weights.save_model(load_model(checkpoint), tmp_path / "folder")
+    model, original = load_model(folder), load_model(tiny)
+    assert torch.equal(model.encode(["a cat"]), original.encode(["a cat"]))
+    assert torch.equal(model.vae.quant_conv.weight, original.vae.quant_conv.weight)
+
+
+def test_a_model_is_not_saved_over_another(tiny):
+    before = contents(tiny)
+    with pytest.raises(UserError, match="exists already"):
+        weights.save_model(load_model(tiny), tiny)
+    assert contents(tiny) == before
+
+
+def test_saving_a_model_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
+    model = load_model(tiny)
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="could not be written"):
+        weights.save_model(model, tmp_path / "copy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_limit_on_file_size_leaves_nothing(tmp_path):
+    """The writer in Rust meets the limit itself; what was there before stays."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "x.safetensors"
+    weights.save_tensors(path, {"x": torch.zeros(10)})
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(UserError, match="the disk is full"):
+            weights.save_tensors(path, {"x": torch.zeros(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+
+
+def test_files_written_are_readable_for_others(tmp_path):
+    """A temporary file's narrow permissions must not survive."""
+    umask = os.umask(0o022)
+    try:
+        weights.write_text(tmp_path / "text", "x")
+        weights.save_tensors(tmp_path / "tensors.safetensors", {"x": torch.zeros(1)})
+    finally:
+        os.umask(umask)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+# --- The libraries that defined the layouts ----------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_folder_that_diffusers_wrote_loads(tiny, tmp_path, variant):
+    """Their tiny pipeline, saved by them, gives our noise and images what theirs gives."""
+    (make_text, text_config) = reference.reference("transformers", "CLIPTextModel", "CLIPTextConfig")
+    make_unet, make_vae, ddim = reference.reference(
+        "diffusers", "UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler"
+    )
+    config = weights.read_json(tiny / "text_encoder/config.json")
+    theirs = {
+        "text_encoder": make_text(text_config(**config)),
+        "unet": make_unet(**weights.read_json(tiny / "unet/config.json")),
+        "vae": make_vae(**weights.read_json(tiny / "vae/config.json")),
+    }
+    folder = tmp_path / "theirs"
+    for part, module in theirs.items():
+        kwargs = {"variant": variant} if variant and part != "text_encoder" else {}
+        module.eval().requires_grad_(False).save_pretrained(folder / part, **kwargs)
+    ddim(**reference.DDIM).save_pretrained(folder / "scheduler")
+    shutil.copytree(tiny / "tokenizer", folder / "tokenizer")
+
+    model = load_model(folder)
+    context, latents = model.encode(["a cat"]), reference.draw("latents", 1, 4, 4, 4)
+    tokens = model.tokenizer(["a cat"])
+    assert reference.difference(context, theirs["text_encoder"](tokens).last_hidden_state) <= 1e-5
+    noise = model.unet(latents, 5, model.unet.keys_values(context))
+    assert reference.difference(noise, theirs["unet"](latents, 5, context).sample) <= 1e-5
+    assert reference.difference(model.vae.decode(latents), theirs["vae"].decode(latents).sample) <= 1e-5
+
+
+@pytest.mark.oracle
+def test_a_folder_we_wrote_loads_in_diffusers(tiny, tmp_path):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    model = load_model(tiny)
+    folder = weights.save_model(model, tmp_path / "ours", unet=model.unet.state_dict())
+    theirs = pipeline.from_pretrained(folder, local_files_only=True)
+    for part in ("unet", "vae"):
+        ours = getattr(model, part).state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in getattr(theirs, part).state_dict().items())
+    tokens = model.tokenizer(["a cat"])
+    assert theirs.tokenizer("a cat", padding="max_length", max_length=77)["input_ids"] == tokens[0].tolist()
+    with torch.no_grad():
+        context = theirs.text_encoder(tokens).last_hidden_state
+    assert reference.difference(model.encode(["a cat"]), context) <= 1e-5
+
+
+@pytest.mark.oracle
+def test_the_original_layout_is_the_one_diffusers_converts(tiny, checkpoint):
+    convert_unet, convert_vae = reference.reference(
+        "diffusers.loaders.single_file_utils", "convert_ldm_unet_checkpoint", "convert_ldm_vae_checkpoint"
+    )
+    for part, convert in (("unet", convert_unet), ("vae", convert_vae)):
+        config = weights.read_json(tiny / part / "config.json") | {"class_embed_type": None}
+        theirs, ours = convert(load_file(checkpoint), config), getattr(load_model(tiny), part).state_dict()
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(tensor.reshape(ours[name].shape), ours[name]) for name, tensor in theirs.items())
