@@ -1,6 +1,9 @@
 """clip.py: the tokenizer, the text tower and the vision tower."""
 
+import gzip
+import json
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 
 import clip
 
@@ -146,6 +150,39 @@ def test_cut_prompt_equals_transformers(tokenizer, theirs):
     expected = theirs(prompt, padding="max_length", max_length=77, truncation=True)["input_ids"]
     with pytest.warns(UserWarning, match="prompt cut"):
         assert tokenizer([prompt])[0].tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A folder with the vocabulary of OpenAI's CLIP and so of SD 1.4, derived from the file of merges it came as."""
+    try:
+        package = metadata.distribution("open_clip_torch")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the official vocabulary: pip install --no-deps open_clip_torch")
+    packed = package.locate_file("open_clip/bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.decompress(Path(packed).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    symbols = list(pre_tokenizers.ByteLevel.alphabet())
+    # The bytes that print stand for themselves and come first; the others are numbered from U+0100.
+    symbols.sort(key=lambda c: (ord(c) >= 256, ord(c)))
+    symbols += [f"{c}</w>" for c in symbols]
+    symbols += [pair.replace(" ", "") for pair in merges] + [clip.BOS, clip.EOS]
+    folder = tmp_path_factory.mktemp("official")
+    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.oracle
+def test_the_official_vocabulary(official):
+    """Ids as everybody's SD 1.4 has them, and transformers' on texts of every kind."""
+    ours = clip.Tokenizer(official / "vocab.json", official / "merges.txt")
+    assert (ours.bos, ours.eos) == (49406, 49407)
+    assert ours.ids("a photo of a cat") == [320, 1125, 539, 320, 2368]
+    assert ours.ids("a photograph of an astronaut riding a horse") == [320, 8853, 539, 550, 18376, 6765, 320, 4558]
+    (make,) = tiny.reference("transformers", "CLIPTokenizer")
+    theirs = make.from_pretrained(official)
+    for text in [*TEXTS, "a portrait of Brad Pitt", "Van Gogh, Kelly McKernan, Thomas Kinkade", "R2-D2"]:
+        assert ours.ids(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.oracle
