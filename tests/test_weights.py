@@ -404,6 +404,15 @@ def test_clip_loads_from_its_own_folder(tiny):
         weights.load_clip("nonsense")
 
 
+def test_editing_loaded_weights_leaves_the_file_alone(tiny):
+    """They are a memory map, but a private one."""
+    before = (tiny / UNET_FILE).read_bytes()
+    unet = load_model(tiny).unet
+    unet.conv_in.weight.add_(1)
+    assert (tiny / UNET_FILE).read_bytes() == before
+    assert not torch.equal(unet.conv_in.weight, load_model(tiny).unet.conv_in.weight)
+
+
 def test_building_draws_no_initial_values(tiny):
     """And leaves torch's generator alone: a seed set before loading holds after it."""
     torch.manual_seed(0)
