@@ -563,6 +563,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
         raise UserError(f"downloading {repository} needs `pip install huggingface_hub`. {HELP}") from error
 
     def find(names: tuple[str, ...], revision: str) -> str:
+        """The path of the first of `names` that the cache has, or else that the repository has."""
         for name in names:
             path = hub.try_to_load_from_cache(repository, name, revision=revision)
             if isinstance(path, str):

@@ -8,7 +8,8 @@ Trains gates on four concepts and measures, in token space, on prompts that trai
     near     how far the 10 nearest concepts are moved, as a share of that     sum_l w_l |R_l|^2 / x M x^T
     others   the same for all concepts that were no anchors
 
-Lower is better in every column. The targets are not those of any reported table.
+Lower is better in every column. The targets are not those of any reported table. Run it again whenever the embedded
+model's weights change: the recipe in cpe.py does not come from a run on the present ones.
 """
 
 import argparse

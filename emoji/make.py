@@ -644,8 +644,13 @@ def train_unet(recipe: Recipe) -> None:
 
 
 def trained(name: str, network: nn.Module) -> nn.Module:
-    """A network with the averaged weights of its last checkpoint."""
-    network.load_state_dict(torch.load(BUILD / f"{name}.pt", weights_only=True)["average"])
+    """A network with the averaged weights of its last checkpoint, or where there is none, of the exported file."""
+    checkpoint = BUILD / f"{name}.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)["average"]
+    else:
+        state = {key: value.float() for key, value in load_file(HERE / EXPORTED[name]).items()}
+    network.load_state_dict(state)
     return network.eval()
 
 
