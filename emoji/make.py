@@ -4,7 +4,8 @@
     python emoji/make.py unet --samples 2000000        # continue the U-Net alone, then: export, evaluate
 
 Order: icons are rendered in several placements; CLIP learns which caption belongs to which picture; the VAE learns
-to compress pictures eightfold; the U-Net learns to denoise latents under the context of CLIP's frozen text tower.
+to compress pictures eightfold; the U-Net learns to denoise latents under the context of a frozen copy of CLIP's text
+tower, taken when its own training begins: CLIP itself is then only a judge, and may be trained on.
 Everything intermediate lies in `emoji/build/` (ignored by git); `export` writes float16 weights beside this file.
 
 Shapes: B pictures, 3 colours in [-1, 1], 64 x 64 pixels; latents [B, 16, 8, 8]; T tokens, d = 192 their width.
@@ -77,7 +78,7 @@ TEMPLATES = (
     "an image of a {}",
 )
 TRAINED, HELD_OUT = 12, 4  # placements of every icon: for training, and to measure on
-CACHED = 4  # placements whose latents the U-Net learns from
+CACHED = 2  # placements whose latents the U-Net learns from
 UNET_TEMPLATES = ("a picture of a {}", "{} emoji", "a {}")  # every caption's context is cached: 30 kB each
 MERGES = 1200  # of the tokenizer, besides 2 x 256 bytes
 
@@ -441,8 +442,6 @@ def train_clip(recipe: Recipe) -> None:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     training = Training("clip", model, loss, recipe)
-    if (BUILD / "contexts.safetensors").exists():
-        training.freeze("text_model")  # the U-Net reads its contexts; the vision tower may still improve
     for line in training:
         judge = clip.CLIP(clip_config())
         judge.load_state_dict(training.average)
@@ -637,7 +636,7 @@ def train_unet(recipe: Recipe) -> None:
     training = Training("unet", model, loss, recipe)
     for line in training:
         print(line, flush=True)
-        export_unet()
+    export_unet()
 
 
 # Export: float16 weights in the layout of Stable Diffusion 1.4.
@@ -655,11 +654,14 @@ def trained(name: str, network: nn.Module) -> nn.Module:
 
 
 def text_encoder() -> clip.TextEncoder:
-    """CLIP's text tower without its projection, with the rounding of the exported file."""
-    tower = trained("clip", clip.CLIP(clip_config())).text_model
-    encoder = clip.TextEncoder(text_config())
-    encoder.text_model.load_state_dict({key: value.half().float() for key, value in tower.state_dict().items()})
-    return encoder
+    """The text encoder that conditions the U-Net: CLIP's tower, frozen once it is exported; CLIP may train on."""
+    path = HERE / "text_encoder" / "model.safetensors"
+    if not path.exists():
+        tower = trained("clip", clip.CLIP(clip_config())).text_model
+        encoder = clip.TextEncoder(text_config())
+        encoder.text_model.load_state_dict(tower.state_dict())
+        write_model("text_encoder", encoder, text_config() | {"architectures": ["CLIPTextModel"]}, "model")
+    return exported(clip.TextEncoder, "text_encoder", "model")
 
 
 def write_model(folder: str, network: nn.Module, config: dict, file: str = "diffusion_pytorch_model") -> None:
@@ -676,8 +678,7 @@ def export_unet() -> None:
 def export() -> None:
     """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
     scale = load_file(BUILD / "latents.safetensors")["scale"].item()
-    text = text_config() | {"architectures": ["CLIPTextModel"]}
-    write_model("text_encoder", text_encoder(), text, "model")
+    text_encoder()
     write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
     write_json(HERE / "scheduler" / "scheduler_config.json", schedule_config())
