@@ -681,7 +681,6 @@ class Trainer:
 # --- Generation --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def denoise(
     model: "Model",
     prompts: Sequence[str],
@@ -695,11 +694,26 @@ def denoise(
 
     An image depends on its own prompt and seed alone, whatever else is in the batch.
     """
+    return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
+
+
+@torch.no_grad()
+def denoise_context(
+    model: "Model",
+    context: Tensor,
+    seeds: Sequence[int],
+    gates: nn.Module | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+) -> Iterator[Tensor]:
+    """As `denoise`, from contexts [B, T, d]: what an attacker who feeds embeddings instead of words gets."""
     unet = model.unet
     c, size = unet.config["in_channels"], unet.config["sample_size"]
     noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(model.device, model.dtype)
-    context = model.encode([*([""] * len(prompts) if guidance_scale != 1 else []), *prompts])
+    if guidance_scale != 1:
+        context = torch.cat([model.encode([""]).expand_as(context), context])
     if isinstance(gates, ContextGate):
         context, gates = gates(context), None
     kv = unet.keys_values(context)

@@ -21,6 +21,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -697,10 +698,22 @@ class Model:
         tokens = self.tokenizer(prompts, length).to(self.device)
         return torch.cat([tower(batch) for batch in tokens.split(batch_size)])
 
+    def with_unet(self, changed: dict[str, Tensor]) -> "Model":
+        """The same model, other parts shared, with tensors of its U-Net replaced; KeyError for one it does not have."""
+        twin, state = copy(self), dict(self.unet.state_dict())
+        if unknown := changed.keys() - state.keys():
+            raise KeyError(f"the U-Net has no {sorted(unknown)[0]}")
+        twin.unet = self.part("unet").empty()
+        replaced = {key: tensor.to(state[key]) for key, tensor in changed.items()}
+        twin.unet.load_state_dict(state | replaced, assign=True)
+        twin.unet.eval().requires_grad_(False)
+        return twin
+
     def cross_attention(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The weights of to_q, to_k, to_v and to_out.0 of every cross-attention layer, under the checkpoint's keys.
 
-        In the order of `UNet.cross_attentions`. Nothing else of the U-Net is read, and none is built.
+        In the order of `UNet.cross_attentions`. Nothing else of the U-Net is read, and none is built. Of a U-Net that
+        is already there, edited by `with_unet` perhaps, they are the present ones.
         """
         part = self.part("unet")
         module, keys = part.empty(), part.keys()
@@ -710,6 +723,9 @@ class Model:
             for path, layer in module.cross_attentions().items()
             for matrix in ("to_q", "to_k", "to_v", "to_out.0")
         }
+        if "unet" in self.__dict__:  # perhaps edited
+            state = self.unet.state_dict()
+            return {key: state[key].to(dtype) for key in expected}
         return part.read(expected, dtype, self.device)
 
     @cached_property

@@ -744,3 +744,14 @@ def test_the_original_layout_is_the_one_diffusers_converts(tiny, checkpoint):
         theirs, ours = convert(load_file(checkpoint), config), getattr(load_model(tiny), part).state_dict()
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(tensor.reshape(ours[name].shape), ours[name]) for name, tensor in theirs.items())
+
+
+def test_a_twin_with_another_unet_shares_the_rest_and_leaves_the_first_alone(tiny):
+    model = weights.load_model(str(tiny))
+    name = next(key for key in model.cross_attention() if key.endswith("to_k.weight"))
+    before = model.cross_attention()[name].clone()
+    twin = model.with_unet({name: before + 1})
+    assert torch.equal(twin.cross_attention()[name], before + 1)
+    assert torch.equal(model.cross_attention()[name], before)
+    with pytest.raises(KeyError, match="nothing.weight"):
+        model.with_unet({"nothing.weight": before})
