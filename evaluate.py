@@ -1,8 +1,12 @@
-"""What is in a picture, judged by CLIP: zero-shot recognition of images among a list of names.
+"""What is in pictures, and how far they moved: every measure of the comparison, on CLIP alone.
 
-Works with any CLIP that `weights.Model.clip` opens; the embedded model brings its own. Built on clip.py.
-Shapes: B images in [-1, 1], C names, p width of CLIP's projection.
-Source: zero-shot classification, Radford et al. 2021 (arXiv 2103.00020), section 3.1.
+    names = name_features(clip, tokenizer, ["cat", "dog"])        # once per list of names
+    recognise(clip, images, names)                                # zero-shot: index of the name each image shows
+
+Works with any CLIP that `weights.load_clip` opens (the layout of openai/clip-vit-*); the embedded model brings its
+own. Built on clip.py. Shapes: B images [B, 3, H, W] in [-1, 1], C names, p width of CLIP's projection.
+Sources: zero-shot recognition, Radford et al. 2021 (arXiv 2103.00020); CLIP score, Hessel et al. 2021 (2104.08718);
+CMMD, Jayasumana et al. 2024 (2401.09603); the harmonic mean H, Lu et al. 2024 (MACE, 2403.06135).
 """
 
 from collections.abc import Sequence
@@ -17,22 +21,82 @@ TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
 
 
 @torch.no_grad()
+def text_features(clip: CLIP, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
+    """Unit vectors [B, p] of prompts."""
+    return torch.cat([F.normalize(clip.encode_text(tokens), dim=-1) for tokens in tokenizer(prompts).split(128)])
+
+
+@torch.no_grad()
+def image_features(clip: CLIP, images: Tensor) -> Tensor:
+    """Unit vectors [B, p] of images [B, 3, H, W]."""
+    return F.normalize(clip.encode_image(preprocess(images, clip.image_size)), dim=-1)
+
+
 def name_features(
     clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
     """One unit vector per name, the mean over templates: [C, p]."""
-    prompts = [template.format(name) for name in names for template in templates]
-    features = torch.cat([F.normalize(clip.encode_text(t), dim=-1) for t in tokenizer(prompts).split(128)])
+    features = text_features(clip, tokenizer, [template.format(name) for name in names for template in templates])
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
 
 
-@torch.no_grad()
 def recognise(clip: CLIP, images: Tensor, names: Tensor) -> Tensor:
     """Index [B] of the name nearest to each image [B, 3, H, W], by cosine with `name_features` [C, p]."""
-    return (F.normalize(clip.encode_image(preprocess(images, clip.image_size)), dim=-1) @ names.T).argmax(dim=-1)
+    return (image_features(clip, images) @ names.T).argmax(dim=-1)
+
+
+@torch.no_grad()
+def recognise_style(clip: CLIP, images: Tensor, captions: Tensor) -> Tensor:
+    """Index [B] of the style of each image, whatever it shows; `captions` [C, S, p] names every concept in each style.
+
+    P(style) = sum over concepts of P(concept, style), the softmax of CLIP's logits over all C S captions.
+    """
+    logits = clip.logit_scale.exp() * torch.einsum("bp,csp->bcs", image_features(clip, images), captions)
+    return logits.logsumexp(dim=1).argmax(dim=-1)
 
 
 def nearest(features: Tensor, index: int, count: int) -> list[int]:
     """The `count` other names whose features [C, p] are nearest to those of name `index`."""
     order = (features @ features[index]).argsort(descending=True).tolist()
     return [i for i in order if i != index][:count]
+
+
+def clip_score(images: Tensor, prompts: Tensor) -> Tensor:
+    """CLIP score [B] of unit features of images and of their prompts, [B, p]: 100 max(cos, 0)."""
+    return 100 * (images * prompts).sum(dim=-1).clamp(min=0)
+
+
+def cmmd(before: Tensor, after: Tensor, sigma: float = 10.0) -> float:
+    """CMMD of two sets of unit image features [B, p]: 1000 MMD^2 with a Gaussian kernel, 0 for equal sets.
+
+    Sigma and the factor are the paper's; the estimate is the biased one, as in its authors' code.
+    """
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        # k(x, y) = exp(-|x - y|^2 / (2 sigma^2));   float64: all distances are tiny beside sigma
+        return torch.exp(-torch.cdist(x.double(), y.double()).square() / (2 * sigma**2)).mean()
+
+    # MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
+    return 1000 * (kernel(before, before) + kernel(after, after) - 2 * kernel(before, after)).item()
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """Mean absolute difference [B] of images or latents [B, ...] made from the same seeds; of images 2 is the most."""
+    return (before - after).abs().flatten(1).mean(dim=1)
+
+
+def harmonic_mean(erased: float, kept: float, paraphrased: float) -> float:
+    """MACE's H in [0, 1]: 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - paraphrased)); 0 if any of the three fails.
+
+    erased, paraphrased: accuracy on the target in plain and in unseen words (low is good); kept: on what must stay.
+    """
+    parts = (1 - erased, kept, 1 - paraphrased)
+    return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
+
+
+def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share over images, each of its own seed (Wilson 1927): honest even at 0 of n."""
+    share, n = successes / images, images
+    # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+    middle, spread = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, (middle - spread) / (1 + z**2 / n)), min(1.0, (middle + spread) / (1 + z**2 / n))

@@ -27,3 +27,59 @@ def test_recognition_is_the_most_likely_caption_of_clip(tiny):
 def test_nearest_never_names_itself_and_is_sorted():
     features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.5]]), dim=-1)
     assert evaluate.nearest(features, 0, 3) == [1, 3, 2]
+
+
+def test_style_is_the_sum_over_concepts_of_the_joint_probability(tiny):
+    model = weights.load_model(tiny)
+    names, styles = ["cat", "dog", "robot"], ["noto", "blob"]
+    captions = [f"a {name}, {style} style" for name in names for style in styles]
+    features = evaluate.text_features(model.clip, model.tokenizer, captions).unflatten(0, (3, 2))
+    images = torch.rand(7, 3, 32, 32) * 2 - 1
+    joint = model.clip(preprocess(images, model.clip.image_size), model.tokenizer(captions)).softmax(dim=-1)
+    expected = joint.unflatten(1, (3, 2)).sum(dim=1).argmax(dim=-1)
+    assert torch.equal(evaluate.recognise_style(model.clip, images, features), expected)
+
+
+def test_clip_score_is_a_hundredfold_cosine_and_never_negative():
+    x = F.normalize(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), dim=-1)
+    y = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    torch.testing.assert_close(evaluate.clip_score(x, y), torch.tensor([60.0, 0.0]))
+
+
+def test_cmmd_is_zero_for_equal_sets_and_equals_the_double_sum():
+    torch.manual_seed(0)
+    x, y = F.normalize(torch.randn(6, 8), dim=-1), F.normalize(torch.randn(5, 8) + 1, dim=-1)
+    assert abs(evaluate.cmmd(x, x)) < 1e-9
+
+    def mean_kernel(a, b):
+        return sum(torch.exp(-((u - v) ** 2).sum() / 200) for u in a for v in b) / (len(a) * len(b))
+
+    a, b = x.double(), y.double()
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert abs(evaluate.cmmd(x, y) - expected.item()) < 1e-9
+    assert evaluate.cmmd(x, y) > evaluate.cmmd(x, x[:5])
+
+
+def test_change_is_per_image_and_of_the_range_two():
+    black, white = -torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    assert evaluate.change(torch.cat([black, black]), torch.cat([white, black])).tolist() == [2.0, 0.0]
+
+
+def test_harmonic_mean_rewards_only_what_succeeds_everywhere():
+    assert evaluate.harmonic_mean(0.0, 1.0, 0.0) == 1.0
+    assert evaluate.harmonic_mean(0.0, 0.0, 0.0) == 0.0  # erased everything
+    assert evaluate.harmonic_mean(1.0, 1.0, 1.0) == 0.0  # erased nothing
+    assert abs(evaluate.harmonic_mean(0.5, 0.8, 0.2) - 3 / (2 + 1.25 + 1.25)) < 1e-12
+
+
+def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
+    """Of all outcomes of 40 draws, weighted by their probability, about 95 % have an interval that holds the truth."""
+    for truth in (0.02, 0.3, 0.9):
+        coin = torch.distributions.Binomial(40, torch.tensor(truth))
+        held = 0.0
+        for k in range(41):
+            low, high = evaluate.interval(k, 40)
+            held += coin.log_prob(torch.tensor(float(k))).exp().item() * (low <= truth <= high)
+        assert 0.92 <= held <= 0.99
+    low, high = evaluate.interval(0, 16)
+    assert low == 0 and 0.1 < high < 0.3  # nothing seen in 16 images is not nothing
