@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from weights import Model
 
 HERE = Path(__file__).resolve().parent
-PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji")
+PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
 
 
@@ -108,6 +108,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("gates", nargs="+", type=Path, help="gate files")
     sub.add_argument("--prompt", required=True, help="the prompt to read")
     add_model(sub)
+
+    sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
+    sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
+    sub.add_argument("--preset", choices=PRESET_NAMES, default="emoji", help="of --target: its words and recipe")
+    sub.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
+    sub.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
+    sub.add_argument("--quick", action="store_true", help="one target, few images, no attacks")
+    sub.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
+    sub.add_argument("--out", type=Path, default=Path("images/compare.png"), help="the picture")
+    add_model(sub)
+    sub.set_defaults(model="emoji")
     return top
 
 
@@ -472,3 +484,52 @@ def demo(args: argparse.Namespace) -> dict:
         "out": str(args.out),
         "next": f'python cpe.py inspect {gate_file} --prompt "{texts[0]}" --model emoji',
     }
+
+
+# --- compare -----------------------------------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again."""
+    import compare as table
+    from weights import UserError, write_text
+
+    scenarios, methods = table.SCENARIOS, table.METHODS
+    if args.ablations:
+        scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
+    names = args.eraser or (["cpe", "uce"] if args.quick else list(methods))
+    if unknown := [name for name in names if name not in methods]:
+        raise UserError(f"unknown eraser {unknown[0]!r}: choose among {', '.join(methods)}.")
+    if args.target:
+        prompts = read_prompts(args.preset)
+        known = prompts.general if args.preset.endswith("style") else prompts.domain
+        if unknown := [name for name in args.target if name not in known]:
+            raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
+        scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
+    if args.quick:
+        scenarios = dict(list(scenarios.items())[:1])
+    world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
+    budget = table.QUICK if args.quick else table.Budget()
+
+    figures, pictures, total = {}, {}, len(scenarios) * (len(names) + 1)
+    for scenario, method, row, images in bar(
+        table.run(world, scenarios, [methods[name] for name in names], budget, args.seed), total, "comparing"
+    ):
+        figures.setdefault(scenario, {})[method] = row
+        pictures.setdefault(scenario, []).append(images)
+    print(table.text(figures))
+    for scenario, rows in pictures.items():
+        path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
+        grid([from_bytes(row) for row in rows], path, scale=2)
+        print(f"wrote   {path}: {scenario}, one row each: {', '.join(figures[scenario])}")
+    if args.markdown:
+        write_text(args.markdown, table.markdown(figures))
+        print(f"wrote   {args.markdown}")
+    return {"scenarios": figures, "model": world.fingerprint}
+
+
+def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
+    """Images [B, 3, H, W] in [-1, 1] of bytes [3, H, W]."""
+    import torch
+
+    return torch.stack(list(pixels)).float() / 127.5 - 1

@@ -397,6 +397,7 @@ PRESETS = {
         first_lr=3e-3, later_lr=1e-3,
     ),
 }  # fmt: skip
+PRESETS["emoji-style"] = replace(PRESETS["emoji"], surrogate="noto style")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
 @torch.no_grad()
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
     """Unit vectors [B, p] of prompts."""
-    return torch.cat([F.normalize(clip.encode_text(tokens), dim=-1) for tokens in tokenizer(prompts).split(128)])
+    tokens = tokenizer(prompts)
+    # The tower is causal and read at EOS, the largest id: cutting the padding after the longest prompt changes nothing.
+    tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+    return torch.cat([F.normalize(clip.encode_text(part), dim=-1) for part in tokens.split(128)])
 
 
 @torch.no_grad()

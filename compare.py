@@ -1,0 +1,473 @@
+"""One honest table: every eraser on the same targets, prompts, seeds and judge.
+
+    world = World(load_model("emoji"))
+    figures = measure(world, SCENARIOS["object"], METHODS["cpe"])      # one cell: kept on disk, so a run resumes
+
+What is measured, on images of the model before and after erasing, from the same seeds:
+
+    erased          images of the target that CLIP still recognises as it
+    near, listed    the nearest concepts among those that every eraser was told to preserve
+    near, unlisted  the nearest among those that none was told about: what generalises
+    others          thirty more that none was told about
+    style           images of all three whose drawing style is still the one asked for
+
+A third of all concepts (`held_out`) is never shown to any eraser. Hyper-parameters (`TUNED`) come from
+benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines and cpe.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+import attacks
+import baselines
+import cpe
+import evaluate
+import variants
+from weights import Model, UserError, cache_folder, cached_contexts, load_clip, load_tensors, save_tensors
+
+VERSION = 1  # of the measurements: raise it when a change here makes kept figures wrong
+
+# --- What is erased ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Targets erased at once, and the preset that trains CPE on them."""
+
+    targets: tuple[str, ...]
+    preset: str = "emoji"
+    aliases: tuple[str, ...] = ()  # other names, erased with the first target
+
+    @property
+    def style(self) -> bool:
+        """Whether a way of drawing is erased, not a thing."""
+        return self.preset.endswith("style")
+
+
+TEN = ("umbrella", "red heart", "santa claus", "pizza", "horse", "police car", "sunflower", "clown face", "banana", "owl")
+FIFTY = (
+    *TEN, "tiger", "dog face", "pig face", "rabbit", "bear", "elephant", "frog", "shark", "butterfly", "spider",
+    "tulip", "cactus", "mushroom", "strawberry", "carrot", "lemon", "grapes", "hamburger", "ice cream", "cookie",
+    "birthday cake", "beer mug", "baseball", "basketball", "taxi", "fire engine", "bicycle", "airplane", "rocket",
+    "princess", "detective", "guard", "woman astronaut", "sun", "rainbow", "guitar", "green book", "skull", "alien",
+    "thinking face",
+)  # fmt: skip
+SCENARIOS = {
+    "object": Scenario(("umbrella",)),
+    "neighbours": Scenario(("red heart",)),
+    "person": Scenario(("santa claus",)),
+    "style": Scenario(("twemoji style",), "emoji-style"),
+    "10 at once": Scenario(TEN),
+    "50 at once": Scenario(FIFTY),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many images a cell draws, and how."""
+
+    erased: int = 16  # of the target; several targets share them, one each at least
+    near: int = 2  # of each near concept
+    others: int = 1  # of each other concept
+    attacked: int = 8  # of each attack; 0: no attacks
+    steps: int = 20
+    guidance_scale: float = 4.0
+    method: str = "dpm"
+
+
+QUICK = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image: its group, prompt and seed, and what CLIP should see in it (an index of concepts or of styles)."""
+
+    group: str
+    prompt: str
+    seed: int
+    expected: int
+    judge: str = "concept"
+
+
+class World:
+    """A model, its judge, and the concepts and styles that it knows."""
+
+    def __init__(self, model: Model, clip: str | None = None, preset: str = "emoji"):
+        import commands  # reads the prompt files; it imports this module only inside a command
+
+        self.model, self.read_prompts = model, commands.read_prompts
+        self.clip, self.tokenizer = load_clip(clip) if clip else (model.clip, model.tokenizer)
+        self.concepts = self.read_prompts(preset).domain
+        self.styles = ("noto", "twemoji", "fluent", "blob") if preset.startswith("emoji") else ()
+        self.objective = cpe.Objective(model.cross_attention())
+        self.colours = ("white", "blue", "yellow", "green", "pink")
+        self.features = evaluate.name_features(self.clip, self.tokenizer, self.concepts)
+        captions = [f"a picture of a {c}, {s} style" for c in self.concepts for s in self.styles or ("any",)]
+        self.captions = evaluate.text_features(self.clip, self.tokenizer, captions).unflatten(
+            0, (len(self.concepts), -1)
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that images depend on: the text encoder, and the cross-attention weights for the U-Net."""
+        digest = hashlib.sha256(self.model.fingerprint.encode())
+        for tensor in self.model.unet.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Every third concept: no eraser is ever told of it, unless it is the target."""
+        return self.concepts[1::3]
+
+    def prompt(self, concept: str, i: int, style: str | None = None) -> str:
+        """The i-th prompt of a concept: styles and backgrounds take turns."""
+        if not self.styles:
+            return f"a photo of {concept}"
+        style = self.styles[i % len(self.styles)] if style is None else style
+        ground = f"a picture of a {concept} on a {self.colours[i // len(self.styles) % len(self.colours)]} background"
+        return f"{ground}, {style} style" if style else ground
+
+    def listed(self, scenario: Scenario) -> cpe.Prompts:
+        """The preset's templates and anchor words without targets, aliases and what is held out."""
+        prompts = self.read_prompts(scenario.preset)
+        return cpe.anchor_words(prompts, [*scenario.targets, *scenario.aliases, *self.held_out])
+
+    def see(self, images: Tensor, judge: str) -> Tensor:
+        """What CLIP recognises in images: an index of concepts, or of styles."""
+        if judge == "style":
+            return evaluate.recognise_style(self.clip, images, self.captions)
+        return evaluate.recognise(self.clip, images, self.features)
+
+
+# --- The images of a scenario ------------------------------------------------------------------------------------
+
+
+def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
+    """All images of a scenario, each with a seed of its own."""
+    rows = style_rows(world, scenario, budget) if scenario.style else concept_rows(world, scenario, budget)
+    return [Case(group, prompt, seed, expected, judge) for seed, (group, prompt, expected, judge) in enumerate(rows)]
+
+
+def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[tuple[str, str, int, str]]:
+    """(group, prompt, expected, judge) when things are erased."""
+    targets = [world.concepts.index(name) for name in scenario.targets]
+    # nearest to any of the targets first
+    order = (world.features @ world.features[targets].T).amax(dim=1).argsort(descending=True).tolist()
+    rest = [c for c in order if c not in targets]
+    unlisted = set(world.held_out)
+    near = [c for c in rest if world.concepts[c] not in unlisted][:10]
+    fresh = [c for c in rest if world.concepts[c] in unlisted]
+    groups = {
+        "erased": (targets, max(1, budget.erased // len(targets))),
+        "near, listed": (near, budget.near),
+        "near, unlisted": (fresh[:10], budget.near),
+        "others": (fresh[10:][:: max(1, (len(fresh) - 10) // 30)][:30], budget.others),
+    }
+    for group, (members, images) in groups.items():
+        for n, c in enumerate(members):
+            for i in range(images):
+                yield group, world.prompt(world.concepts[c], n + i), c, "concept"
+
+
+def style_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[tuple[str, str, int, str]]:
+    """(group, prompt, expected, judge) when a style is erased: near are the other styles, others are things."""
+    erased = scenario.targets[0].removesuffix(" style")
+    kept = [style for style in world.styles if style != erased]
+    listed = [c for c in world.concepts if c not in world.held_out]
+    for i in range(budget.erased):
+        concept = world.held_out[3 * i % len(world.held_out)]
+        yield "erased", world.prompt(concept, i, erased), world.styles.index(erased), "style"
+    for group, concepts in (("near, listed", listed), ("near, unlisted", world.held_out)):
+        for i in range(10 * budget.near):
+            style = kept[i % len(kept)]
+            yield group, world.prompt(concepts[5 * i % len(concepts)], i, style), world.styles.index(style), "style"
+    for i, concept in enumerate(world.held_out[::2][:30]):
+        yield "others", world.prompt(concept, i, ""), world.concepts.index(concept), "concept"
+
+
+@torch.no_grad()
+def draw(
+    model: Model, contexts: Tensor, seeds: Sequence[int], gates: nn.Module | None, budget: Budget, batch: int = 16
+) -> Tensor:
+    """Images [B, 3, H, W] of contexts [B, T, d]."""
+    images = []
+    for i in range(0, len(contexts), batch):
+        part = contexts[i : i + batch], seeds[i : i + batch]
+        *_, latents = cpe.denoise_context(model, *part, gates, budget.steps, budget.guidance_scale, budget.method)
+        images.append(cpe.decode(model, latents))
+    return torch.cat(images)
+
+
+# --- The erasers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Erased:
+    """An erased model and what it cost: an edited model, or the same one with gates."""
+
+    model: Model
+    gates: nn.Module | None
+    parameters: int  # that were trained or solved for
+    bytes: int  # to ship, float32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how to erase a scenario, with which hyper-parameters."""
+
+    name: str
+    build: Callable[..., Erased]  # (world, scenario, seed, **settings)
+    settings: dict = field(default_factory=dict)
+
+
+def linear(eraser: str, templates: bool = False):
+    """A builder for one of `baselines.ERASERS`; with `templates` it preserves words in the same templates as CPE."""
+
+    def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+        prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
+        kept = [*prompts.general, *prompts.domain]
+        if templates or eraser == "lora":
+            kept = cpe.anchor_prompts(kept, prompts.templates)
+        surrogate = cpe.PRESETS[scenario.preset].surrogate
+        if eraser == "lora":
+            recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
+            settings = {"recipe": recipe, "templates": prompts.templates}
+        edited = baselines.ERASERS[eraser](world.model, targets, surrogate, kept, seed, **settings)
+        size = sum(W.numel() for W in edited.values())
+        return Erased(world.model.with_unet(edited), None, size, 4 * size)
+
+    return build
+
+
+def gated(kind: str):
+    """A builder for CPE: one set of gates per target, trained independently, merged. `kind` as in `variants.trainer`."""
+
+    def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+        recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
+        gates = [train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets]
+        size = sum(p.numel() for gate in gates for p in gate.parameters())
+        if len(gates) > 1:
+            merged = cpe.merge([g.expand(world.objective.W) if isinstance(g, cpe.ContextGate) else g for g in gates])
+        return Erased(world.model, merged if len(gates) > 1 else gates[0], size, 4 * size)
+
+    return build
+
+
+def train_gates(world: World, scenario: Scenario, target: str, recipe: cpe.Recipe, kind: str, seed: int) -> nn.Module:
+    """Trained gates of one target (and of the scenario's aliases, with the first)."""
+    names = [target, *(scenario.aliases if target == scenario.targets[0] else ())]
+    prompts = world.listed(scenario)
+    data = cpe.prepare(recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked))
+    trainer = variants.trainer(world.objective, data, recipe, seed, kind)
+    for _ in trainer.steps():
+        pass
+    return trainer.gates.requires_grad_(False)
+
+
+TUNED: dict[str, dict] = {}  # by method: what benchmarks/tune.py found best
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("cpe", gated("resag")),
+        Method("cpe, context gate", gated("context")),
+        *(Method(name, linear(name)) for name in ("uce", "rece", "mace", "speed", "esd", "lora")),
+    )
+}
+
+# What reviewers asked: each row changes one thing of CPE, or gives a linear eraser what CPE has.
+ABLATIONS = {
+    method.name: method
+    for method in (
+        *(Method(f"{name}, CPE's anchors", linear(name, templates=True)) for name in ("uce", "rece", "speed")),
+        Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
+        *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
+        *(Method(f"cpe, {n} stage{'s' * (n > 1)}", gated("resag"), {"stages": n}) for n in (1, 2, 4)),
+        *(Method(f"cpe, k = {k}", gated("resag"), {"k": k}) for k in (1, 2, 4, 8)),
+    )
+}
+ABLATION_SCENARIOS = {
+    "neighbours": SCENARIOS["neighbours"],
+    "shared word": Scenario(("cat face",)),
+    "shared colour": Scenario(("red apple",)),
+    "part of the name": Scenario(("santa claus",), aliases=("santa",)),
+}
+
+# --- One cell ----------------------------------------------------------------------------------------------------
+
+
+def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> str:
+    """The name under which a cell is kept: of everything that decides its figures."""
+    recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
+    parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
+    parts += [TUNED.get(method.name, {}), dataclasses.asdict(budget), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class Originals:
+    """Images of the unerased model, drawn once for all erasers of a scenario."""
+
+    def __init__(self, world: World, scenario: Scenario, budget: Budget):
+        self.cases = cases(world, scenario, budget)
+        self.contexts = world.model.encode([case.prompt for case in self.cases])
+        self.seeds = [case.seed for case in self.cases]
+        self.images = draw(world.model, self.contexts, self.seeds, None, budget)
+        self.features = evaluate.image_features(world.clip, self.images)
+        self.prompts = evaluate.text_features(world.clip, world.tokenizer, [case.prompt for case in self.cases])
+
+
+def measure(
+    world: World,
+    scenario: Scenario,
+    method: Method | None,
+    budget: Budget = Budget(),
+    seed: int = 0,
+    originals: Callable[[], Originals] | None = None,
+) -> tuple[dict, Tensor]:
+    """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk. `method` None: the model as it is."""
+    method = method or Method("none", lambda world, scenario, seed: Erased(world.model, None, 0, 0))
+    path = cache_folder() / "compare" / f"{key(world, scenario, method, budget, seed)}.safetensors"
+    try:
+        tensors, metadata = load_tensors(path)
+        return json.loads(metadata["figures"]), tensors["images"]
+    except (UserError, KeyError, ValueError):  # not there yet, or damaged
+        pass
+    begun = time.perf_counter()
+    erased = method.build(world, scenario, seed, **(TUNED.get(method.name, {}) | method.settings))
+    seconds = time.perf_counter() - begun
+    before = originals() if originals else Originals(world, scenario, budget)
+    images = draw(erased.model, before.contexts, before.seeds, erased.gates, budget)
+    figures = figures_of(world, scenario, before, images)
+    figures |= {"seconds": seconds, "parameters": erased.parameters, "bytes": erased.bytes}
+    figures["attacks"] = under_attack(world, scenario, erased, budget, seed) if budget.attacked else {}
+    hits = figures["attacks"].get("paraphrases", figures["groups"]["erased"])
+    kept = [figures["groups"][group] for group in ("near, listed", "near, unlisted", "others")]
+    figures["H"] = evaluate.harmonic_mean(
+        share(figures["groups"]["erased"]), sum(map(share, kept)) / len(kept), share(hits)
+    )
+    pixels = ((images + 1) * 127.5).round().byte()
+    save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
+    return figures, pixels
+
+
+def share(group: dict) -> float:
+    """Share of a group's images that are recognised."""
+    return group["hits"] / group["images"]
+
+
+def figures_of(world: World, scenario: Scenario, before: Originals, images: Tensor) -> dict:
+    """Recognition and image change of every group; style, CLIP score and CMMD of all images that should stay."""
+    seen = {judge: world.see(images, judge).tolist() for judge in ("concept", "style")}
+    moved, features = evaluate.change(before.images, images), evaluate.image_features(world.clip, images)
+    groups = {}
+    for group in dict.fromkeys(case.group for case in before.cases):
+        rows = [i for i, case in enumerate(before.cases) if case.group == group]
+        hits = sum(seen[before.cases[i].judge][i] == before.cases[i].expected for i in rows)
+        groups[group] = {"images": len(rows), "hits": hits, "change": moved[rows].mean().item()}
+    kept = [i for i, case in enumerate(before.cases) if case.group != "erased"]
+    styled = [(i, s) for i in kept for s, style in enumerate(world.styles) if f"{style} style" in before.cases[i].prompt]
+    return {
+        "groups": groups,
+        "style": {"images": len(styled), "hits": sum(seen["style"][i] == s for i, s in styled)},
+        "clip_score": evaluate.clip_score(features[kept], before.prompts[kept]).mean().item(),
+        "cmmd": evaluate.cmmd(before.features[kept], features[kept]),
+    }
+
+
+def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
+    """Images per attack that are recognised as the target; of several targets the first three are attacked."""
+    return {}
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+GROUPS = ("erased", "near, listed", "near, unlisted", "others")
+COLUMNS = (
+    *GROUPS, "style", "H", "CLIP score", "CMMD", "change", *attacks.ATTACKS, "seconds", "parameters", "bytes",
+)  # fmt: skip
+
+
+def cells(figures: dict) -> dict[str, str]:
+    """Figures as the table prints them: shares in per cent with half their 95 % interval; empty where not measured."""
+
+    def percent(group: dict | None) -> str:
+        if not group or not group["images"]:
+            return ""
+        low, high = evaluate.interval(group["hits"], group["images"])
+        return f"{100 * share(group):.0f} ± {50 * (high - low):.0f}"
+
+    groups = figures["groups"]
+    kept = [group for name, group in groups.items() if name != "erased"]
+    moved = sum(g["change"] * g["images"] for g in kept) / max(1, sum(g["images"] for g in kept))
+    return (
+        {name: percent(groups.get(name)) for name in GROUPS}
+        | {"style": percent(figures["style"]), "H": f"{figures['H']:.2f}"}
+        | {"CLIP score": f"{figures['clip_score']:.1f}", "CMMD": f"{figures['cmmd']:.2f}", "change": f"{moved:.3f}"}
+        | {name: percent(figures["attacks"].get(name)) for name in attacks.ATTACKS}
+        | {"seconds": f"{figures['seconds']:.0f}"}
+        | {"parameters": f"{figures['parameters']:,}", "bytes": f"{figures['bytes']:,}"}
+    )
+
+
+def markdown(table: dict[str, dict[str, dict]]) -> str:
+    """The figures {scenario: {method: figures}} as Markdown tables, one a scenario; empty columns are left out."""
+    lines = []
+    for scenario, rows in table.items():
+        shown = {method: cells(figures) for method, figures in rows.items()}
+        columns = [c for c in COLUMNS if any(row[c] for row in shown.values())]
+        lines += [f"**{scenario}**", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+        lines += [f"| {method} | {' | '.join(row[c] for c in columns)} |" for method, row in shown.items()]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def text(table: dict[str, dict[str, dict]]) -> str:
+    """The same for a terminal: aligned, the columns that matter most."""
+    columns = [c for c in COLUMNS if c not in ("parameters", "bytes", "CLIP score", "style")]
+    lines = []
+    for scenario, rows in table.items():
+        shown = {method: cells(figures) for method, figures in rows.items()}
+        used = [c for c in columns if any(row[c] for row in shown.values())]
+        widths = [max(len(c), *(len(row[c]) for row in shown.values())) + 2 for c in used]
+        first = max(map(len, [scenario, *shown])) + 1
+        lines += ["", scenario.ljust(first) + "".join(c.rjust(w) for c, w in zip(used, widths, strict=True))]
+        for method, row in shown.items():
+            lines += [method.ljust(first) + "".join(row[c].rjust(w) for c, w in zip(used, widths, strict=True))]
+    return "\n".join(lines)
+
+
+def shown_columns(all_cases: Sequence[Case]) -> list[int]:
+    """The images of a scenario that its picture shows: three of the target, two of each other group."""
+    rows = {group: [i for i, case in enumerate(all_cases) if case.group == group] for group in GROUPS}
+    return [i for group in GROUPS for i in rows[group][:: max(1, len(rows[group]) // 3)][: 3 if group == "erased" else 2]]
+
+
+def run(
+    world: World,
+    scenarios: dict[str, Scenario],
+    methods: Sequence[Method],
+    budget: Budget,
+    seed: int = 0,
+) -> Iterable[tuple[str, str, dict, list[Tensor]]]:
+    """Measure every cell, the unerased model first: yields (scenario, method, figures, images to show)."""
+    for name, scenario in scenarios.items():
+        made: list[Originals] = []
+
+        def originals(scenario: Scenario = scenario, made: list[Originals] = made) -> Originals:
+            if not made:
+                made.append(Originals(world, scenario, budget))
+            return made[0]
+
+        columns = shown_columns(cases(world, scenario, budget))
+        for method in (None, *methods):
+            figures, pixels = measure(world, scenario, method, budget, seed, originals)
+            yield name, method.name if method else "none", figures, [pixels[i] for i in columns]

@@ -1,0 +1,189 @@
+"""compare.py and variants.py: the rules that make the table honest, and the arithmetic of its cells."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import commands
+import compare
+import cpe
+import variants
+import weights
+
+SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance_scale=1.0)
+TUNING = ("tiger face", "green apple", "soccer ball", "robot", "blob style")  # the targets of benchmarks/tune.py
+UNTOUCHED = compare.Method("untouched", lambda world, scenario, seed: compare.Erased(world.model, None, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def world(tiny_original):
+    return compare.World(weights.load_model(str(tiny_original)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+
+
+def noisy(world, scenario, seed):
+    """An eraser that damages everything: every key and value of the model, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    W = {k: w for k, w in world.model.cross_attention().items() if k.endswith(("to_k.weight", "to_v.weight"))}
+    edited = {k: w + torch.randn(w.shape, generator=generator) for k, w in W.items()}
+    return compare.Erased(world.model.with_unet(edited), None, 7, 28)
+
+
+@pytest.mark.parametrize("name", compare.SCENARIOS)
+def test_no_eraser_is_told_of_targets_or_of_what_is_held_out(world, name):
+    scenario = compare.SCENARIOS[name]
+    prompts = world.listed(scenario)
+    told = {cpe.normalised(word) for word in (*prompts.general, *prompts.domain)}
+    hidden = {cpe.normalised(word) for word in (*scenario.targets, *world.held_out)}
+    assert not told & hidden
+    assert len(told) > 50
+
+
+def test_targets_that_hyper_parameters_were_tuned_on_are_in_no_table(world):
+    reported = {target for scenario in compare.SCENARIOS.values() for target in scenario.targets}
+    assert not reported & set(TUNING)
+    assert len(set(compare.FIFTY)) == 50
+    assert set(compare.TEN) < set(compare.FIFTY) <= set(world.concepts)
+
+
+@pytest.mark.parametrize("name", ["object", "10 at once", "50 at once"])
+def test_images_are_of_the_groups_they_say(world, name):
+    scenario = compare.SCENARIOS[name]
+    found = compare.cases(world, scenario, compare.Budget())
+    members = {group: {world.concepts[c.expected] for c in found if c.group == group} for group in compare.GROUPS}
+    assert members["erased"] == set(scenario.targets)
+    assert not members["near, listed"] & set(world.held_out)
+    assert members["near, unlisted"] | members["others"] <= set(world.held_out)
+    assert len(members["near, listed"]) == len(members["near, unlisted"]) == 10
+    assert len(members["others"]) >= 20
+    assert len({c.seed for c in found}) == len(found)  # independent images: the intervals assume it
+    for a, b in (("near, listed", "others"), ("near, unlisted", "others"), ("erased", "near, listed")):
+        assert not members[a] & members[b]
+
+
+def test_a_style_is_judged_as_a_style(world):
+    found = compare.cases(world, compare.SCENARIOS["style"], compare.Budget())
+    erased = [c for c in found if c.group == "erased"]
+    assert all(c.prompt.endswith("twemoji style") and world.styles[c.expected] == "twemoji" for c in erased)
+    assert not any("twemoji" in c.prompt for c in found if c.group != "erased")
+    assert {c.judge for c in found if c.group == "others"} == {"concept"}
+
+
+def test_an_untouched_model_changes_nothing_and_a_ruined_one_everything(world):
+    figures, pixels = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
+    assert all(group["change"] == 0 for group in figures["groups"].values())
+    assert abs(figures["cmmd"]) < 1e-9
+    assert pixels.dtype == torch.uint8
+    ruined, _ = compare.measure(world, compare.SCENARIOS["object"], compare.Method("noisy", noisy), SMALL)
+    assert all(group["change"] > 0 for group in ruined["groups"].values())
+    assert ruined["cmmd"] > 0
+    assert (ruined["parameters"], ruined["bytes"]) == (7, 28)
+
+
+def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
+    first, pixels = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
+
+    def refuse(world, scenario, seed):
+        raise AssertionError("measured twice")
+
+    kept = dataclasses.replace(UNTOUCHED, build=refuse)
+    second, again = compare.measure(world, compare.SCENARIOS["object"], kept, SMALL)
+    assert second == first
+    assert torch.equal(pixels, again)
+    with pytest.raises(AssertionError):  # another seed, budget or setting is another cell
+        compare.measure(world, compare.SCENARIOS["object"], kept, SMALL, seed=1)
+    (file,) = (weights.cache_folder() / "compare").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    third, _ = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
+    assert third["groups"] == first["groups"]
+
+
+@pytest.mark.parametrize("name", ["uce", "cpe", "cpe, context gate"])
+def test_every_kind_of_method_builds_and_counts_what_it_ships(world, name, monkeypatch):
+    short = dataclasses.replace(cpe.PRESETS["emoji"], stages=1, first_steps=2)
+    monkeypatch.setitem(cpe.PRESETS, "emoji", short)
+    scenario = compare.Scenario(("umbrella", "red heart"))
+    erased = compare.METHODS[name].build(world, scenario, 0)
+    assert erased.parameters > 0
+    assert erased.bytes == 4 * erased.parameters
+    assert (erased.gates is None) == (name == "uce")
+    images = compare.draw(erased.model, world.model.encode(["an umbrella"]), [0], erased.gates, SMALL)
+    assert images.isfinite().all()
+
+
+def test_tables_show_every_row_and_leave_out_empty_columns(world):
+    figures, _ = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
+    table = {"object": {"none": figures, "other": figures}}
+    shown = compare.markdown(table)
+    assert shown.count("| none |") == shown.count("| other |") == 1
+    assert "CMMD" in shown
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "none" in compare.text(table)
+
+
+# Variants of the gate.
+
+
+def gates_of(kind, **more):
+    made = variants.KINDS[kind]({"a": 3, "b": 4}, 8, r=2, k=2, **more).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made.scaler.normal_(generator=torch.Generator().manual_seed(1))
+        made.w_qs.normal_(generator=torch.Generator().manual_seed(2))
+    return made
+
+
+def test_a_gate_with_zero_bias_is_the_papers_and_a_large_bias_opens_it():
+    E, gates = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3)), gates_of("bias")
+    plain = cpe.ResAG({"a": 3, "b": 4}, 8, r=2, k=2)
+    plain.load_state_dict({k: v for k, v in gates.state_dict().items() if k != "bias"})
+    torch.testing.assert_close(gates.gate(E), plain.gate(E))
+    with torch.no_grad():
+        gates.bias.fill_(50.0)
+    torch.testing.assert_close(gates.gate(E), torch.ones(1, 2, 5))
+
+
+def test_a_token_wise_gate_sees_each_token_alone():
+    E, gates = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(3)), gates_of("token-wise")
+    torch.testing.assert_close(gates.gate(E), torch.sigmoid(E @ gates.scaler[0, :, 0])[None])
+
+
+def test_a_hard_gate_is_open_or_shut_and_still_learns():
+    E, gates = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(3)), gates_of("hard")
+    g = gates.gate(E)
+    assert set(g.flatten().tolist()) == {0.0, 1.0}
+    g.sum().backward()
+    assert gates.scaler.grad.abs().max() > 0
+
+
+def test_a_perceptron_has_no_gate():
+    E, gates = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(3)), gates_of("mlp")
+    g, z = gates.read(E @ gates.columns())
+    assert (g == 1).all()
+    torch.testing.assert_close(z, torch.nn.functional.gelu(E @ gates.lora_down)[None] * gates.scale)
+
+
+@pytest.mark.parametrize("kind", ["resag", "context", *variants.KINDS])
+def test_every_variant_trains(world, kind):
+    recipe = dataclasses.replace(cpe.PRESETS["emoji"], stages=2, first_steps=3, later_steps=2, attack_steps=2, anchors=4)
+    prompts = cpe.Prompts(["{}", "a {}"], ["dog", "sun"], [])
+    data = cpe.prepare(recipe, prompts, ["cat"], world.model.encode, lambda asked: world.model.encode(asked).half())
+    trainer = variants.trainer(world.objective, data, recipe, 0, kind)
+    before = {name: p.clone() for name, p in trainer.gates.named_parameters()}
+    reports = list(trainer.steps())
+    assert len(reports) == 7
+    moved = [name for name, p in trainer.gates.named_parameters() if not torch.equal(p, before[name])]
+    assert any("lora_up" in name for name in moved)
+    assert kind not in ("bias", "mlp") or "bias" in moved
+
+
+def test_the_command_refuses_what_it_does_not_know(capsys):
+    assert commands.main(["compare", "--eraser", "magic"]) == 2
+    assert "unknown eraser 'magic'" in capsys.readouterr().err
+    assert commands.main(["compare", "--target", "Brad Pitt"]) == 2
+    assert "is not in prompts/emoji.txt" in capsys.readouterr().err
