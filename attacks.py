@@ -94,34 +94,13 @@ def fill(templates: Sequence[str], words: str) -> list[str]:
 # --- Through keys and values -------------------------------------------------------------------------------------
 
 
-def linearised(victim: Victim, E: Tensor, lam: float) -> baselines.Weights:
-    """The projections [d_l, d] of the erased model, float64; of gates, the linear map nearest to what they do to E.
-
-    argmin over V of  sum_t |V e_t - (W e_t + R(e_t))|^2 + lam |V - W|^2  over the tokens e_t of E [P, T, d].
-    """
-    edited = baselines.projections(victim.erased)
-    if victim.gates is None:
-        return edited
-    with torch.no_grad():
-        kv = victim.keys_values(E)
-    X = E.flatten(0, 1).double().cpu()
-    Y = {key: kv[key.removesuffix(".weight")].flatten(0, 1).double().cpu() for key in edited}
-    return {key: baselines.refit(W, Y[key].T @ X, X.T @ X, lam) for key, W in edited.items()}
-
-
-def revived(victim: Victim, E: Tensor, rho: float, lam: float) -> Tensor:
-    """Contexts [P, T, d] that mean to the (linearised) erased model what E means to the original."""
-    original, edited = baselines.projections(victim.original), linearised(victim, E, lam)
-    C = baselines.revive(original, edited, E.flatten(0, 1).double().cpu(), rho)
-    return C.view(E.shape).to(E)
-
-
 class Misfit:
     """How far the erased model's keys and values of a context are from the original's of the target, per prompt.
 
         sum_l w_l |KV_l(E + delta) - W_l E|^2 / sum_l w_l |W_l E|^2        0: all of the concept is back
 
-    KV_l are edited weights or gated keys and values, w_l = a_l / (d_l L) the layer weights of `cpe.Objective`.
+    KV_l are those of edited weights or of gates, w_l = a_l / (d_l L) the layer weights of `cpe.Objective`. ESD-x also
+    edits queries and outputs, which this does not see.
     """
 
     def __init__(self, victim: Victim, E: Tensor):
@@ -135,7 +114,6 @@ class Misfit:
         """sum_l w_l |x_l|^2 over tokens and features, [P]."""
         return sum(self.w[name] * x.square().sum(dim=(1, 2)) for name, x in kv.items())
 
-    @property
     def metric(self) -> Tensor:
         """sum_l w_l V_l^T V_l [d, d], float64: how strongly the erased weights V react to a change of a token."""
         erased = baselines.projections(self.victim.erased)
@@ -147,6 +125,34 @@ class Misfit:
         return self.weighted({name: kv[name] - goal for name, goal in self.goal.items()}) / self.energy
 
 
+def revived(misfit: Misfit, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Tensor:
+    """Contexts [P, T, d] that mean to the erased model what E means to the original: RECE's solve, kept where it helps.
+
+    A gate is not linear: every round takes its correction as a constant, r = R(c) at the context of the round before.
+    Without gates r = 0, and all rounds are the same.
+
+        c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
+    """
+    victim = misfit.victim
+    W, V = (baselines.projections(model) for model in (victim.original, victim.erased))
+    C = E.double().cpu()
+    gram = sum(v.T @ v for v in V.values()) + rho * torch.eye(C.shape[-1], dtype=C.dtype)
+    best, lowest, context = E, misfit(E), E
+    for _ in range(rounds):
+        kv = victim.keys_values(context) if victim.gates is not None else {}
+        cross = torch.zeros_like(C)
+        for key, v in V.items():
+            r = kv[key.removesuffix(".weight")].double().cpu() - context.double().cpu() @ v.T if kv else 0
+            cross += (C @ W[key].T - r) @ v
+        # c' = (rho I + sum V^T V)^-1 sum V^T (W c - r)
+        context = torch.linalg.solve(gram, cross, left=False).to(E)
+        loss = misfit(context)
+        best = torch.where((loss < lowest)[:, None, None], context, best)
+        lowest = torch.minimum(loss, lowest)
+    return best
+
+
+@torch.no_grad()
 def revival(
     victim: Victim,
     target: str,
@@ -154,21 +160,21 @@ def revival(
     seed: int = 0,
     *,
     rho: float = 1e-3,
-    lam: float = 0.1,
+    rounds: int = 5,
 ) -> Found:
     """RECE's closed form: the context that makes the edited projections say what the original ones said. No chance.
 
-        c' = (rho I + sum_l V_l^T V_l)^-1 (sum_l V_l^T W_l) c         V edited, W original, every token c
+        c' = (rho I + sum_l V_l^T V_l)^-1 (sum_l V_l^T W_l) c             V edited, W original, every token c
 
-    It knows linear maps only. Taken with the weights alone it would leave gates untouched (V = W), and seem harmless:
-    against gates V is the linear map fitted to what they do to the target (`linearised`). `rho` is RECE's for art.
+    RECE knows linear maps only. Taken with the weights alone it would leave gates untouched (V = W) and find nothing:
+    against gates it is repeated `rounds` times, see `revived`. `rho` is RECE's for art; a smaller one revives more.
     """
     start = time.perf_counter()
     prompts = fill(templates, target)
     E = victim.original.encode(prompts)
-    contexts, misfit = revived(victim, E, rho, lam), Misfit(victim, E)
-    with torch.no_grad():
-        before, after = misfit(E).mean().item(), misfit(contexts).mean().item()
+    misfit = Misfit(victim, E)
+    contexts = revived(misfit, E, rho, rounds)
+    before, after = misfit(E).mean().item(), misfit(contexts).mean().item()
     return Found(contexts, [f"<revived> {p}" for p in prompts], before, after, time.perf_counter() - start)
 
 
@@ -198,7 +204,7 @@ def learned_embeddings(
     seed: int = 0,
     *,
     steps: int = 60,
-    starts: int = 3,
+    starts: int = 2,
     noise: float = 1e-3,
 ) -> Found:
     """CPE's own attack: a change delta of every token's embedding that undoes the erasure in keys and values.
@@ -212,13 +218,13 @@ def learned_embeddings(
     prompts = fill(templates, target)
     E = victim.original.encode(prompts)
     misfit = Misfit(victim, E)
-    values, vectors = torch.linalg.eigh(misfit.metric)
+    values, vectors = torch.linalg.eigh(misfit.metric())
     # Directions that the erased weights hardly read would need endless steps.
     root = (vectors * values.clamp(min=1e-6 * values[-1]).rsqrt() @ vectors.T).to(E)
     drawn = torch.randn(starts, *E.shape, generator=generator).to(E)
     sigma = noise * E.norm(dim=(1, 2), keepdim=True)
-    bases = [E, revived(victim, E, rho=1e-3, lam=0.1), *(E + sigma * draw for draw in drawn)]
-    # Prompts are rows of one descent: what one finds does not depend on the others but for the common step length.
+    with torch.no_grad():
+        bases = [E, revived(misfit, E), *(E + sigma * one for one in drawn)]
     tried = torch.stack([E, *(descend(misfit, base, root, steps) for base in bases)])  # [starts + 3, P, T, d]
     with torch.no_grad():
         losses = torch.stack([misfit(contexts) for contexts in tried])  # [starts + 3, P]
