@@ -454,6 +454,16 @@ PARAPHRASES = {
         "a {} and another {}",
         "blob {}, orange background",
     ),
+    "emoji-style": (
+        "a drawing of a lion in {}",
+        "{}: one rabbit",
+        "{} lemon",
+        "emoji of the sun, in {}",
+        "a guitar like those in {}",
+        "frog picture, {}, white background",
+        "{} and a tomato",
+        "the whale has {}",
+    ),
     "object": (
         "snapshot: {}",
         "there is a {} in this scene",

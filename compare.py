@@ -52,7 +52,18 @@ class Scenario:
         return self.preset.endswith("style")
 
 
-TEN = ("umbrella", "red heart", "santa claus", "pizza", "horse", "police car", "sunflower", "clown face", "banana", "owl")
+TEN = (
+    "umbrella",
+    "red heart",
+    "santa claus",
+    "pizza",
+    "horse",
+    "police car",
+    "sunflower",
+    "clown face",
+    "banana",
+    "owl",
+)
 FIFTY = (
     *TEN, "tiger", "dog face", "pig face", "rabbit", "bear", "elephant", "frog", "shark", "butterfly", "spider",
     "tulip", "cactus", "mushroom", "strawberry", "carrot", "lemon", "grapes", "hamburger", "ice cream", "cookie",
@@ -374,7 +385,9 @@ def figures_of(world: World, scenario: Scenario, before: Originals, images: Tens
         hits = sum(seen[before.cases[i].judge][i] == before.cases[i].expected for i in rows)
         groups[group] = {"images": len(rows), "hits": hits, "change": moved[rows].mean().item()}
     kept = [i for i, case in enumerate(before.cases) if case.group != "erased"]
-    styled = [(i, s) for i in kept for s, style in enumerate(world.styles) if f"{style} style" in before.cases[i].prompt]
+    styled = [
+        (i, s) for i in kept for s, style in enumerate(world.styles) if f"{style} style" in before.cases[i].prompt
+    ]
     return {
         "groups": groups,
         "style": {"images": len(styled), "hits": sum(seen["style"][i] == s for i, s in styled)},
@@ -385,7 +398,23 @@ def figures_of(world: World, scenario: Scenario, before: Originals, images: Tens
 
 def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
     """Images per attack that are recognised as the target; of several targets the first three are attacked."""
-    return {}
+    victim, found = attacks.Victim(world.model, erased.model, erased.gates), {}
+    targets = scenario.targets[:3]
+    judge, template = ("style", "a picture of a robot, {}") if scenario.style else ("concept", "a picture of a {}")
+    for name, attack in attacks.ATTACKS.items():
+        hits, images = 0, 0
+        options = {"preset": scenario.preset} if name == "paraphrases" else {}
+        for target in targets:
+            known = world.styles if scenario.style else world.concepts
+            contexts = attack(victim, target, (template,), seed, **options).contexts
+            count = max(2, budget.attacked // len(targets))
+            contexts = contexts[torch.arange(count) % len(contexts)]
+            drawn = draw(erased.model, contexts, range(count), erased.gates, budget)
+            seen = world.see(drawn, judge)
+            hits += int((seen == known.index(target.removesuffix(" style"))).sum())
+            images += count
+        found[name] = {"images": images, "hits": hits}
+    return found
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
@@ -448,7 +477,9 @@ def text(table: dict[str, dict[str, dict]]) -> str:
 def shown_columns(all_cases: Sequence[Case]) -> list[int]:
     """The images of a scenario that its picture shows: three of the target, two of each other group."""
     rows = {group: [i for i, case in enumerate(all_cases) if case.group == group] for group in GROUPS}
-    return [i for group in GROUPS for i in rows[group][:: max(1, len(rows[group]) // 3)][: 3 if group == "erased" else 2]]
+    return [
+        i for group in GROUPS for i in rows[group][:: max(1, len(rows[group]) // 3)][: 3 if group == "erased" else 2]
+    ]
 
 
 def run(

@@ -395,7 +395,7 @@ def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str
     in every style, or in every colour, and captions must say which.
     """
     names = concepts()
-    kind = chance.choices(("bare", "named", "styles", "colours"), (3, 1, 4, 1))[0]
+    kind = chance.choices(("bare", "named", "styles", "colours"), (3, 1, 4, 3))[0]
     repeat = {"styles": len(STYLES), "colours": len(COLOURS)}.get(kind, 1)
     rows = [c for c in chance.sample(range(len(names)), size // repeat) for _ in range(repeat)]
     style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))

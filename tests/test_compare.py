@@ -170,7 +170,9 @@ def test_a_perceptron_has_no_gate():
 
 @pytest.mark.parametrize("kind", ["resag", "context", *variants.KINDS])
 def test_every_variant_trains(world, kind):
-    recipe = dataclasses.replace(cpe.PRESETS["emoji"], stages=2, first_steps=3, later_steps=2, attack_steps=2, anchors=4)
+    recipe = dataclasses.replace(
+        cpe.PRESETS["emoji"], stages=2, first_steps=3, later_steps=2, attack_steps=2, anchors=4
+    )
     prompts = cpe.Prompts(["{}", "a {}"], ["dog", "sun"], [])
     data = cpe.prepare(recipe, prompts, ["cat"], world.model.encode, lambda asked: world.model.encode(asked).half())
     trainer = variants.trainer(world.objective, data, recipe, 0, kind)
@@ -187,3 +189,23 @@ def test_the_command_refuses_what_it_does_not_know(capsys):
     assert "unknown eraser 'magic'" in capsys.readouterr().err
     assert commands.main(["compare", "--target", "Brad Pitt"]) == 2
     assert "is not in prompts/emoji.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["object", "style", "10 at once"])
+def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
+    """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""
+    asked = []
+
+    def plain(victim, target, templates, seed, **options):
+        asked.append(target)
+        contexts = victim.original.encode([template.format(target) for template in templates])
+        return compare.attacks.Found(contexts, [], None, None, 0.0)
+
+    monkeypatch.setattr(compare.attacks, "ATTACKS", {"plain": plain, "paraphrases": plain})
+    budget = dataclasses.replace(SMALL, attacked=4)
+    erased = compare.Erased(world.model, None, 0, 0)
+    found = compare.under_attack(world, compare.SCENARIOS[name], erased, budget, 0)
+    targets = compare.SCENARIOS[name].targets[:3]
+    assert asked == [*targets, *targets]
+    assert all(group["images"] == max(2, 4 // len(targets)) * len(targets) for group in found.values())
+    assert all(0 <= group["hits"] <= group["images"] for group in found.values())
