@@ -48,7 +48,8 @@ TEMPLATES = ("a picture of a {}",)
 class Victim:
     """An erased model, and the original that the attacker aims at. ValueError unless both are float32.
 
-    A linear eraser edits weights: `erased` differs from `original`. CPE adds gates: the two are the same.
+    A linear eraser edits weights: `erased` differs from `original`. CPE adds gates: the two are the same. Words are
+    read by the erased model's text encoder, embeddings enter behind it.
     """
 
     original: "Model"
@@ -105,7 +106,8 @@ class Misfit:
 
     def __init__(self, victim: Victim, E: Tensor):
         self.victim = victim
-        self.w = cpe.Objective(victim.original.cross_attention(), E.shape[1]).w
+        original = {key: W.cpu() for key, W in victim.original.cross_attention().items()}
+        self.w = cpe.Objective(original, E.shape[1]).w
         with torch.no_grad():
             self.goal = victim.original.unet.keys_values(E)
         self.energy = self.weighted(self.goal)  # [P]
@@ -203,7 +205,7 @@ def learned_embeddings(
     templates: Sequence[str] = TEMPLATES,
     seed: int = 0,
     *,
-    steps: int = 60,
+    steps: int = 150,
     starts: int = 2,
     noise: float = 1e-3,
 ) -> Found:
@@ -212,7 +214,7 @@ def learned_embeddings(
         min over delta   sum_l w_l |KV_l(E + delta) - W_l E|^2
 
     One delta per prompt, the best of `starts` + 2 descents: from delta = 0, from the closed form of `revival`, and from
-    noise of `noise` |E|_F as in the paper (which takes AdamW; the whitened L-BFGS gets lower in fewer steps).
+    noise of `noise` |E|_F as in the paper. It takes AdamW; L-BFGS also finds the exact optimum of edited weights.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     prompts = fill(templates, target)
@@ -311,7 +313,7 @@ def invert(
     optimizer = torch.optim.Adam([X], lr=lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        contexts = learned_contexts(victim.original, templates, X)
+        contexts = learned_contexts(victim.erased, templates, X)
         loss = noise_loss(victim, draw(victim.original, images, samples, generator), contexts).sum()
         optimizer.zero_grad()
         loss.backward(inputs=[X])
@@ -347,8 +349,8 @@ def textual_inversion(
     counts standard deviations of the vocabulary's embeddings, so that it means the same to any text encoder.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model = victim.original
-    drawn = pictures(model, fill(templates, target), images, sampling_steps, guidance, generator)
+    model = victim.erased
+    drawn = pictures(victim.original, fill(templates, target), images, sampling_steps, guidance, generator)
     held = draw(model, drawn, 4 * samples, generator)
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     name = table[torch.tensor(model.tokenizer.ids(target), device=table.device)][None]
@@ -417,8 +419,9 @@ def learned_tokens(
     the loss never rises. Only `whole_words` are tried: the prompt that is reported is read as exactly these tokens.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model, prompts = victim.original, fill(templates, target)
-    fixed = draw(model, pictures(model, prompts, images, sampling_steps, guidance, generator), samples, generator)
+    model, prompts = victim.erased, fill(templates, target)
+    drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
+    fixed = draw(model, drawn, samples, generator)
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     words = torch.tensor(whole_words(model.tokenizer), device=table.device)
     prefixed = [f"{{}} {prompt}" for prompt in prompts]
@@ -442,7 +445,10 @@ def learned_tokens(
     return Found(model.encode(prompts_found), prompts_found, before, loss, time.perf_counter() - start)
 
 
-# By preset, as in prompts/<preset>.txt; no line of any of these files is repeated here.
+# --- Through other sentences -------------------------------------------------------------------------------------
+
+# By preset, as in prompts/<preset>.txt; no template of any of these files is repeated here. Those for the embedded
+# model keep to the words of its captions: its text encoder knows no others.
 PARAPHRASES = {
     "emoji": (
         "a {} emoji",
@@ -522,7 +528,7 @@ def paraphrases(
     """
     start = time.perf_counter()
     prompts = fill(PARAPHRASES[preset], target)
-    return Found(victim.original.encode(prompts), prompts, None, None, time.perf_counter() - start)
+    return Found(victim.erased.encode(prompts), prompts, None, None, time.perf_counter() - start)
 
 
 # --- The table ---------------------------------------------------------------------------------------------------

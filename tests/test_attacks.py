@@ -87,7 +87,7 @@ def tensors(victim: Victim) -> list[Tensor]:
 # --- Every attack ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ERASED)
+@pytest.mark.parametrize("kind", ["edited", "resag"])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_finds_contexts_repeatably_and_changes_nothing(name: str, kind: str, victims: dict[str, Victim]) -> None:
     victim = victims[kind]
@@ -223,7 +223,7 @@ def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, V
 
 @pytest.mark.parametrize("kind", ["resag", "context"])
 def test_learned_embeddings_undo_gates(kind: str, victims: dict[str, Victim]) -> None:
-    found, closed = attack("embeddings", victims[kind], steps=40), attack("revival", victims[kind])
+    found, closed = attack("embeddings", victims[kind], steps=30), attack("revival", victims[kind])
     assert found.after < 0.01 * found.before
     assert found.after < closed.after
 
@@ -295,9 +295,8 @@ def test_textual_inversion_finds_hidden_words(
     tokenizer = victim.original.tokenizer
     hidden = victim.original.encode(attacks.fill(TEMPLATES, "green apple"))
     plant(monkeypatch, victim, hidden)
-    found = attack("inversion", victim, steps=25)
-    print("TI", kind, found.before, found.after)
-    assert found.after < 0.3 * found.before
+    found = attack("inversion", victim, steps=15)
+    assert found.after < 0.1 * found.before
     words = " ".join(f"<{i + 1}>" for i in range(len(tokenizer.ids(TARGET))))
     assert found.prompts == attacks.fill(TEMPLATES, words)
 
@@ -357,9 +356,8 @@ def test_learned_tokens_near_a_hidden_prefix(
     plain = attacks.fill(TEMPLATES, TARGET)
     hidden = victim.original.encode([f"purple pizza avocado unicorn water {prompt}" for prompt in plain])
     plant(monkeypatch, victim, hidden)
-    found = attack("tokens", victim, steps=12)
-    print("TOK", kind, found.before, found.after)
-    assert found.after < 0.5 * found.before
+    found = attack("tokens", victim, steps=10)
+    assert found.after < 0.2 * found.before
 
 
 # --- Paraphrases -------------------------------------------------------------------------------------------------
