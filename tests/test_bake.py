@@ -36,7 +36,7 @@ def objective(model) -> Objective:
 
 def open_gate(d: int, seed: int = 0) -> ContextGate:
     """A context gate with random values, open at some tokens."""
-    gate = ContextGate(d, r=4, k=2)
+    gate = ContextGate(d, r=4, k=2).initialise(torch.Generator())
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
@@ -123,7 +123,7 @@ def test_more_layers_than_there_are_cannot_be_trained(model):
 @torch.no_grad()
 def test_what_a_layer_norm_says_is_left_where_it_is_and_the_rest_moves_as_little_as_can_be():
     """Against projected gradient descent on the ellipsoid, from the same point."""
-    norm = reference.filled(torch.nn.LayerNorm(12)).double()
+    norm = reference.filled(torch.nn.LayerNorm(12, eps=0)).double()
     root = reference.draw("root", 12, 12).double()
     M = root @ root.T / 12
     said = norm(reference.draw("x", 5, 12).double())
@@ -167,9 +167,9 @@ def test_what_is_cut_off_changes_nothing_before_it(model, objective):
 
 
 def test_the_loss_falls_and_a_seed_repeats_it(model, objective):
-    first, second = (small_baker(model, objective) for _ in range(2))
-    losses = [p.missing for p in first.steps()]
-    assert losses[-1] < 0.3 * losses[0]
+    first, second = (small_baker(model, objective, steps=150, lr=1e-2, keep=0.1) for _ in range(2))
+    losses = [p.missing + first.recipe.keep * p.moved for p in first.steps()]
+    assert losses[-1] < 0.5 * losses[0]
     list(second.steps())
     assert all(torch.equal(t, second.state()[name]) for name, t in first.state().items())
 
