@@ -20,15 +20,15 @@ Shapes: P prompts, T tokens, d width of the context.
 import copy
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpe
-from clip import TextEncoder, Tokenizer
+from clip import TextEncoder
 from cpe import ContextGate, Diverged, Objective, Prompts, ResAG
 
 # --- What is erased, and what stays ------------------------------------------------------------------------------
@@ -52,40 +52,35 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     return Concept([target, *json.loads(metadata.get("aliases", "[]"))], surrogate, float(eta))
 
 
-def surrounded(tokens: Tensor, eos: int, words: int, generator: torch.Generator, most: int = 3) -> Tensor:
-    """Every prompt [P, T] with up to `most` random tokens before and behind it, [P, T].
+def in_company(texts: Sequence[str], words: Sequence[str], chance: random.Random) -> list[str]:
+    """Every prompt with an anchor word before it, behind it, or both.
 
-    A few templates would be learnt by heart. Among random neighbours only the name itself tells a target from others.
-    Ids 0..words-1 are drawn; BOS stays first, and EOS `eos` fills the row, as the tokenizer leaves it.
+    A few templates would be learnt by heart: in all company only the name itself tells a target from others.
     """
-    rows = []
-    for row in tokens:
-        length = int((row[1:] == eos).int().argmax())
-        before, behind = torch.randint(most + 1, (2,), generator=generator).tolist()
-        extra = torch.randint(words, (before + behind,), generator=generator).to(row)
-        ids = torch.cat([row[:1], extra[:before], row[1 : 1 + length], extra[before:]])[: len(row) - 1]
-        rows.append(F.pad(ids, (0, len(row) - len(ids)), value=eos))
-    return torch.stack(rows)
+    forms = ("{word} {text}", "{text} {word}", "{text} and {word}", "{other}, {text}, {word}")
+    return [
+        chance.choice(forms).format(text=text, word=chance.choice(words), other=chance.choice(words)) for text in texts
+    ]
 
 
 def training_prompts(
-    concepts: Sequence[Concept], prompts: Prompts, tokenizer: Tokenizer, length: int, seed: int, least: int = 300
-) -> tuple[Tensor, Tensor]:
-    """Tokens [P, T] of the targets' prompts and [Q, T] of others: as they are, then among random tokens.
+    concepts: Sequence[Concept], prompts: Prompts, seed: int, least: int = 300
+) -> tuple[list[str], list[str]]:
+    """Prompts of the targets, and others: as they are, then in company.
 
     Every name in every template, again and again until there are `least` of each concept; anchor words in four
     templates each, and ''.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = min(tokenizer.bos, tokenizer.eos)  # the two stand at the end of the vocabulary
+    chance = random.Random(seed)
+    anchors = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
+    words = [*anchors.general, *anchors.domain]
     targets = []
     for concept in concepts:
-        plain = tokenizer([t.replace("{}", name) for name in concept.names for t in prompts.templates], length)
-        copies = plain.repeat(max(1, math.ceil(least / len(plain)) - 1), 1)
-        targets += [plain, surrounded(copies, tokenizer.eos, ids, generator)]
-    words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
-    others = tokenizer(["", *cpe.anchor_prompts([*words.general, *words.domain], prompts.templates)], length)
-    return torch.cat(targets), torch.cat([others, surrounded(others, tokenizer.eos, ids, generator)])
+        plain = [t.replace("{}", name) for name in concept.names for t in prompts.templates]
+        copies = max(1, math.ceil(least / len(plain)) - 1)
+        targets += plain + in_company(plain * copies, words, chance)
+    others = ["", *cpe.anchor_prompts(words, prompts.templates)]
+    return targets, others + in_company(others, words, chance)
 
 
 # --- The part of the text tower that is trained ------------------------------------------------------------------
@@ -258,15 +253,21 @@ class Baker:
 
 # --- What was lost -----------------------------------------------------------------------------------------------
 
-HELD_OUT = "the {} here, please"  # a template of no preset
+HELD_OUT = ("the {} here, please", "a {} and a dog")  # templates of no preset
 Encode = Callable[[list[str]], Tensor]
 
 
 @torch.no_grad()
 def token_figures(
-    objective: Objective, gates: ResAG, concept: Concept, words: Sequence[str], encode: Encode, baked: Encode
+    objective: Objective,
+    gates: ResAG,
+    concept: Concept,
+    words: Sequence[str],
+    encode: Encode,
+    baked: Encode,
+    template: str = HELD_OUT[0],
 ) -> dict[str, dict[str, float]]:
-    """{"left", "near", "others": {"gates" and "baked"}}, on a template that training never sees.
+    """{"left", "near", "others": {"gates" and "baked"}}, in a template that training never sees.
 
         left     share of the asked shift of the target that is missing      sum_l w_l |W_l x - R_l|^2 / x M x^T
         near     how far the 10 nearest of `words` move, as a share of it    sum_l w_l |R_l|^2 / x M x^T
@@ -274,7 +275,7 @@ def token_figures(
 
     `encode` and `baked` are the text encoder before and after; baked, R_l = W_l (E_baked - E).
     """
-    name, surrogate, *texts = (HELD_OUT.replace("{}", word) for word in (concept.names[0], concept.surrogate, *words))
+    name, surrogate, *texts = (template.replace("{}", word) for word in (concept.names[0], concept.surrogate, *words))
     E = encode([name])
     x = (1 + concept.eta) * (encode([surrogate]) - E)
     energy = objective.energy(x).sum()

@@ -508,8 +508,8 @@ def bake(args: argparse.Namespace) -> dict:
     objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe()
     recipe = dataclasses.replace(recipe, steps=max(1, round(recipe.steps * args.steps_scale)))
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)
-    texts = baking.training_prompts(concepts, prompts, model.tokenizer, length, args.seed)
-    targets, others = (tokens.to(model.device) for tokens in texts)
+    texts = baking.training_prompts(concepts, prompts, args.seed)
+    targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
     gate = objective.context_gate(gates)
     baker = baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
     try:
@@ -524,13 +524,16 @@ def bake(args: argparse.Namespace) -> dict:
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     baked = load_model(args.out, model.dtype, model.device)
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(recipe), "unreachable": baker.unreachable}
-    print(f"\n{'':44}{'gates':>10}{'baked':>10}")
+    print(f"\n{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
-        rows = baking.token_figures(objective, gates, concept, words.domain, model.encode, baked.encode)
+        rows = {}
+        for template in baking.HELD_OUT:
+            shares = baking.token_figures(objective, gates, concept, words.domain, model.encode, baked.encode, template)
+            rows |= {f"{name}, {template!r}": row for name, row in shares.items()}
         if args.images and (model.folder / "clip").is_dir():
             rows |= image_changes(args, model, baked, gates, concept.names[0], words.domain)
         for name, row in rows.items():
-            print(f"{concept.names[0]}: {name:{42 - len(concept.names[0])}}{row['gates']:10.2g}{row['baked']:10.2g}")
+            print(f"{concept.names[0]}: {name:{50 - len(concept.names[0])}}{row['gates']:10.2g}{row['baked']:10.2g}")
         figures[concept.names[0]] = rows
     print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
     print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")

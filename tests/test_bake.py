@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -53,43 +54,29 @@ def small_baker(model: weights.Model, objective: Objective, **settings) -> bake.
 # --- Prompts -------------------------------------------------------------------------------------------------------
 
 
-def text_of(model: weights.Model, row: torch.Tensor) -> str:
-    return model.tokenizer.bpe.decode(row.tolist(), skip_special_tokens=True)
-
-
-def test_targets_are_all_names_in_all_templates_and_others_have_none_of_them(model):
-    targets, others = bake.training_prompts([HEART], PROMPTS, model.tokenizer, 77, seed=0, least=60)
-    plain = {t.replace("{}", name) for name in HEART.names for t in PROMPTS.templates}
-    assert torch.equal(targets[: len(plain)].unique(dim=0), model.tokenizer(sorted(plain)).unique(dim=0))
+def test_targets_are_all_names_in_all_templates_then_in_company():
+    targets, _ = bake.training_prompts([HEART], PROMPTS, seed=0, least=60)
+    plain = [t.replace("{}", name) for name in HEART.names for t in PROMPTS.templates]
+    assert targets[: len(plain)] == plain
     assert len(targets) >= 60
-    assert torch.equal(others[0], model.tokenizer([""])[0])
-    half = others[: len(others) // 2]
-    forbidden = model.tokenizer.ids("red heart")
-    assert not any(row[i : i + len(forbidden)].tolist() == forbidden for row in half for i in range(20))
+    assert all(any(text in prompt and text != prompt for text in plain) for prompt in targets[len(plain) :])
 
 
-def test_surrounded_prompts_hold_the_prompt_between_random_tokens(model):
-    tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(0)
-    plain = tokenizer(["red heart"] * 200 + [""])
-    rows = bake.surrounded(plain, tokenizer.eos, tokenizer.bos, generator)
-    ids, places, lengths = tokenizer.ids("red heart"), set(), set()
-    for row in rows[:-1].tolist():
-        assert row[0] == tokenizer.bos
-        end = row.index(tokenizer.eos)
-        assert set(row[end:]) == {tokenizer.eos}
-        places.add(next(i for i in range(1, end) if row[i : i + len(ids)] == ids))
-        lengths.add(end - 1 - len(ids))
-    assert places == {1, 2, 3, 4}
-    assert lengths == set(range(7))
-    assert rows.shape == plain.shape
+def test_others_hold_the_empty_prompt_and_no_name_of_a_target():
+    tiger = bake.Concept(["Tiger face"], "an object", 0.3)
+    targets, others = bake.training_prompts([HEART, tiger], PROMPTS, seed=0)
+    assert others[0] == ""
+    assert not any(name in prompt for prompt in others for name in ("red heart", "tiger face"))
+    assert sum("Tiger face" in prompt for prompt in targets) >= 300
+    assert len({*others}) > 0.9 * len(others)
 
 
-def test_a_prompt_that_fills_the_row_keeps_its_end(model):
-    tokenizer = model.tokenizer
-    full = tokenizer([" ".join(["heart"] * 75)])
-    rows = bake.surrounded(full.repeat(20, 1), tokenizer.eos, tokenizer.bos, torch.Generator().manual_seed(0))
-    assert set(rows[:, -1].tolist()) == {tokenizer.eos}
-    assert rows.shape == (20, 77)
+def test_company_leaves_the_prompt_whole():
+    texts = bake.in_company(["a red heart"] * 100, ["dog", "cat"], random.Random(0))
+    assert len(texts) == 100
+    assert all("a red heart" in text and ("dog" in text or "cat" in text) for text in texts)
+    assert any(text.startswith("a red") for text in texts)
+    assert any(text.endswith("heart") for text in texts)
 
 
 def test_a_gate_file_says_what_it_erases():
@@ -242,7 +229,7 @@ def test_bake_writes_a_model_that_loads_strictly_and_says_what_was_lost(tiny, ga
     figures = json.loads((tmp_path / "figures.json").read_text())
     for target in ("red heart", "dog face"):
         rows = figures[target]
-        assert {"left", "near", "others", "image change, target", "image change, others"} <= rows.keys()
+        assert {f"left, {bake.HELD_OUT[0]!r}", "image change, target", "image change, others"} <= rows.keys()
         assert all(set(row) == {"gates", "baked"} for row in rows.values())
     baked, original = weights.load_model(out), weights.load_model(tiny)
     assert not torch.equal(baked.encode(["red heart"]), original.encode(["red heart"]))
