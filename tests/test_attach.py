@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny as reference
 import torch
+from safetensors.torch import load_file
 
 import cpe
 import weights
@@ -252,3 +253,25 @@ def test_a_context_gate_gives_diffusers_its_prompt_embeddings(pipe):
     cpe.attach(pipe.unet, gate.expand(objective.W))
     assert reference.difference(their_latents(pipe, prompt=PROMPT), gated) <= 1e-4
     cpe.detach(pipe.unet)
+
+
+RECIPE = """
+pipe = StableDiffusionPipeline.from_pretrained("emoji", torch_dtype=torch.float32)
+cpe.attach(pipe.unet, cpe.from_tensors(load_file("gates/red-heart.safetensors")))
+image = pipe("a picture of a red heart", num_inference_steps=20, guidance_scale=4).images[0]
+"""  # as the README has it
+
+
+@pytest.mark.oracle
+def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").symlink_to(EMOJI)
+    weights.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(emoji_gates()[2]))
+    names = {"StableDiffusionPipeline": pipeline, "torch": torch, "cpe": cpe, "load_file": load_file}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(RECIPE, names)
+    unet = names["pipe"].unet
+    assert names["image"].size == (64, 64)
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == 2 * 7
