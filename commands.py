@@ -120,6 +120,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("images/compare.png"), help="the picture")
     add_model(sub)
     sub.set_defaults(model="emoji")
+
+    sub = add("bake", bake, "write an erased model whose text encoder does what gates did: no add-on to delete")
+    sub.add_argument("--gates", action="append", type=Path, required=True, help="gate file to bake in (repeatable)")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write, in the diffusers layout")
+    sub.add_argument("--preset", choices=PRESET_NAMES, help="prompts to train on (default: celebrity, emoji for emoji)")
+    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
+    sub.add_argument("--images", type=number(int, 0, 100), default=1, help="images per concept for the comparison")
+    add_model(sub)
+    add_sampling(sub, 20, 4.0)
+    sub.set_defaults(sampler="dpm")
     return top
 
 
@@ -533,3 +543,87 @@ def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
     import torch
 
     return torch.stack(list(pixels)).float() / 127.5 - 1
+
+
+# --- bake --------------------------------------------------------------------------------------------------------
+
+
+def bake(args: argparse.Namespace) -> dict:
+    """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them."""
+    import dataclasses
+
+    import bake as baking
+    import cpe
+    from weights import UserError, load_model, load_tensors, save_model
+
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: choose another name, or remove it.")
+    preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
+    prompts = read_prompts(preset)
+    model = open_model(args, ("text_encoder", "unet", "vae"))
+    gates = load_gates(args.gates, model)
+    try:
+        concepts = [baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset]) for path in args.gates]
+    except ValueError as error:
+        raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
+    objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe()
+    recipe = dataclasses.replace(recipe, steps=max(1, round(recipe.steps * args.steps_scale)))
+    length = model.part("text_encoder").config.get("max_position_embeddings", 77)
+    texts = baking.training_prompts(concepts, prompts, args.seed)
+    targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
+    gate = objective.context_gate(gates)
+    baker = baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
+    try:
+        with bar(baker.steps(), recipe.steps, "baking") as progress:
+            for report in progress:
+                progress.set_postfix(missing=f"{report.missing:.1%}", moved=f"{report.moved:.1e}", refresh=False)
+    except cpe.Diverged as error:
+        raise UserError(f"{error}: nothing was written. Try another --seed.") from error
+    save_model(model, args.out, text_encoder=baker.state())
+
+    erased = ", ".join(name for concept in concepts for name in concept.names)
+    words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
+    baked = load_model(args.out, model.dtype, model.device)
+    figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(recipe), "unreachable": baker.unreachable}
+    print(f"\n{'':52}{'gates':>10}{'baked':>10}")
+    for concept in concepts:
+        rows = {}
+        for template in baking.HELD_OUT:
+            shares = baking.token_figures(objective, gates, concept, words.domain, model.encode, baked.encode, template)
+            rows |= {f"{name}, {template!r}": row for name, row in shares.items()}
+        if args.images and (model.folder / "clip").is_dir():
+            rows |= image_changes(args, model, baked, gates, concept.names[0], words.domain)
+        for name, row in rows.items():
+            print(f"{concept.names[0]}: {name:{50 - len(concept.names[0])}}{row['gates']:10.2g}{row['baked']:10.2g}")
+        figures[concept.names[0]] = rows
+    print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
+    print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
+    prompt = f"a picture of {concepts[0].names[0]}"
+    return figures | {"next": f'python cpe.py generate "{prompt}" --model {args.out}'}
+
+
+def image_changes(
+    args: argparse.Namespace, model: "Model", baked: "Model", gates: "ResAG", target: str, words: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Mean change of images, of 2, by gates and by the baked model: of the target, the words nearest to it, others."""
+    import evaluate
+
+    names = [target, *words]
+    order = evaluate.nearest(evaluate.name_features(model.clip, model.tokenizer, names), 0, len(words))
+    rest = order[10:]
+    groups = {"target": [0] * 8, "nearest": order[:10], "others": rest[:: max(1, len(rest) // 20)][:20]}
+    cases = [(group, names[i]) for group, members in groups.items() for i in members * args.images]
+    texts, seeds = [f"a picture of a {name}" for _, name in cases], [args.seed + i for i in range(len(cases))]
+    before = draw(model, texts, seeds, None, args, "before")
+    after = {
+        "gates": draw(model, texts, seeds, gates, args, "gates"),
+        "baked": draw(baked, texts, seeds, None, args, "baked"),
+    }
+    changes = {kind: (images - before).abs().mean(dim=(1, 2, 3)) for kind, images in after.items()}
+    return {
+        f"image change, {group}": {
+            kind: change[[i for i, case in enumerate(cases) if case[0] == group]].mean().item()
+            for kind, change in changes.items()
+        }
+        for group in groups
+    }

@@ -185,6 +185,7 @@ class ContextGate(nn.Module):
         inner, L = self.inner, len(projections)
         widths = {name: len(W) for name, W in projections.items()}
         gates = ResAG(widths, inner.w_qs.shape[1], inner.r, inner.k, inner.concepts, inner.alpha[0].item())
+        gates = gates.to(inner.w_qs)
         with torch.no_grad():
             gates.w_qs.copy_(inner.w_qs)
             gates.w_ks.copy_(inner.w_ks)
@@ -326,6 +327,24 @@ class Objective:
         P = torch.cat([wU @ W for wU, _, W in pairs], dim=1)
         G = torch.stack([wU @ U.mT for wU, U, _ in pairs], dim=1)
         return P, G
+
+    def context_gate(self, gates: ResAG) -> ContextGate:
+        """The one change of the context that comes nearest to what the gates ask of all layers; `expand` backwards.
+
+        E' = E + (sum_l w_l R_l(E) W_l) M^-1 minimises sum_l w_l |W_l (E' - E) - R_l(E)|^2 at every token. As R_l(E)
+        is, it is linear in the codes: a context gate with the same D_1 | D_2 | ... and U_c = P M^-1, of rank L k.
+        Exact for gates that were expanded from one. Any pipeline that takes prompt embeddings can be given its E'.
+        """
+        P, _ = self.products(gates)
+        context_gate = ContextGate(len(self.M), gates.r, P.shape[1], gates.concepts).to(gates.w_qs)
+        inner = context_gate.inner
+        with torch.no_grad():
+            for name in ("w_qs", "w_ks", "scaler", "lora_down", "scale"):
+                getattr(inner, name).copy_(getattr(gates, name))
+            inner.alpha.copy_(gates.scale * inner.k)
+            # M is singular where the layers look at fewer than d directions: what none sees is left alone.
+            inner.lora_up.copy_(P.cpu().double() @ torch.linalg.pinv(self.M.cpu().double(), hermitian=True))
+        return context_gate
 
     def energy(self, x: Tensor) -> Tensor:
         """sum_l w_l |W_l x|^2 = x M x^T of every token, [..., T, d] -> [..., T]."""
@@ -726,3 +745,59 @@ def denoise_context(
 def decode(model: "Model", latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of latents [B, c, h, w] as the U-Net knows them (scaled)."""
     return model.vae.decode(latents / model.vae.scaling_factor).clamp(-1, 1)
+
+
+# --- Gates on other people's pipelines ---------------------------------------------------------------------------
+
+
+class Hook:
+    """What `attach` hangs on every `to_k` and `to_v`: evaluates the gates once per context and adds each its share.
+
+    A context is known again by being the same tensor, kept alive here so that no other takes its place in memory, at
+    the same version, so that writing into it counts. Where that cannot be told (inference mode keeps no versions), or
+    gradients are wanted, nothing is remembered.
+    """
+
+    def __init__(self, gates: ResAG):
+        self.gates = gates
+        self.context: Tensor | None = None
+        self.versions: list[int] = []
+        self.corrections: dict[str, Tensor] = {}
+
+    def read(self, context: Tensor) -> dict[str, Tensor]:
+        """R_l(E) of every projection, of a context E [B, T, d]."""
+        if torch.is_grad_enabled() or context.is_inference():
+            return self.gates.corrections(context.to(self.gates.w_qs))
+        versions = [t._version for t in (context, *self.gates.parameters())]
+        if context is not self.context or versions != self.versions:
+            self.context, self.versions = context, versions
+            self.corrections = self.gates.corrections(context.to(self.gates.w_qs))
+        return self.corrections
+
+    def on(self, name: str) -> Callable:
+        """The forward hook of projection `name`: W_l E becomes W_l E + R_l(E)."""
+        return lambda module, inputs, output: output + self.read(inputs[0])[name].to(output)
+
+
+def attach(unet: nn.Module, gates: ResAG) -> None:
+    """Erase from any U-Net whose modules `....attn2.to_k` and `to_v` read the context, such as diffusers' own.
+
+    Forward hooks add R_l(E) to what these modules return; the weights stay as they are. Gates attached before are
+    replaced: `merge` several into one. ValueError when the gates are for another model. A ContextGate needs none of
+    this: give the pipeline `prompt_embeds=gate(prompt_embeds)`, and the negative ones likewise.
+    """
+    found = {name for name, _ in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    if odd := sorted(found ^ set(gates.names)):
+        raise ValueError(f"these gates are of another model: {odd[0]} is in one of the two only")
+    for name, width in zip(gates.names, gates.widths, strict=True):
+        if unet.get_submodule(name).weight.shape != (width, gates.w_qs.shape[1]):
+            raise ValueError(f"these gates are of another model: {name} has another shape")
+    detach(unet)
+    hook = Hook(gates)
+    unet.cpe_handles = [unet.get_submodule(name).register_forward_hook(hook.on(name)) for name in gates.names]
+
+
+def detach(unet: nn.Module) -> None:
+    """Take what `attach` hung there away again, if anything."""
+    for handle in unet.__dict__.pop("cpe_handles", ()):
+        handle.remove()

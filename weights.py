@@ -810,6 +810,16 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+# What stock tools want to know of a CLIP tokenizer besides its two files; without a length they do not even start.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "CLIPTokenizer",
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "do_lower_case": True,
+}
+
 
 def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
     """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
@@ -830,6 +840,9 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
         (temporary / "tokenizer").mkdir()
         for file in TOKENIZER:
             shutil.copyfile(model.tokenizer_folder / file, temporary / "tokenizer" / file)
+        length = model.part("text_encoder").config.get("max_position_embeddings", 77)
+        tokenizer = {**TOKENIZER_CONFIG, "model_max_length": length}
+        write_text(temporary / "tokenizer" / "tokenizer_config.json", json.dumps(tokenizer, indent=2))
         scheduler = {"_class_name": "DDIMScheduler", **model.schedule.config}
         write_text(temporary / SCHEDULER, json.dumps(scheduler, indent=2))
         write_text(temporary / "model_index.json", json.dumps(MODEL_INDEX, indent=2))

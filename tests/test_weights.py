@@ -513,7 +513,10 @@ def test_a_one_file_checkpoint_may_be_in_half_precision(tiny, checkpoint):
     tensors = {n: t.half() if t.is_floating_point() else t for n, t in load_file(checkpoint).items()}
     save_file(tensors, checkpoint)
     one, folder = load_model(checkpoint), load_model(tiny)
-    assert torch.equal(one.unet.conv_in.weight, folder.unet.conv_in.weight.half().float())
+    for part in ("text_encoder", "unet", "vae"):
+        ours, theirs = getattr(one, part).state_dict(), getattr(folder, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name].half().float()) for name in theirs)
     assert one.fingerprint == folder.fingerprint
 
 
@@ -615,6 +618,7 @@ def test_a_model_saved_is_the_model(tiny, tmp_path):
     assert torch.equal(model.encode(["a cat"]), original.encode(["a cat"]))
     assert torch.equal(model.clip.logit_scale, original.clip.logit_scale)
     assert model.schedule.config["beta_start"] == 0.00085
+    assert weights.read_json(folder / "tokenizer/tokenizer_config.json")["model_max_length"] == 77
 
 
 def test_a_model_saved_holds_what_was_changed_and_nothing_else(tiny, tmp_path):

@@ -1,0 +1,74 @@
+"""What baking costs at Stable Diffusion 1.4's size: a few steps are measured, the rest is extrapolated.
+
+    python benchmarks/bake_cost.py [--steps 4] [--prompts 16]
+
+The text encoder and the metric M are random, of the official sizes: time and memory do not depend on their values.
+Encoding is measured on a few prompts and scaled to all, one training step in four sees all 77 tokens (as in bake.py)
+and the others `--reach` of them: the total is an extrapolation, and is printed as one.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bake
+import commands
+import cpe
+from clip import TextEncoder
+from weights import SD14_CONFIGS
+
+
+def main() -> None:
+    """Print seconds per part, and their sum over a whole run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4, help="training steps to measure, a multiple of 4")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts to encode, of each kind")
+    parser.add_argument("--reach", type=int, default=24, help="tokens of the longest prompt, with its first padding")
+    parser.add_argument("--preset", default="celebrity", choices=commands.PRESET_NAMES)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tower = TextEncoder(SD14_CONFIGS["text_encoder"]).eval().requires_grad_(False)
+    d, recipe = 768, bake.Recipe()
+    root = torch.randn(d, d) / d**0.5
+    objective = SimpleNamespace(M=root @ root.T)
+    objective.energy = lambda x: cpe.Objective.energy(objective, x)
+    gate = cpe.ContextGate(d, k=32).initialise(torch.Generator().manual_seed(0)).requires_grad_(False)
+    torch.nn.init.normal_(gate.inner.lora_up, std=0.01)
+
+    prompts = commands.read_prompts(args.preset)
+    others = 2 * (1 + 4 * len([*prompts.general, *prompts.domain]))
+    total = max(300, 2 * len(prompts.templates)) + others  # of one concept, without aliases; as in training_prompts
+    eos = 49407
+    tokens = torch.randint(eos - 1, (2 * args.prompts, 77))
+    tokens[:, args.reach - 2 :] = eos
+    begun = time.perf_counter()
+    baker = bake.Baker(tower, gate, objective, *tokens.split(args.prompts), recipe)
+    setup = (time.perf_counter() - begun) / len(tokens)
+
+    seconds = []
+    baker.recipe = replace(recipe, steps=args.steps)
+    begun = time.perf_counter()
+    for _ in baker.steps():
+        seconds.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+    step = sum(seconds) / len(seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    kept = total * 77 * d * 2 * 2 / 2**30
+    print(f"measured      {setup:.2f} s per prompt to encode, {len(tokens)} prompts")
+    print(f"measured      {step:.2f} s per step, {len(seconds)} steps: {', '.join(f'{s:.2f}' for s in seconds)}")
+    print(f"measured      {peak:.1f} GB peak memory, on {torch.get_num_threads()} threads")
+    minutes = (setup * total + step * recipe.steps) / 60
+    print(f"extrapolated  {minutes:.0f} minutes for {total} prompts and {recipe.steps} steps")
+    print(f"computed      {kept:.1f} GB of hidden states and contexts kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Gates on other people's pipelines: hooks on any tree with attn2.to_k and to_v, or prompt embeddings alone."""
+
+import copy
+import gc
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny as reference
+import torch
+from safetensors.torch import load_file
+
+import cpe
+import weights
+from unet import UNet
+
+ROOT = Path(__file__).resolve().parent.parent
+EMOJI = ROOT / "emoji"
+
+
+def open_gates(projections: dict[str, torch.Tensor], seed: int = 0, scale: float = 1.0) -> cpe.ResAG:
+    """Random gates, open somewhere, with corrections that are not zero."""
+    d = next(iter(projections.values())).shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    gates = cpe.ResAG({name: len(W) for name, W in projections.items()}, d, r=4, k=2)
+    with torch.no_grad():
+        for parameter in gates.parameters():
+            parameter.normal_(0, scale * parameter.shape[1] ** -0.5, generator=generator)
+    return gates.requires_grad_(False)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    """Ours reads contexts through attn2.to_k and to_v as well, in `keys_values`."""
+    return reference.filled(UNet(reference.UNET))
+
+
+@pytest.fixture
+def gates(unet) -> cpe.ResAG:
+    return open_gates(projections(unet))
+
+
+def projections(unet: UNet) -> dict[str, torch.Tensor]:
+    return {f"{p}.{k}": getattr(a, k).weight for p, a in unet.cross_attentions().items() for k in ("to_k", "to_v")}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def context(name: str = "context", rows: int = 2) -> torch.Tensor:
+    return reference.draw(name, rows, 9, 32)
+
+
+@torch.no_grad()
+def test_attached_gates_give_the_keys_and_values_of_the_erased_model(unet, gates):
+    expected = gates(context(), unet.keys_values(context()))
+    cpe.attach(unet, gates)
+    assert equal(unet.keys_values(context()), expected)
+
+
+@torch.no_grad()
+def test_detach_restores_exactly(unet, gates):
+    before, plain = unet.keys_values(context()), copy.deepcopy(unet.__dict__)
+    cpe.attach(unet, gates)
+    assert not equal(unet.keys_values(context()), before)
+    cpe.detach(unet)
+    assert equal(unet.keys_values(context()), before)
+    assert unet.__dict__.keys() == plain.keys()
+    assert not any(module._forward_hooks for module in unet.modules())
+    cpe.detach(unet)  # nothing there: nothing happens
+
+
+@torch.no_grad()
+def test_a_gate_is_evaluated_once_per_context(unet, gates, monkeypatch):
+    calls, evaluate = [], gates.corrections
+    monkeypatch.setattr(gates, "corrections", lambda E: calls.append(1) or evaluate(E))
+    cpe.attach(unet, gates)
+    first = context()
+    for _ in range(3):  # denoising steps
+        unet.keys_values(first)
+    assert len(calls) == 1
+    unet.keys_values(context("another"))
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_a_new_context_never_gets_an_old_gate(unet, gates):
+    """Neither in the memory of a freed one, nor written into the old tensor; nor with gates that changed."""
+    expected = {}
+    for name in ("a", "b", "c"):
+        expected[name] = gates(context(name), unet.keys_values(context(name)))
+    cpe.attach(unet, gates)
+    for name in ("a", "b", "c"):
+        assert equal(unet.keys_values(context(name)), expected[name])
+        gc.collect()
+    E = context("a")
+    assert equal(unet.keys_values(E), expected["a"])
+    E.copy_(context("b"))
+    assert equal(unet.keys_values(E), expected["b"])
+    gates.lora_up.zero_()
+    shut = unet.keys_values(E)
+    cpe.detach(unet)
+    assert equal(shut, unet.keys_values(E))
+
+
+def test_a_context_without_versions_is_read_every_time(unet, gates):
+    with torch.inference_mode():
+        expected = gates(context("b"), unet.keys_values(context("b")))
+        cpe.attach(unet, gates)
+        E = context("a")
+        unet.keys_values(E)
+        E.copy_(context("b"))
+        assert equal(unet.keys_values(E), expected)
+
+
+def test_gradients_pass_through_attached_gates_again_and_again(unet, gates):
+    cpe.attach(unet, gates)
+    E = context().requires_grad_()
+    with torch.no_grad():
+        unet.keys_values(E)  # what is remembered from here has no gradient
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in unet.keys_values(E).values()), E)
+    cpe.detach(unet)
+    kv = gates(E, unet.keys_values(E))
+    (expected,) = torch.autograd.grad(sum(x.sum() for x in kv.values()), E)
+    torch.testing.assert_close(gradient, expected)
+
+
+@torch.no_grad()
+def test_every_row_of_a_guidance_batch_has_its_own_gate(unet, gates):
+    uncond, cond = context("uncond", 1), context("cond", 1)
+    cpe.attach(unet, gates)
+    both = unet.keys_values(torch.cat([uncond, cond]))
+    for i, alone in enumerate((uncond, cond)):
+        for name, rows in unet.keys_values(alone).items():
+            torch.testing.assert_close(both[name][i : i + 1], rows)
+
+
+@torch.no_grad()
+def test_attaching_again_replaces(unet, gates):
+    other = open_gates(projections(unet), seed=1)
+    expected = other(context(), unet.keys_values(context()))
+    cpe.attach(unet, gates)
+    cpe.attach(unet, other)
+    assert equal(unet.keys_values(context()), expected)
+
+
+@torch.no_grad()
+def test_gates_take_the_dtype_of_the_model(unet, gates):
+    expected = gates(context(), unet.keys_values(context()))
+    cpe.attach(unet.bfloat16(), gates)
+    for name, values in unet.keys_values(context().bfloat16()).items():
+        assert values.dtype == torch.bfloat16
+        torch.testing.assert_close(values.float(), expected[name], atol=0.05, rtol=0.05)
+
+
+def test_gates_of_another_model_are_refused_and_nothing_is_attached(unet):
+    wide = open_gates({name: torch.zeros(len(W), 33) for name, W in projections(unet).items()})
+    with pytest.raises(ValueError, match="another shape"):
+        cpe.attach(unet, wide)
+    some = open_gates(dict(list(projections(unet).items())[:-1]))
+    with pytest.raises(ValueError, match="to_v is in one of the two only"):
+        cpe.attach(unet, some)
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+# --- One gate for the context --------------------------------------------------------------------------------------
+
+
+def objective_of(unet: UNet) -> cpe.Objective:
+    return cpe.Objective({k: t.double() for k, t in unet.state_dict().items() if ".attn2." in k and "bias" not in k})
+
+
+@torch.no_grad()
+def test_the_context_gate_of_merged_gates_is_the_least_squares_answer_to_every_layer(unet):
+    """Against torch.linalg.lstsq on all layers stacked, token by token."""
+    objective = objective_of(unet)
+    merged = cpe.merge([open_gates(objective.W, seed) for seed in range(3)]).double()
+    E = context().double()
+    corrections = merged.corrections(E)
+    root = {name: weight**0.5 for name, weight in objective.w.items()}
+    stacked = torch.cat([root[name] * W for name, W in objective.W.items()])  # [sum d_l, d]
+    asked = torch.cat([root[name] * corrections[name] for name in objective.W], dim=-1)
+    expected = torch.linalg.lstsq(stacked, asked.flatten(0, 1).T).solution.T.view_as(E)
+    torch.testing.assert_close(objective.context_gate(merged)(E) - E, expected, atol=1e-9, rtol=1e-7)
+
+
+@torch.no_grad()
+def test_the_context_gate_of_an_expanded_one_is_itself(unet):
+    objective = objective_of(unet)
+    original = cpe.ContextGate(32, r=4, k=3).double()
+    for parameter in original.parameters():
+        parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    E = context().double()
+    again = objective.context_gate(original.expand(objective.W).double())
+    torch.testing.assert_close(again(E), original(E), atol=1e-9, rtol=1e-7)
+
+
+# --- diffusers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The embedded model, opened by diffusers."""
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    kwargs = {"torch_dtype": torch.float32, "local_files_only": True, "safety_checker": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = pipeline.from_pretrained(EMOJI, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def emoji_gates() -> tuple[weights.Model, cpe.Objective, cpe.ResAG]:
+    model = weights.load_model("emoji")
+    objective = cpe.Objective(model.cross_attention())
+    return model, objective, open_gates(objective.W, scale=0.3)
+
+
+def their_latents(pipe, **prompt) -> torch.Tensor:
+    """4 steps of DDIM, seed 3, guidance 4."""
+    generator = torch.Generator().manual_seed(3)
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
+    return pipe(**prompt, **settings).images
+
+
+PROMPT = "a picture of a red heart"
+
+
+@pytest.mark.oracle
+def test_attached_to_diffusers_equals_our_pipeline(pipe):
+    model, _, gates = emoji_gates()
+    before = their_latents(pipe, prompt=PROMPT)
+    cpe.attach(pipe.unet, gates)
+    gated = their_latents(pipe, prompt=PROMPT)
+    cpe.detach(pipe.unet)
+    *_, ours = cpe.denoise(model, [PROMPT], [3], gates, steps=4, guidance_scale=4.0)
+    assert reference.difference(ours, gated) <= 1e-5
+    assert torch.equal(their_latents(pipe, prompt=PROMPT), before)
+    assert reference.difference(before, gated) > 1e-2
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+def test_a_context_gate_gives_diffusers_its_prompt_embeddings(pipe):
+    model, objective, gates = emoji_gates()
+    gate = objective.context_gate(gates)
+    cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    gated = their_latents(pipe, prompt_embeds=gate(cond), negative_prompt_embeds=gate(uncond))
+    *_, ours = cpe.denoise(model, [PROMPT], [3], gate, steps=4, guidance_scale=4.0)
+    assert reference.difference(ours, gated) <= 1e-5
+    cpe.attach(pipe.unet, gate.expand(objective.W))
+    assert reference.difference(their_latents(pipe, prompt=PROMPT), gated) <= 1e-4
+    cpe.detach(pipe.unet)
+
+
+RECIPE = """
+pipe = StableDiffusionPipeline.from_pretrained("emoji", torch_dtype=torch.float32)
+cpe.attach(pipe.unet, cpe.from_tensors(load_file("gates/red-heart.safetensors")))
+image = pipe("a picture of a red heart", num_inference_steps=20, guidance_scale=4).images[0]
+"""  # as the README has it
+
+
+@pytest.mark.oracle
+def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").symlink_to(EMOJI)
+    weights.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(emoji_gates()[2]))
+    names = {"StableDiffusionPipeline": pipeline, "torch": torch, "cpe": cpe, "load_file": load_file}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(RECIPE, names)
+    unet = names["pipe"].unet
+    assert names["image"].size == (64, 64)
+    assert sum(len(module._forward_hooks) for module in unet.modules()) == 2 * 7

@@ -1,0 +1,290 @@
+"""Baking: what is trained, towards what, and that nothing half-written is left."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny as reference
+import torch
+
+import bake
+import commands
+import cpe
+import weights
+from cpe import ContextGate, Objective
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = cpe.parse_prompts((ROOT / "prompts/emoji.txt").read_text(encoding="utf-8"))
+HEART = bake.Concept(["red heart", "love"], "an object", 0.3)
+
+
+@pytest.fixture
+def model(tiny) -> weights.Model:
+    return weights.load_model(tiny)
+
+
+@pytest.fixture
+def objective(model) -> Objective:
+    return Objective(model.cross_attention())
+
+
+def open_gate(d: int, seed: int = 0) -> ContextGate:
+    """A context gate with random values, open at some tokens."""
+    gate = ContextGate(d, r=4, k=2).initialise(torch.Generator())
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+    return gate.requires_grad_(False)
+
+
+def small_baker(model: weights.Model, objective: Objective, **settings) -> bake.Baker:
+    targets = model.tokenizer(["red heart", "a red heart", "love"])
+    others = model.tokenizer(["", "dog face", "a dog face", "blue heart"])
+    recipe = dataclasses.replace(bake.Recipe(layers=1, steps=40, lr=3e-3), **settings)
+    return bake.Baker(model.text_encoder, open_gate(16), objective, targets, others, recipe)
+
+
+# --- Prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_all_names_in_all_templates_then_in_company():
+    targets, _ = bake.training_prompts([HEART], PROMPTS, seed=0, least=60)
+    plain = [t.replace("{}", name) for name in HEART.names for t in PROMPTS.templates]
+    assert targets[: len(plain)] == plain
+    assert len(targets) >= 60
+    assert all(any(text in prompt and text != prompt for text in plain) for prompt in targets[len(plain) :])
+
+
+def test_others_hold_the_empty_prompt_and_no_name_of_a_target():
+    tiger = bake.Concept(["Tiger face"], "an object", 0.3)
+    targets, others = bake.training_prompts([HEART, tiger], PROMPTS, seed=0)
+    assert others[0] == ""
+    assert not any(name in prompt for prompt in others for name in ("red heart", "tiger face"))
+    assert sum("Tiger face" in prompt for prompt in targets) >= 300
+    assert len({*others}) > 0.9 * len(others)
+
+
+def test_company_leaves_the_prompt_whole():
+    texts = bake.in_company(["a red heart"] * 100, ["dog", "cat"], random.Random(0))
+    assert len(texts) == 100
+    assert all("a red heart" in text and ("dog" in text or "cat" in text) for text in texts)
+    assert any(text.startswith("a red") for text in texts)
+    assert any(text.endswith("heart") for text in texts)
+
+
+def test_a_gate_file_says_what_it_erases():
+    ours = {"target": "Brad Pitt", "aliases": '["brad"]', "surrogate": "a man", "eta": "0.5", "prompts": "Brad Pitt"}
+    assert bake.read_concept(ours, cpe.PRESETS["celebrity"]) == bake.Concept(["Brad Pitt", "brad"], "a man", 0.5)
+    public = {"prompts": "claude monet", "rank": "1", "alpha": "1.0"}
+    assert bake.read_concept(public, cpe.PRESETS["style"]) == bake.Concept(["claude monet"], "real photograph", 0.5)
+    with pytest.raises(ValueError, match="what it erases"):
+        bake.read_concept({}, cpe.PRESETS["style"])
+
+
+# --- The tail and its ellipsoid ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_head_and_tail_are_the_tower(model, objective):
+    for layers in (1, 2):
+        baker = small_baker(model, objective, layers=layers)
+        context = baker.tail(baker.targets.float())
+        expected = model.encode(["red heart", "a red heart", "love"])
+        torch.testing.assert_close(context, expected, atol=2e-2, rtol=0)  # hidden states are kept in half precision
+        assert torch.equal(baker.kept, baker.contexts(baker.others))
+
+
+def test_more_layers_than_there_are_cannot_be_trained(model):
+    for layers in (0, 3):
+        with pytest.raises(ValueError, match="of 2 layers"):
+            bake.Tail(model.text_encoder, layers)
+
+
+@torch.no_grad()
+def test_what_a_layer_norm_says_is_left_where_it_is_and_the_rest_moves_as_little_as_can_be():
+    """Against projected gradient descent on the ellipsoid, from the same point."""
+    norm = reference.filled(torch.nn.LayerNorm(12, eps=0)).double()
+    root = reference.draw("root", 12, 12).double()
+    M = root @ root.T / 12
+    said = norm(reference.draw("x", 5, 12).double())
+    torch.testing.assert_close(bake.on_ellipsoid(norm, said, M), said, atol=1e-6, rtol=1e-6)
+
+    asked = said + 0.5 * reference.draw("shift", 5, 12).double()
+    nearest = bake.on_ellipsoid(norm, asked, M)
+
+    def distance(E: torch.Tensor) -> torch.Tensor:
+        return (((E - asked) @ M) * (E - asked)).sum(dim=-1)
+
+    best = torch.full((5,), torch.inf, dtype=torch.float64)
+    for start in range(8):
+        x = (asked - norm.bias) / norm.weight + 0.3 * start * reference.draw(f"start {start}", 5, 12).double()
+        for _ in range(3000):
+            x = torch.nn.functional.layer_norm(x, (12,), eps=0)
+            x -= 0.05 * norm.weight * ((norm.weight * x + norm.bias - asked) @ M)
+        best = torch.minimum(best, distance(norm.weight * torch.nn.functional.layer_norm(x, (12,), eps=0) + norm.bias))
+    torch.testing.assert_close(distance(nearest), best, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(norm((nearest - norm.bias) / norm.weight), nearest, atol=1e-4, rtol=1e-4)
+
+
+# --- Training ------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_the_gate_on_targets_and_the_tower_itself_on_others(model, objective):
+    baker = small_baker(model, objective)
+    with torch.no_grad():
+        expected = open_gate(16)(baker.contexts(baker.targets).float())
+    assert torch.equal(baker.wanted, expected.half())
+    missing, moved = baker.misfits(torch.arange(3), torch.arange(4), None)
+    assert missing.mean().item() == pytest.approx(1, rel=1e-2)  # nothing of the shift is there yet
+    assert moved.max() < 1e-3
+
+
+def test_what_is_cut_off_changes_nothing_before_it(model, objective):
+    baker = small_baker(model, objective)
+    whole = baker.tail(baker.targets.float())[:, : baker.length]
+    torch.testing.assert_close(baker.tail(baker.targets[:, : baker.length].float()), whole)
+    assert (model.tokenizer(["a red heart"])[0, baker.length - 1 :] == model.tokenizer.eos).all()
+
+
+def test_the_loss_falls_and_a_seed_repeats_it(model, objective):
+    first, second = (small_baker(model, objective, steps=150, lr=1e-2, keep=0.1) for _ in range(2))
+    losses = [p.missing + first.recipe.keep * p.moved for p in first.steps()]
+    assert losses[-1] < 0.5 * losses[0]
+    list(second.steps())
+    assert all(torch.equal(t, second.state()[name]) for name, t in first.state().items())
+
+
+def test_only_the_named_layers_change(model, objective):
+    baker = small_baker(model, objective)
+    before = {name: t.clone() for name, t in model.text_encoder.state_dict().items()}
+    list(baker.steps())
+    state = baker.state()
+    assert state.keys() == before.keys()
+    changed = {name for name, t in state.items() if not torch.equal(t, before[name])}
+    trained = ("text_model.encoder.layers.1.", "text_model.final_layer_norm.")
+    assert changed == {name for name in before if name.startswith(trained)}
+    assert all(torch.equal(t, before[name]) for name, t in model.text_encoder.state_dict().items())
+
+
+def test_others_that_moved_most_are_drawn_most(model, objective):
+    baker = small_baker(model, objective, others=2)
+    baker.errors = torch.tensor([1e-9, 1e-9, 1.0, 1e-9])
+    assert all(2 in baker.draw()[1] for _ in range(20))
+
+
+def test_a_loss_that_is_not_finite_stops_it(model, objective):
+    baker = small_baker(model, objective)
+    baker.wanted[:] = torch.nan
+    with pytest.raises(cpe.Diverged, match="step 1"):
+        list(baker.steps())
+
+
+@torch.no_grad()
+def test_figures_of_gates_and_of_what_they_become_agree_where_both_are_the_same(model, objective):
+    """A context gate asks every layer for the same: its gates and the context they mean have equal figures."""
+    gate = open_gate(16)
+    words = PROMPTS.domain[:30]
+    figures = bake.token_figures(
+        objective, gate.expand(objective.W), HEART, words, model.encode, lambda prompts: gate(model.encode(prompts))
+    )
+    assert figures.keys() == {"left", "near", "others"}
+    for row in figures.values():
+        assert row["gates"] > 0
+        assert row["baked"] == pytest.approx(row["gates"], rel=1e-3)
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate_files(model, objective, tmp_path) -> list[Path]:
+    """Two gate files of the tiny model."""
+    files = []
+    for seed, target in enumerate(("red heart", "dog face")):
+        files.append(tmp_path / f"{seed}.safetensors")
+        metadata = {"target": target, "surrogate": "an object", "eta": "0.3", "aliases": '["love"]' if seed else "[]"}
+        weights.save_tensors(files[-1], cpe.to_tensors(open_gate(16, seed).expand(objective.W)), metadata)
+    return files
+
+
+def arguments(tiny: Path, files: list[Path], out: Path, *more: str) -> list[str]:
+    gates = [word for file in files for word in ("--gates", str(file))]
+    fast = ["--preset", "emoji", "--steps-scale", "0.01", "--steps", "2"]
+    return ["bake", *gates, "--out", str(out), "--model", str(tiny), *fast, *more]
+
+
+def test_bake_writes_a_model_that_loads_strictly_and_says_what_was_lost(tiny, gate_files, tmp_path, capsys):
+    out = tmp_path / "baked"
+    assert commands.main(arguments(tiny, gate_files, out, "--json", str(tmp_path / "figures.json"))) == 0
+    said = capsys.readouterr().out
+    assert f"wrote   {out}" in said
+    assert "red heart, dog face, love" in said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for target in ("red heart", "dog face"):
+        rows = figures[target]
+        assert {f"left, {bake.HELD_OUT[0]!r}", "image change, target", "image change, others"} <= rows.keys()
+        assert all(set(row) == {"gates", "baked"} for row in rows.values())
+    baked, original = weights.load_model(out), weights.load_model(tiny)
+    assert not torch.equal(baked.encode(["red heart"]), original.encode(["red heart"]))
+    for part in ("unet", "vae", "clip"):
+        ours, theirs = getattr(baked, part).state_dict(), getattr(original, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_folder_that_is_there_is_left_alone(tiny, gate_files, tmp_path, capsys):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "file").write_text("x")
+    assert commands.main(arguments(tiny, gate_files, out)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_bake_leaves_no_model(tiny, gate_files, tmp_path, stop):
+    out = tmp_path / "place" / "baked"
+    out.parent.mkdir()
+    call = arguments(tiny, gate_files, out, "--steps-scale", "100")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bake, commands; steps = bake.Baker.steps\n"
+        "def told(self):\n    for p in steps(self):\n        print('step', flush=True)\n        yield p\n"
+        f"bake.Baker.steps = told; sys.exit(commands.main({call!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "step\n"
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    assert "Traceback" not in errors
+    assert list(out.parent.iterdir()) == []
+
+
+# --- diffusers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+def test_diffusers_opens_a_baked_model_and_sees_the_same_prompts(tiny, gate_files, tmp_path):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    out = tmp_path / "baked"
+    assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = pipeline.from_pretrained(out, local_files_only=True, torch_dtype=torch.float32)
+    baked = weights.load_model(out)
+    context, _ = pipe.encode_prompt("a red heart", "cpu", 1, False)
+    assert reference.difference(baked.encode(["a red heart"]), context) <= 1e-5
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
+    theirs = pipe("a red heart", generator=torch.Generator().manual_seed(3), **settings).images
+    *_, ours = cpe.denoise(baked, ["a red heart"], [3], steps=3, guidance_scale=4.0)
+    assert reference.difference(ours, theirs) <= 1e-5
