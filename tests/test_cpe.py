@@ -143,6 +143,7 @@ RANKS = pytest.mark.parametrize("k", [1, 4])
 def test_erase_adv_and_anchor_losses_are_their_definitions(kind, k):
     t = trainer(kind, k)
     t.deltas = normal(3, T, d, seed=8)
+    t.begin()
     state = t.generator.get_state()
     losses = t.erase_losses()
 
@@ -197,7 +198,9 @@ def test_a_context_gate_is_the_resag_that_it_expands_to(k):
 
 
 def test_without_deltas_there_is_no_adversarial_loss():
-    assert trainer().erase_losses().keys() == {"erase", "anchor"}
+    t = trainer()
+    t.begin()
+    assert t.erase_losses().keys() == {"erase", "anchor"}
 
 
 def test_total_loss_weighs_the_anchors_with_lambda():
