@@ -491,8 +491,9 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     `encode_anchors` may answer from a cache: it is asked for the same prompts whatever the target.
     """
     words = anchor_words(prompts, names)
-    pairs = [(t.replace("{}", name), t.replace("{}", recipe.surrogate)) for name in names for t in prompts.templates]
-    contexts = encode([p for pair in pairs for p in pair])
+    targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
+    surrogates = encode_anchors([t.replace("{}", recipe.surrogate) for t in prompts.templates])
+    surrogates = surrogates.to(targets).repeat(len(names), 1, 1)
 
     # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
     per_word = min(4, len(prompts.templates))
@@ -506,7 +507,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
         chosen = [kept[i] for i in near.indices.tolist()]
         rows.append(domain.unflatten(0, (-1, per_word))[chosen].flatten(0, 1))
-    return Data(contexts[0::2], contexts[1::2], torch.cat(rows).half(), encode([""]))
+    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]))
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -634,7 +635,9 @@ class Trainer:
                 self.columns, self.products = self.core.columns(), self.objective.products(self.gates)
         else:
             # x M x^T of every template's shift x, then of x - delta_j: constant while the gates train; [P, 1 + J, T]
-            self.energies = torch.stack([self.objective.energy(torch.cat([x[None], x - self.deltas])) for x in self.shifts])
+            self.energies = torch.stack(
+                [self.objective.energy(torch.cat([x[None], x - self.deltas])) for x in self.shifts]
+            )
         self.optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=0.01, fused=True)
 
     def update(self) -> dict[str, float]:

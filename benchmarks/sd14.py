@@ -5,7 +5,6 @@ Speed and memory do not depend on the values of weights, so none have to be down
 
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -43,14 +42,23 @@ def machine() -> str:
     )
 
 
+def flags() -> set[str]:
+    """What the processor says it can do, on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
 def milliseconds(run: Callable[[], object], repeats: int = 15, warmup: int = 3) -> float:
-    """Median time of `run` in ms."""
+    """Time of `run` in ms: the fastest of the repeats, so that other work on the machine falsifies it least."""
     times = []
     for _ in range(warmup + repeats):
         begun = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - begun))
-    return statistics.median(times[warmup:])
+    return min(times[warmup:])
 
 
 def cross_attention() -> dict[str, Tensor]:
@@ -58,7 +66,9 @@ def cross_attention() -> dict[str, Tensor]:
     with torch.device("meta"), weights.Undrawn():
         layers = UNet(CONFIGS["unet"]).cross_attentions()
     names = [f"{path}.{part}" for path in layers for part in ("to_q", "to_k", "to_v", "to_out.0")]
-    shapes = {n: layers[n.split(".attn2.")[0] + ".attn2"].get_submodule(n.split(".attn2.")[1]).weight.shape for n in names}
+    shapes = {
+        n: layers[n.split(".attn2.")[0] + ".attn2"].get_submodule(n.split(".attn2.")[1]).weight.shape for n in names
+    }
     return {f"{name}.weight": torch.randn(shape) / (3 * shape[1]) ** 0.5 for name, shape in shapes.items()}
 
 
@@ -80,7 +90,9 @@ def write_model(folder: Path) -> Path:
         weights.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
         with torch.device("meta"), weights.Undrawn():
             shapes = {name: t.shape for name, t in build(CONFIGS[part]).state_dict().items()}
-        tensors = {n: torch.randn(s) / (3 * s[1:].numel()) ** 0.5 if len(s) > 1 else torch.ones(s) for n, s in shapes.items()}
+        tensors = {
+            n: torch.randn(s) / (3 * s[1:].numel()) ** 0.5 if len(s) > 1 else torch.ones(s) for n, s in shapes.items()
+        }
         weights.save_tensors(folder / part / f"{file}.safetensors", tensors)
         del tensors
     tokenizer = ROOT / "emoji" / "tokenizer"

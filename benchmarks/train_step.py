@@ -79,7 +79,9 @@ class Literal(nn.Module):
         """32 mixtures [33, T, d] of two noisy anchors, and the empty prompt."""
         n, E = self.recipe.anchors, self.data.anchors
         first, second = (E[torch.randint(len(E), (n,))].float() for _ in range(2))
-        noisy = [e + self.recipe.noise * e.norm(dim=(1, 2), keepdim=True) * torch.randn_like(e) for e in (first, second)]
+        noisy = [
+            e + self.recipe.noise * e.norm(dim=(1, 2), keepdim=True) * torch.randn_like(e) for e in (first, second)
+        ]
         beta = torch.rand(n, 1, 1)
         return torch.cat([beta * noisy[0] + (1 - beta) * noisy[1], self.data.empty])
 
@@ -164,7 +166,7 @@ def main() -> None:
         if not args.only_ours:
             literal = Literal(objective, data, trainer_at(objective, data, 2).core, RECIPE, both)
             for kind in steps:
-                ms[who, kind] = sd14.milliseconds(literal_step(literal, kind, deltas), repeats=3, warmup=1)
+                ms[who, kind] = sd14.milliseconds(literal_step(literal, kind, deltas), repeats=2, warmup=0)
             del literal
     for gate in ("resag", "context"):
         for phase, kind in ((2, "erase"), (1, "attack")):
