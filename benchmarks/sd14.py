@@ -16,13 +16,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cpe
-import weights
-from clip import TextEncoder
-from unet import UNet
+import cpe  # noqa: E402
+import weights  # noqa: E402
+from clip import TextEncoder  # noqa: E402
+from unet import UNet  # noqa: E402
 
 CONFIGS = weights.SD14_CONFIGS
 WIDTH, TOKENS = CONFIGS["unet"]["cross_attention_dim"], 77
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def machine() -> str:
@@ -65,11 +66,9 @@ def cross_attention() -> dict[str, Tensor]:
     """Random to_q, to_k, to_v, to_out.0 of the 16 cross-attention layers, at the scale of torch's initial values."""
     with torch.device("meta"), weights.Undrawn():
         layers = UNet(CONFIGS["unet"]).cross_attentions()
-    names = [f"{path}.{part}" for path in layers for part in ("to_q", "to_k", "to_v", "to_out.0")]
-    shapes = {
-        n: layers[n.split(".attn2.")[0] + ".attn2"].get_submodule(n.split(".attn2.")[1]).weight.shape for n in names
-    }
-    return {f"{name}.weight": torch.randn(shape) / (3 * shape[1]) ** 0.5 for name, shape in shapes.items()}
+    parts = {f"{path}.{part}.weight": (layer, part) for path, layer in layers.items() for part in ATTENTION}
+    shapes = {key: layer.get_submodule(part).weight.shape for key, (layer, part) in parts.items()}
+    return {key: torch.randn(shape) / (3 * shape[1]) ** 0.5 for key, shape in shapes.items()}
 
 
 def data(templates: int = 42, anchors: int = 600) -> cpe.Data:
@@ -90,9 +89,7 @@ def write_model(folder: Path) -> Path:
         weights.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
         with torch.device("meta"), weights.Undrawn():
             shapes = {name: t.shape for name, t in build(CONFIGS[part]).state_dict().items()}
-        tensors = {
-            n: torch.randn(s) / (3 * s[1:].numel()) ** 0.5 if len(s) > 1 else torch.ones(s) for n, s in shapes.items()
-        }
+        tensors = {n: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.02 for n, s in shapes.items()}
         weights.save_tensors(folder / part / f"{file}.safetensors", tensors)
         del tensors
     tokenizer = ROOT / "emoji" / "tokenizer"
