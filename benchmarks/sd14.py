@@ -71,11 +71,18 @@ def cross_attention() -> dict[str, Tensor]:
     return {key: torch.randn(shape) / (3 * shape[1]) ** 0.5 for key, shape in shapes.items()}
 
 
-def data(templates: int = 42, anchors: int = 600) -> cpe.Data:
+def data() -> cpe.Data:
     """Random contexts, as many as the celebrity preset has; tokens have norm sqrt(768), as after a LayerNorm."""
+    prompts = cpe.parse_prompts((ROOT / "prompts" / "celebrity.txt").read_text(encoding="utf-8"))
+    templates = len(prompts.templates)
+    anchors = 4 * (len(prompts.general) + cpe.PRESETS["celebrity"].nearest)
     contexts = torch.randn(2 * templates + 1, TOKENS, WIDTH)
-    anchors = torch.randn(anchors, TOKENS, WIDTH).half()
-    return cpe.Data(contexts[:templates], contexts[templates:-1], anchors, contexts[-1:])
+    return cpe.Data(
+        contexts[:templates],
+        contexts[templates:-1],
+        torch.randn(anchors, TOKENS, WIDTH).half(),
+        contexts[-1:],
+    )
 
 
 def write_model(folder: Path) -> Path:
