@@ -7,7 +7,7 @@ Two references, both with one gate per layer, float32 and AdamW:
 
     two models     every one of the 32 projections is evaluated in the original and in the erased model, and their
                    outputs are compared, as the definition of the erased model reads
-    formula        the losses of the formulas of the losses term by term: W_l never meets an anchor
+    formula        the formulas of the losses term by term: W_l never meets an anchor
 
 Before anything is timed, losses and gradients of one step must agree between the references and ours.
 """
