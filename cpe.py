@@ -28,6 +28,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -267,17 +268,25 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
 # --- The objective -----------------------------------------------------------------------------------------------
 
 
-def spectral_norm(matrix: Tensor, tolerance: float = 1e-7, iterations: int = 1000) -> float:
-    """Largest singular value of a matrix, by power iteration: much cheaper than all of them."""
-    x = torch.ones(matrix.shape[1], dtype=matrix.dtype) / matrix.shape[1] ** 0.5
-    x = x + 0.1 * torch.linspace(-1, 1, matrix.shape[1], dtype=matrix.dtype)  # orthogonal to no likely singular vector
-    norm = 0.0
-    for _ in range(iterations):
-        y = matrix.T @ (matrix @ x)
-        previous, norm = norm, y.norm().sqrt().item() / x.norm().sqrt().item()
-        if norm == 0 or abs(norm - previous) <= tolerance * norm:
-            break
-        x = y / y.norm()
+def spectral_norm(matrix: Tensor, tolerance: float = 1e-8, most: int = 1000) -> float:
+    """Largest singular value of a matrix, to 1e-6 of its size: far cheaper than all of them. Lanczos on M^T M."""
+    # M^T M v_i = beta_i-1 v_i-1 + alpha_i v_i + beta_i v_i+1: in the basis v_1, v_2, ... a tridiagonal T
+    v = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
+    v, before, alphas, betas, norm = v / v.norm(), torch.zeros_like(v), [], [0.0], 0.0
+    for step in range(1, most + 1):
+        w = matrix.T @ (matrix @ v) - betas[-1] * before
+        alphas.append((w @ v).item())
+        w = w - alphas[-1] * v
+        betas.append(w.norm().item())
+        if step % 10 == 0 or betas[-1] == 0:
+            T = torch.tensor(alphas, dtype=torch.float64).diag() + torch.tensor(betas[1:-1], dtype=torch.float64).diag(
+                1
+            )
+            # M^T M and T share their largest eigenvalue, which T approaches from below
+            previous, norm = norm, max(0.0, torch.linalg.eigvalsh(T, UPLO="U")[-1].item()) ** 0.5
+            if betas[-1] == 0 or norm - previous <= tolerance * norm:
+                break
+        v, before = w / betas[-1], v
     return norm
 
 
@@ -294,15 +303,18 @@ class Objective:
 
     def __init__(self, cross_attention: dict[str, Tensor], tokens: int = 77):
         paths = [key.removesuffix(".to_k.weight") for key in cross_attention if key.endswith(".to_k.weight")]
-        self.W: dict[str, Tensor] = {}
+        W: dict[str, Tensor] = {}
         self.a: dict[str, float] = {}
         for path in paths:
             W_q, W_k, W_v, W_o = (cross_attention[f"{path}.{p}.weight"] for p in ("to_q", "to_k", "to_v", "to_out.0"))
-            self.W |= {f"{path}.to_k": W_k, f"{path}.to_v": W_v}
+            W |= {f"{path}.to_k": W_k, f"{path}.to_v": W_v}
             self.a[f"{path}.to_k"] = spectral_norm(W_o @ W_v) * spectral_norm(W_q) / tokens
             self.a[f"{path}.to_v"] = spectral_norm(W_o)
-        self.w = {name: a / (len(self.W[name]) * len(self.W)) for name, a in self.a.items()}
-        self.M = sum(self.w[name] * W.T @ W for name, W in self.W.items())
+        self.w = {name: a / (len(W[name]) * len(W)) for name, a in self.a.items()}
+        # Neighbours of one width lie in one tensor [n, d_l, d]: a few batched products instead of 32 small ones.
+        self.stacks = [torch.stack([W[n] for n in names]) for _, names in groupby(W, key=lambda name: len(W[name]))]
+        self.W = dict(zip(W, (each for stack in self.stacks for each in stack), strict=True))
+        self.M = sum(self.w[name] * each.T @ each for name, each in self.W.items())
 
     @property
     def widths(self) -> dict[str, int]:
@@ -318,15 +330,21 @@ class Objective:
     def products(self, gates: "ResAG | ContextGate") -> tuple[Tensor, Tensor]:
         """P [N, L k, d], rows w_l U_l W_l, and G [N, L, k, k] = w_l U_l U_l^T: all that the losses ask of U.
 
-        A context gate has L = 1, P = U_c M and G = U_c M U_c^T.
+        A context gate has L = 1, P = U_c M and G = U_c M U_c^T. ValueError for gates of other projections.
         """
         if isinstance(gates, ContextGate):
             P = gates.inner.lora_up @ self.M
             return P, (P @ gates.inner.lora_up.mT).unsqueeze(1)
-        pairs = [(self.w[name] * U, U, self.W[name]) for name, U in zip(gates.names, gates.ups(), strict=True)]
-        P = torch.cat([wU @ W for wU, _, W in pairs], dim=1)
-        G = torch.stack([wU @ U.mT for wU, U, _ in pairs], dim=1)
-        return P, G
+        if gates.names != list(self.W):
+            raise ValueError("these gates correct other projections than this objective has, or in another order")
+        # lora_up = U_1 | U_2 | ..., cut where the width changes and then into U [N, n, k, d_l]
+        runs = gates.lora_up.split([W.shape[:2].numel() for W in self.stacks], dim=-1)
+        ups = [run.unflatten(-1, W.shape[:2]).transpose(1, 2) for run, W in zip(runs, self.stacks, strict=True)]
+        w = self.M.new_tensor(list(self.w.values())).split([len(W) for W in self.stacks])
+        wU = [w_l[:, None, None] * U for w_l, U in zip(w, ups, strict=True)]
+        P = torch.cat([torch.einsum("Nnku,nud->Nnkd", *pair) for pair in zip(wU, self.stacks, strict=True)], dim=1)
+        G = torch.cat([each @ U.mT for each, U in zip(wU, ups, strict=True)], dim=1)
+        return P.flatten(1, 2), G
 
     def context_gate(self, gates: ResAG) -> ContextGate:
         """The one change of the context that comes nearest to what the gates ask of all layers; `expand` backwards.
@@ -348,13 +366,16 @@ class Objective:
 
     def energy(self, x: Tensor) -> Tensor:
         """sum_l w_l |W_l x|^2 = x M x^T of every token, [..., T, d] -> [..., T]."""
-        return ((x @ self.M) * x).sum(dim=-1)
+        with torch.no_grad():
+            xM = x @ self.M
+        half = (xM * x).sum(dim=-1)  # has the gradient x M, half of 2 x M: M is symmetric, no second product needed
+        return 2 * half - half.detach()
 
 
 def penalty(z: Tensor, G: Tensor) -> Tensor:
     """sum_l w_l |z_l U_l|^2 = z G z^T: how much the gates move a token; codes [N, B, T, L k] -> [N, B, T]."""
-    z = z.unflatten(-1, (G.shape[1], G.shape[-1])).unsqueeze(-2)
-    return (z @ G[:, None, None] @ z.mT).sum(dim=(-3, -2, -1))
+    z = z.unflatten(-1, (G.shape[1], G.shape[-1]))
+    return (torch.einsum("Nbtlk,Nlkj->Nbtlj", z, G) * z).sum(dim=(-2, -1))
 
 
 def residual(x: Tensor, energy: Tensor, z: Tensor, P: Tensor, G: Tensor) -> Tensor:
@@ -490,11 +511,13 @@ Encode = Callable[[list[str]], Tensor]
 def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
-    `encode_anchors` may answer from a cache: it is asked for the same prompts whatever the target.
+    `encode_anchors` may answer from a cache, in half precision: it is asked for the same prompts whatever the target.
     """
     words = anchor_words(prompts, names)
-    pairs = [(t.replace("{}", name), t.replace("{}", recipe.surrogate)) for name in names for t in prompts.templates]
-    contexts = encode([p for pair in pairs for p in pair])
+    targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
+    surrogates = encode_anchors([t.replace("{}", recipe.surrogate) for t in prompts.templates])
+    # Rounded alike: a token that both share, such as the first, must not seem to differ.
+    targets, surrogates = targets.half().to(targets), surrogates.half().to(targets).repeat(len(names), 1, 1)
 
     # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
     per_word = min(4, len(prompts.templates))
@@ -508,7 +531,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
         chosen = [kept[i] for i in near.indices.tolist()]
         rows.append(domain.unflatten(0, (-1, per_word))[chosen].flatten(0, 1))
-    return Data(contexts[0::2], contexts[1::2], torch.cat(rows).half(), encode([""]))
+    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]))
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -611,7 +634,7 @@ class Trainer:
         features = [E @ columns, self.noisy_features(anchors, sigma, columns[0, 0])[None]]
         _, z = self.core.read(torch.cat(features, dim=1))
         P, G = self.objective.products(self.gates)
-        misfit = residual(x, self.objective.energy(x), z[:, : len(E)], P, G).mean(dim=(0, 2))  # [1 + J]
+        misfit = residual(x, self.energies[i], z[:, : len(E)], P, G).mean(dim=(0, 2))  # [1 + J]
         losses = {"erase": misfit[0], "anchor": penalty(z[:, len(E) :], G).mean()}
         return losses | ({"adv": misfit[1:].mean()} if len(self.deltas) else {})
 
@@ -634,6 +657,11 @@ class Trainer:
             parameters = [self.deltas]
             with torch.no_grad():
                 self.columns, self.products = self.core.columns(), self.objective.products(self.gates)
+        else:
+            # x M x^T of every template's shift x, then of x - delta_j: constant while the gates train; [P, 1 + J, T]
+            self.energies = torch.stack(
+                [self.objective.energy(torch.cat([x[None], x - self.deltas])) for x in self.shifts]
+            )
         self.optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=0.01, fused=True)
 
     def update(self) -> dict[str, float]:

@@ -260,18 +260,23 @@ class Part:
             advice = "the weights do not belong to its config.json, or the file is of another kind of model"
             raise UserError(f"{self.path} is not this {self.build.__name__}: {'; '.join(lines)}. Likely {advice}")
 
-    def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The tensors `expected` names, in a dtype on a device; call `check` first.
+    def stream(
+        self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `expected` names, one after another, in a dtype on a device; call `check` first.
 
         On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
         """
         keys = self.keys()
-        tensors = {}
         for name, like in expected.items():
             # Opened anew for each, so that what was read only to be converted does not stay in memory.
             with opened(self.path) as file:
-                tensors[name] = file.get_tensor(keys[name]).to(device, dtype).reshape(like.shape)
-        return tensors
+                tensor = file.get_tensor(keys[name]).to(device, dtype).reshape(like.shape)
+            yield name, tensor
+
+    def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What `stream` yields, all at once."""
+        return dict(self.stream(expected, dtype, device))
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""
@@ -740,8 +745,8 @@ class Model:
         expected = part.empty().state_dict()
         part.check(expected, part.keys())
         digest = hashlib.sha256()
-        for name in sorted(expected):
-            one = part.read({name: expected[name]}, torch.float16, torch.device("cpu"))[name]
+        in_order = {name: expected[name] for name in sorted(expected)}
+        for name, one in part.stream(in_order, torch.float16, torch.device("cpu")):
             digest.update(f"{name} {list(one.shape)}\n".encode())
             digest.update(one.contiguous().numpy())
         return digest.hexdigest()[:16]

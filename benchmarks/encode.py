@@ -1,0 +1,72 @@
+"""Time of encoding prompts with Stable Diffusion 1.4's text encoder, and how many `train` has to encode.
+
+    python benchmarks/encode.py
+
+Random weights at full size. Every figure is per prompt of 77 tokens: the tower is causal, but what a padding token
+becomes depends on the prompt before it, so nothing shorter gives the same context.
+"""
+
+import sd14
+import torch
+
+import commands
+import cpe
+import weights
+from clip import TextEncoder
+
+BATCHES = (4, 8, 16, 32)
+
+
+def asked() -> tuple[int, int]:
+    """How many prompts `train --target "Brad Pitt"` encodes with an empty cache, and with a filled one."""
+    counts = {"always": 0, "cached": 0}
+
+    def count(kind: str):
+        def encode(prompts: list[str]) -> torch.Tensor:
+            counts[kind] += len(prompts)
+            return torch.ones(len(prompts), 1, 1)
+
+        return encode
+
+    prompts = commands.read_prompts("celebrity")
+    cpe.prepare(cpe.PRESETS["celebrity"], prompts, ["Brad Pitt"], count("always"), count("cached"))
+    return sum(counts.values()), counts["always"]
+
+
+@torch.inference_mode()
+def per_prompt(tower: TextEncoder, batch: int) -> float:
+    """Milliseconds per prompt in batches of `batch`."""
+    tokens = torch.randint(49000, (batch, 77))
+    return sd14.milliseconds(lambda: tower(tokens), repeats=max(2, 16 // batch), warmup=1) / batch
+
+
+def main() -> None:
+    """Print one row per precision."""
+    torch.manual_seed(0)
+    print(sd14.machine())
+    flags = sd14.flags()
+    print(f"bfloat16 products in hardware: {'yes' if flags & {'avx512_bf16', 'amx_bf16'} else 'no'}")
+    with torch.device("meta"), weights.Undrawn():
+        tower = TextEncoder(sd14.CONFIGS["text_encoder"])
+    tower = tower.to_empty(device="cpu").eval().requires_grad_(False)
+    for p in tower.parameters():
+        p.normal_(std=0.02) if p.ndim > 1 else p.fill_(1.0)
+
+    tokens = torch.randint(49000, (8, 77))
+    exact = tower(tokens)
+    cold, warm = asked()
+    print(f"prompts of train: {cold} with an empty cache, {warm} with the anchors and the surrogate in it\n")
+    print(
+        "ms a prompt" + "".join(f"{f'batch {b}':>12}" for b in BATCHES) + f"{'cold, s':>12}{'warm, s':>10}{'error':>10}"
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        tower = tower.to(dtype)
+        ms = [per_prompt(tower, b) for b in BATCHES]
+        error = ((tower(tokens[:8]).float() - exact).norm() / exact.norm()).item()
+        name = str(dtype).removeprefix("torch.")
+        row = f"{name:11}" + "".join(f"{m:12.1f}" for m in ms)
+        print(row + f"{cold * min(ms) / 1000:12.0f}{warm * min(ms) / 1000:10.1f}{error:10.0e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
