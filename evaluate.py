@@ -22,7 +22,8 @@ def name_features(
 ) -> Tensor:
     """One unit vector per name, the mean over templates: [C, p]."""
     prompts = [template.format(name) for name in names for template in templates]
-    features = torch.cat([F.normalize(clip.encode_text(t), dim=-1) for t in tokenizer(prompts).split(128)])
+    tokens = tokenizer(prompts).to(clip.logit_scale.device)
+    features = torch.cat([F.normalize(clip.encode_text(t), dim=-1) for t in tokens.split(128)])
     return F.normalize(features.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
 
 
