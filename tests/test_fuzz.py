@@ -56,7 +56,8 @@ def ends_well(*errors: type[Exception]):
             warnings.simplefilter("ignore")
             yield
     except errors as error:
-        assert str(error).strip()
+        if not str(error).strip():
+            raise
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -213,7 +214,9 @@ def test_any_tokenizer(spoilt, tiny_original, data):
 
 
 @cases(0.10)
-@given(st.lists(st.sampled_from(["[templates]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT))
+@given(
+    st.lists(st.sampled_from(["[templates]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
+)
 def test_any_file_of_prompts(lines):
     with ends_well(ValueError):
         prompts = cpe.parse_prompts("\n".join(lines))
