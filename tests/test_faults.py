@@ -377,12 +377,21 @@ def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # n
 def elsewhere(monkeypatch):
     """A device whose tensors have shapes and no numbers, and fail when mixed with the CPU's, as a GPU's do.
 
-    It stands in for hardware: what asks for a number gets 1, for a list 0, 1, 2, ...
+    It stands in for hardware; what asks for a number gets 1.
     """
     adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
+
+    def to(
+        module: torch.nn.Module, device: torch.device
+    ) -> torch.nn.Module:  # nn.Module's own cannot move such tensors
+        for inner in module.modules():
+            inner._parameters |= {n: torch.nn.Parameter(x.detach().to(device)) for n, x in inner._parameters.items()}
+            inner._buffers |= {name: x.to(device) for name, x in inner._buffers.items()}
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1)
     monkeypatch.setattr(torch.Tensor, "any", lambda self: False)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: list(range(len(self))))
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **more: adamw(*args, **{**more, "fused": False}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("meta")
