@@ -62,9 +62,16 @@ class Tokenizer:
         self.bpe.add_special_tokens([BOS, EOS])
         self.bos, self.eos = table[BOS], table[EOS]
 
+    def encode(self, text: str) -> tokenizers.Encoding:
+        """Ids and their places in a text; ValueError if it holds half a surrogate pair, which no UTF-8 can."""
+        try:
+            return self.bpe.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise ValueError(f"this prompt is not Unicode text: {text[:80]!r}") from error
+
     def ids(self, text: str) -> list[int]:
         """Ids of a text alone: no BOS, no EOS, no padding, no limit."""
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self.encode(text).ids
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text as a person would write them: "cat</w>" becomes "cat"."""
@@ -75,10 +82,11 @@ class Tokenizer:
         """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning."""
         rows = []
         for prompt in prompts:
-            encoding = self.bpe.encode(prompt, add_special_tokens=False)
+            encoding = self.encode(prompt)
             ids, room = encoding.ids, length - 2
             if len(ids) > room:
-                cut = prompt[encoding.offsets[room][0] :]
+                start = encoding.offsets[room][0]
+                cut = prompt[start : start + 500]
                 warnings.warn(f"prompt cut at {room} tokens; what the model will not read: {cut!r}", stacklevel=2)
             rows.append([self.bos, *ids[:room]] + [self.eos] * (length - 1 - min(len(ids), room)))
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

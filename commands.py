@@ -10,12 +10,15 @@ Arguments are read before torch is imported. What the user can mend ends with on
 
 import argparse
 import difflib
+import hashlib
 import json
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,12 +138,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    from weights import UserError  # imports torch: only now
+    from weights import UserError, check_writable  # imports torch: only now
 
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="replace")  # terminals that know fewer letters
     begun = time.perf_counter()
     try:
+        check_text(arguments)
+        if args.json:
+            check_writable(args.json)
         figures = args.run(args)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
         if args.json:
@@ -150,13 +160,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"took    {figures['seconds']} s")
         if figures.get("next"):
             print(f"next    {figures['next']}")
+        sys.stdout.flush()
     except UserError as error:
         print(f"cpe.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # files raise UserError: what is left is that nobody reads on, or a full disk does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again as it ends
+        print(f"cpe.py: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ncpe.py: interrupted; nothing half-written is left (train goes on with --resume)", file=sys.stderr)
         return 130
     return 0
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """UserError for an argument that no prompt and no file name can be: not UTF-8, or with a NUL in it."""
+    from weights import UserError
+
+    for text in arguments:
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{text[:80]!r} is not text: it holds bytes that are no letters.")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the computer's memory or the graphics card's is too small."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def memory_advice(args: argparse.Namespace) -> str:
+    """What to try when there is too little memory, of what this command has not tried yet."""
+    ways = ["close other programs"]
+    if getattr(args, "dtype", "") == "float32":
+        ways.append("--dtype bfloat16 (half the memory)")
+    if len(getattr(args, "prompts", ())) > 1:
+        ways.append("fewer prompts at once")
+    device = getattr(args, "device", "cpu")
+    if device != "cpu":
+        ways.append("--device cpu")
+    return f"out of memory on {device}. Try: {', '.join(ways)}"
 
 
 # --- Shared steps ------------------------------------------------------------------------------------------------
@@ -235,9 +283,14 @@ def read_prompts(preset: str) -> "Prompts":
 
 
 def slug(name: str) -> str:
-    """A file name for a target: letters, digits and hyphens, so that it cannot leave its folder."""
-    words = "-".join(re.findall(r"\w+", name.casefold()))
-    return words.encode()[:80].decode(errors="ignore") or "target"
+    """A file name for a target: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder."""
+    words = "-".join(re.findall(r"\w+", name.casefold())) or "target"
+    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", words):  # Windows keeps these to itself
+        words += "-target"
+    if len(words.encode()) > 80:  # cut, but not to the name of another target
+        digest = hashlib.sha256(words.encode()).hexdigest()[:8]
+        words = f"{words.encode()[:71].decode(errors='ignore')}-{digest}"
+    return words
 
 
 def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1) -> None:
@@ -255,11 +308,17 @@ def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1) -> None:
 
 
 def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, args, text: str) -> "Tensor":
-    """Images [B, 3, H, W] of prompts, batched, with a progress bar."""
+    """Images [B, 3, H, W] of prompts, batched, with a progress bar; UserError if they are not finite numbers."""
     import torch
 
     import cpe
+    from sampler import check_steps
+    from weights import UserError
 
+    try:
+        check_steps(model.schedule, args.steps, args.sampler)
+    except ValueError as error:
+        raise UserError(f"--steps: {error}.") from error
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
     starts = range(0, len(prompts), batch)
 
@@ -272,7 +331,12 @@ def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, ar
                 yield i, latents
 
     latest = dict(bar(steps(), len(starts) * args.steps, text))
-    return torch.cat([cpe.decode(model, latest[i]) for i in starts])
+    images = torch.cat([cpe.decode(model, latest[i]) for i in starts])
+    if not images.isfinite().all():
+        full = model.dtype == torch.float32
+        advice = "the weights or the gates are damaged" if full else "try --dtype float32"
+        raise UserError(f"the model's images are not finite numbers: {advice}.")
+    return images
 
 
 # --- train -------------------------------------------------------------------------------------------------------
@@ -304,12 +368,15 @@ def check_target(args: argparse.Namespace, prompts: "Prompts") -> list[str]:
 def build_trainer(args: argparse.Namespace, model: "Model", names: list[str], recipe: "Recipe", prompts) -> "Trainer":
     """Encode the prompts (anchors from the cache) and measure the layers: all that training reads."""
     import cpe
-    from weights import cached_contexts
+    from weights import UserError, cached_contexts
 
     def anchors(wanted: list[str]) -> "Tensor":
         return cached_contexts(model, wanted, lambda parts: bar(parts, len(parts), "encoding anchors"))
 
-    data = cpe.prepare(recipe, prompts, names, model.encode, anchors)
+    try:
+        data = cpe.prepare(recipe, prompts, names, model.encode, anchors)
+    except ValueError as error:
+        raise UserError(f"prompts/{args.preset}.txt: {error}.") from error
     if "text_encoder" in model.__dict__:
         del model.text_encoder  # half a gigabyte in SD 1.4, not needed any more
     objective = cpe.Objective(model.cross_attention())
@@ -321,8 +388,11 @@ def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict
     import cpe
     from weights import UserError, load_tensors, save_tensors
 
-    if resume and state.exists():
-        tensors, metadata = load_tensors(state)
+    if resume and os.path.exists(state):
+        try:
+            tensors, metadata = load_tensors(state)
+        except UserError as error:
+            raise UserError(f"{error}, or train without --resume") from error
         if metadata.get("run") != run:
             raise UserError(f"{state} is of a run with other settings: use the same, or train without --resume.")
         try:
@@ -365,7 +435,7 @@ def train(args: argparse.Namespace) -> dict:
     import dataclasses
 
     import cpe
-    from weights import save_tensors
+    from weights import check_writable, save_tensors
 
     args.preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
     recipe = cpe.PRESETS[args.preset]
@@ -374,9 +444,10 @@ def train(args: argparse.Namespace) -> dict:
     names = check_target(args, prompts)
     recipe = dataclasses.replace(recipe, surrogate=args.surrogate).scaled(args.steps_scale)
     out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
-    state = out.with_name(f"{out.stem}.state.safetensors")
 
     model = open_model(args, ("text_encoder", "unet"))
+    check_writable(out)
+    state = out.with_name(f"{out.stem}.state.safetensors")
     settings = {"target": names[0], "aliases": names[1:], "gate": args.gate, "seed": args.seed, "preset": args.preset}
     settings |= {"fingerprint": model.fingerprint, **dataclasses.asdict(recipe)}
     trainer = build_trainer(args, model, names, recipe, prompts)
@@ -396,12 +467,13 @@ def train(args: argparse.Namespace) -> dict:
 
 def generate(args: argparse.Namespace) -> dict:
     """`generate`: one column per prompt; with --before-after the first row is the model without gates."""
-    from weights import UserError
+    from weights import UserError, check_writable
 
     if args.before_after and not args.gates:
         raise UserError("--before-after compares with gates: give at least one --gates FILE.")
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
+    check_writable(args.out)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
     rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
@@ -425,7 +497,7 @@ def inspect(args: argparse.Namespace) -> dict:
     gates = load_gates(args.gates, model)
     with torch.no_grad():
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
-    tokens = ["<start>", *model.tokenizer.tokens(args.prompt)[:75], "<end>"]
+    tokens = ["<start>", *model.tokenizer.tokens(args.prompt)[: values.shape[1] - 2], "<end>"]
     width = max(map(len, tokens)) + 2
     print(" " * width + "  ".join(gates.targets))
     for i, token in enumerate(tokens):
@@ -441,12 +513,13 @@ def inspect(args: argparse.Namespace) -> dict:
 def demo(args: argparse.Namespace) -> dict:
     """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others."""
     import evaluate
-    from weights import UserError
+    from weights import UserError, check_writable
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
     if args.target not in concepts:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
+    check_writable(args.out)
     gate_file = args.out.with_suffix(".safetensors")
     train_args = parser().parse_args(
         ["train", "--target", args.target, "--model", "emoji", "--seed", str(args.seed), "--out", str(gate_file)]

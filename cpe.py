@@ -207,6 +207,9 @@ KEYS = {
 }
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def to_tensors(gates: ResAG) -> dict[str, Tensor]:
     """The tensors of a gate file, float32, named as in the authors' public checkpoints; one concept (N = 1)."""
     tensors = {key: getattr(gates, attribute) for attribute, key in KEYS.items()}
@@ -241,23 +244,30 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
     if not names or parts - tensors.keys() or tensors.keys() - parts - set(KEYS.values()):
         odd = sorted(parts ^ (tensors.keys() - set(KEYS.values()))) or ["any projection"]
         raise ValueError(f"not a gate file: {odd[0]} is missing or does not belong there")
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{key} holds {tensor.dtype} instead of floating-point numbers")
     w_qs, first = tensors[KEYS["w_qs"]], next(iter(names.values()))
     if any(t.ndim != 3 or len(t) != 1 or 0 in t.shape for t in (w_qs, tensors[f"{first}.lora_down.weight"])):
         raise ValueError("not a gate file: w_qs and lora_down must have the shapes [1, d, r] and [1, d, k]")
     for stem in stems:
-        if tensors[f"{stem}.alpha"].ndim or tensors[f"{stem}.alpha"] != tensors[f"{first}.alpha"]:
+        if tensors[f"{stem}.alpha"].ndim or tensors[f"{stem}.alpha"].item() != tensors[f"{first}.alpha"].item():
             raise ValueError(f"{stem}.alpha must be one number, and the same for every projection")
         if tensors[f"{stem}.lora_up.weight"].ndim != 3:
             raise ValueError(f"{stem}.lora_up.weight must have the shape [1, k, d_l]")
     (_, d, r), k = w_qs.shape, tensors[f"{first}.lora_down.weight"].shape[-1]
     widths = {name: tensors[f"{stem}.lora_up.weight"].shape[-1] for name, stem in names.items()}
+    shapes = {KEYS["w_qs"]: (1, d, r), KEYS["w_ks"]: (1, d, r), KEYS["scaler"]: (1, d, 1)}
+    for name, stem in names.items():
+        shapes |= {f"{stem}.lora_down.weight": (1, d, k), f"{stem}.lora_up.weight": (1, k, widths[name])}
+    for key, shape in shapes.items():  # before any memory is taken for what the file claims to hold
+        if tensors[key].shape != shape:
+            raise ValueError(f"{key} has shape {list(tensors[key].shape)} instead of {list(shape)}")
+    for key, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{key} has values that are not finite")
     gates = ResAG(widths, d, r, k, alpha=tensors[f"{first}.alpha"].item())
     with torch.no_grad():
-        for key, empty in to_tensors(gates).items():
-            if tensors[key].shape != empty.shape:
-                raise ValueError(f"{key} has shape {list(tensors[key].shape)} instead of {list(empty.shape)}")
-            if not tensors[key].isfinite().all():
-                raise ValueError(f"{key} has values that are not finite")
         for attribute, key in KEYS.items():
             getattr(gates, attribute).copy_(tensors[key])
         gates.lora_down.copy_(torch.cat([tensors[f"{stem}.lora_down.weight"] for stem in names.values()], dim=-1))
@@ -325,7 +335,7 @@ class Objective:
         """Untrained gates for this model: kind "resag" (the paper's) or "context"."""
         d = len(self.M)
         gates = ContextGate(d, r, k) if kind == "context" else ResAG(self.widths, d, r, k)
-        return gates.initialise(generator)
+        return gates.initialise(generator).to(self.M.device)
 
     def products(self, gates: "ResAG | ContextGate") -> tuple[Tensor, Tensor]:
         """P [N, L k, d], rows w_l U_l W_l, and G [N, L, k, k] = w_l U_l U_l^T: all that the losses ask of U.
@@ -462,8 +472,8 @@ def parse_prompts(text: str) -> Prompts:
         if line.startswith("#"):
             continue
         if line.startswith("["):
-            current = line.strip("[]")
-            if current not in sections:
+            current = line.removeprefix("[").removesuffix("]")
+            if line != f"[{current}]" or current not in sections:
                 raise ValueError(f"unknown heading {line}: use [templates], [general] and [domain]")
         elif current is None:
             raise ValueError("entries must stand under a heading: [templates], [general] or [domain]")
@@ -471,6 +481,9 @@ def parse_prompts(text: str) -> Prompts:
             sections[current].append(line)
     if not sections["templates"] or any(t.count("{}") != 1 for t in sections["templates"]):
         raise ValueError("[templates] needs at least one line, each with one {} in it")
+    words = [*(t.replace("{}", "") for t in sections["templates"]), *sections["general"], *sections["domain"]]
+    if stray := [word for word in words if set(word) & set("{}")]:  # a slip: "{name}", or a template among the words
+        raise ValueError(f"{stray[0]!r} has a brace: only templates have one {{}}, where a word goes")
     return Prompts(**sections)
 
 
@@ -483,6 +496,8 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
     general, domain = (
         [word for word in words if normalised(word) not in forbidden] for words in (prompts.general, prompts.domain)
     )
+    if not general and not domain:
+        raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
     return Prompts(prompts.templates, general, domain)
 
 
@@ -526,7 +541,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
     if words.domain:
         kept = [prompts.domain.index(w) for w in words.domain]
-        target = encode([names[0]]).flatten().float()
+        target = encode([names[0]]).flatten().float().to(bare.device)
         # cosine of the flattened T x d embeddings
         near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
         chosen = [kept[i] for i in near.indices.tolist()]
@@ -706,13 +721,18 @@ class Trainer:
         return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state()` was taken; ValueError when it is of another run."""
+        """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
         try:
             self.gates.load_state_dict(
                 {n.removeprefix("gates."): t for n, t in state.items() if n.startswith("gates.")}
             )
-            self.phase, self.step = state["position"].tolist()
+            self.phase, self.step = (int(i) for i in state["position"])
+            steps = [*(phase.steps for phase in self.plan), 1]
+            if not (0 <= self.phase < len(steps) and 0 <= self.step < steps[self.phase]):
+                raise ValueError(f"it has no step {self.step} of phase {self.phase}")
             self.deltas = state["deltas"].to(self.shifts, copy=True)  # an attack writes into it
+            if self.deltas.shape[1:] != self.data.targets.shape[1:]:
+                raise ValueError(f"its deltas have the shape {list(self.deltas.shape)}")
             self.generator.set_state(state["generator"])
             self.optimizer = None
             if self.step:
@@ -721,8 +741,11 @@ class Trainer:
                 for name in (n for n in state if n.startswith("optimizer.")):
                     _, i, moment = name.split(".")
                     moments.setdefault(int(i), {})[moment] = state[name].clone()
+                for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+                    if any(moments[i][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                        raise ValueError("its optimiser has other shapes")
                 self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        except (KeyError, RuntimeError, IndexError) as error:
+        except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
 

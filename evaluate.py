@@ -23,7 +23,7 @@ TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
 @torch.no_grad()
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
     """Unit vectors [B, p] of prompts."""
-    tokens = tokenizer(prompts)
+    tokens = tokenizer(prompts).to(clip.logit_scale.device)
     # The tower is causal and read at EOS, the largest id: cutting the padding after the longest prompt changes nothing.
     tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
     return torch.cat([F.normalize(clip.encode_text(part), dim=-1) for part in tokens.split(128)])

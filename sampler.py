@@ -112,6 +112,15 @@ def dpm_solver(
 METHODS = {"ddim": ddim, "dpm": dpm_solver}
 
 
+def check_steps(schedule: Schedule, steps: int, method: str) -> None:
+    """ValueError for an unknown method, or more steps than it can take: DPM-Solver's timesteps must all differ."""
+    if method not in METHODS:
+        raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
+    most = schedule.length - (method == "dpm")
+    if not 1 <= steps <= most:
+        raise ValueError(f"{method} takes steps between 1 and {most}, not {steps}")
+
+
 def sample(
     unet: UNetFunction,
     schedule: Schedule,
@@ -123,10 +132,9 @@ def sample(
 ) -> Iterator[Tensor]:
     """Denoise latents [B, c, h, w] of standard normal noise: yields the latents after each of `steps` steps.
 
-    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError for an unknown method.
+    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError as of `check_steps`.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
+    check_steps(schedule, steps, method)
 
     def predict(x: Tensor, t: int) -> Tensor:
         return guided(unet, x, t, kv, guidance_scale)

@@ -13,12 +13,16 @@ Whatever a user can mend raises `UserError`. Built on torch and safetensors; hug
 """
 
 import errno
+import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -108,6 +112,42 @@ SD14_CONFIGS: dict[str, dict[str, Any]] = {
 # --- Writing -----------------------------------------------------------------------------------------------------
 
 
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path` to write under; UserError if `path` itself can be no name.
+
+    Removes what runs that were killed left under such names: whatever nobody has touched for an hour.
+    """
+    if path.name in ("", "..") or "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be written: it is no name of a file")
+    # The suffix stays last: some writers choose the format by it.
+    stem, suffix = f".{path.stem[:40]}.", path.suffix
+    for old in path.parent.glob(glob.escape(stem) + "[0-9a-f]" * 8 + glob.escape(suffix)):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` while the block runs; UserError when something there cannot be written."""
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+    except (OSError, safetensors.SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+            any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        )
+        reason = getattr(error, "strerror", None) or error
+        hint = "the disk is full: make room" if full else f"{reason}: check the folder, or choose another"
+        raise UserError(f"{path} could not be written: {hint}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to: takes its place when the block ends well, vanishes when it does not.
@@ -115,26 +155,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
     UserError when it cannot be written or the disk is full; whatever was at `path` before is then still there.
     """
     path = Path(path)
-    # The suffix stays last: some writers choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
+    with beside(path) as temporary:
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors lets nobody else read what it writes
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
-            any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        )
-        hint = "the disk is full: make room" if full else f"{error}: check the folder, or choose another"
-        raise UserError(f"{path} could not be written: {hint}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError if no file can be written at `path`: asked before the work whose result is to go there."""
+    with beside(Path(path)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -159,7 +193,7 @@ Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or N
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
         raise UserError(f"{path} does not exist: check the path, or get the file again")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -347,7 +381,7 @@ def ldm_unet_name(key: str, config: dict[str, Any]) -> str:
     for old, new in LDM_UNET.items():
         if key.startswith(old):
             return replace_all(new + key.removeprefix(old), LDM_RESNET)
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", key)
+    match = re.fullmatch(r"(input|output)_blocks\.(\d{1,3})\.(\d)\.(.+)", key)
     if not match:
         return key
     half, number, slot, rest = match.groups()
@@ -366,7 +400,7 @@ def ldm_unet_name(key: str, config: dict[str, Any]) -> str:
 def ldm_vae_name(key: str, config: dict[str, Any]) -> str:
     """Our name of an autoencoder tensor in the LDM layout, which counts the decoder's levels from the image down."""
     last = len(config["block_out_channels"]) - 1
-    key = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{last - int(m[1])}.", key)
+    key = re.sub(r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up.{last - int(m[1])}.", key)
     return replace_all(key, LDM_VAE)
 
 
@@ -419,7 +453,13 @@ SIZES: dict[type, tuple[str, ...]] = {
     ),
     CLIP: ("projection_dim",),
 }
-DIVISIBLE = {"block_out_channels": ("norm_num_groups", "attention_head_dim"), "hidden_size": ("num_attention_heads",)}
+DIVISIBLE = {
+    "block_out_channels": ("norm_num_groups", "attention_head_dim"),
+    "hidden_size": ("num_attention_heads",),
+    "image_size": ("patch_size",),
+}
+# Sizes that a config may leave out.
+OPTIONAL = ("max_position_embeddings", "num_channels")
 # Sizes that old config.json files leave out, as diffusers fills them in.
 DEFAULTS: dict[type, dict[str, int]] = {UNet: {"norm_num_groups": 32}, VAE: {"norm_num_groups": 32}}
 # What the networks of a diffusers config may say that changes nothing here.
@@ -446,8 +486,8 @@ def check_sizes(config: dict[str, Any], keys: Sequence[str], path: Path) -> None
             raise UserError(f"{path} does not say {key}: it is not the config.json of this network, or not a whole one")
         value = config[key]
         sizes = value if isinstance(value, list) and key.startswith("block_") else [value]
-        limit = 1000 if "layers" in key else 10_000_000
-        if not sizes or any(type(size) is not int or not 0 < size <= limit for size in sizes):
+        limit = 64 if "layers" in key else 1_000_000  # ten times what any model has: building it stays cheap
+        if not 0 < len(sizes) <= 8 or any(type(size) is not int or not 0 < size <= limit for size in sizes):
             raise UserError(f"{path}: {key} is {value!r}, where a positive integer is needed: such a model is unknown")
         for divisor in DIVISIBLE.get(key, ()):
             if divisor in keys and type(config.get(divisor)) is int and config[divisor] > 0:
@@ -474,16 +514,24 @@ def check_config(config: dict[str, Any], build: type, path: Path) -> dict[str, A
             part = config.get(tower)
             if not isinstance(part, dict):
                 raise UserError(f"{path} has no {tower}: give the folder of a CLIP model with both towers")
-            check_sizes(part, (*TOWER, *more), path)
+            check_sizes(part, (*TOWER, *more, *(key for key in OPTIONAL if key in part)), path)
             check_fixed(part, CLIP.FIXED, path)
     config = DEFAULTS.get(build, {}) | config
-    check_sizes(config, SIZES[build], path)
+    check_sizes(config, (*SIZES[build], *(key for key in OPTIONAL if key in config)), path)
+    for key in ("scaling_factor", "logit_scale_init_value"):
+        if key in config and not (type(config[key]) in (int, float) and 0 < config[key] < math.inf):
+            raise UserError(f"{path}: {key} is {config[key]!r}, where a positive number is needed")
     check_fixed(config, build.FIXED if build is not CLIP else {}, path)
     if build in (UNet, VAE):
         types = [config.get(key) for key in ("down_block_types", "up_block_types")]
-        levels = len(config["block_out_channels"]) if isinstance(config["block_out_channels"], list) else 0
-        if any(not isinstance(kinds, list) or len(kinds) != levels for kinds in types):
+        channels = config["block_out_channels"]
+        if any(not isinstance(x, list) for x in (channels, *types)) or len({len(x) for x in (channels, *types)}) > 1:
             raise UserError(f"{path}: block_out_channels, down_block_types, up_block_types must be equally long lists")
+        if build is UNet and (config["sample_size"] % 2 ** (len(channels) - 1) or channels[0] % 2):
+            raise UserError(
+                f"{path}: sample_size {config['sample_size']} cannot be halved {len(channels) - 1} times, or "
+                f"block_out_channels begins with an odd number: {channels[0]}"
+            )
         # A key that a newer library added may change the architecture: null means that it does not.
         known = build.FIXED.keys() | set(SIZES[build]) | HARMLESS
         odd = [k for k, v in config.items() if k not in known and not k.startswith("_") and v is not None]
@@ -502,6 +550,12 @@ def check_schedule(config: dict[str, Any], path: Path) -> None:
     betas = (config["beta_start"], config["beta_end"])
     if any(type(beta) not in (int, float) for beta in betas) or not 0 < betas[0] < betas[1] < 1:
         raise UserError(f"{path}: beta_start and beta_end are {betas[0]!r} and {betas[1]!r}, not 0 < start < end < 1")
+    offset = config.get("steps_offset", 1)
+    if type(offset) is not int or not 0 <= offset < config["num_train_timesteps"]:
+        raise UserError(f"{path}: steps_offset is {offset!r}, not a number of steps")
+    alphas = torch.cat([torch.ones(1), Schedule(config).alphas_cumprod])
+    if not ((alphas.diff() < 0).all() and alphas[-1] > 0):
+        raise UserError(f"{path}: with these betas, a step adds no noise at all, or the last leaves no image at all")
 
 
 def check_agreement(parts: Mapping[str, Part], name: str) -> None:
@@ -608,8 +662,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer(vocab, merges)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: a model needs its {' and '.join(TOKENIZER)}") from error
-    except UserError:
-        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"the tokenizer in {folder} could not be read ({error}): get its two files again") from error
 
@@ -700,8 +752,10 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Context E [B, 77, d] of B prompts."""
         tower, length = self.text_encoder, self.part("text_encoder").config.get("max_position_embeddings", 77)
-        tokens = self.tokenizer(prompts, length).to(self.device)
-        return torch.cat([tower(batch) for batch in tokens.split(batch_size)])
+        tokens, known = self.tokenizer(prompts, length), self.part("text_encoder").config["vocab_size"]
+        if (tokens >= known).any():
+            raise UserError(f"{self.tokenizer_folder} is of another model: its text encoder knows {known} tokens")
+        return torch.cat([tower(batch) for batch in tokens.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
         """The same model, other parts shared, with tensors of its U-Net replaced; KeyError for one it does not have."""
@@ -768,16 +822,17 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
-        raise UserError(f"the device {device} cannot be used ({reason}): choose another, cpu say") from error
+        there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
+        raise UserError(f"the device {device} cannot be used ({reason}): here is {', '.join(there)}") from error
     name, repository = str(name), None
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
     elif name == "emoji":
         path = Path(__file__).with_name("emoji")
     else:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         refuse_pickles(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"there is no model {name}: choose sd14, emoji, or the path of a folder or a .safetensors")
     model = Model(name, path, dtype, device, repository)
     for part in parts:
@@ -792,8 +847,8 @@ def load_clip(
     name: str | Path = CLIP_LARGE, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, Tokenizer]:
     """A CLIP model and its tokenizer, from a folder or the Hugging Face repository of any `openai/clip-vit-*`."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             raise UserError(f"there is no CLIP model {name}: give a folder, or a repository as in {CLIP_LARGE}")
         folder = fetch(str(name), [("config.json",), *((file,) for file in TOKENIZER), variants("model", dtype)])
@@ -834,9 +889,9 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
     if changed.keys() - PARTS.keys():
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
     folder = Path(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{folder} exists already: choose another name, or remove it")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary = temporary_name(folder)
     try:
         for part in ("text_encoder", "unet", "vae"):
             write_part(model, part, temporary / part, changed.get(part))
@@ -882,7 +937,26 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
 
 def cache_folder() -> Path:
     """Where encoded anchors are kept: $CPE_CACHE, else ~/.cache/cpe."""
-    return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
+    try:
+        return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep encoded anchors in: set CPE_CACHE to a folder") from error
+
+
+def kept_contexts(path: Path, model: Model, prompts: list[str]) -> Tensor:
+    """Contexts [B, 77, d] of prompts, from the file at `path`; encoded, and written there, if it does not have them."""
+    config = model.part("text_encoder").config
+    shape = (len(prompts), config.get("max_position_embeddings", 77), config["hidden_size"])
+    with suppress(UserError, KeyError):  # not there yet, or damaged
+        tensor = load_tensors(path)[0]["contexts"]
+        if tensor.shape == shape and tensor.dtype == torch.float16:
+            return tensor
+    tensor = model.encode(prompts).half().cpu()
+    try:
+        save_tensors(path, {"contexts": tensor})
+    except UserError as error:
+        warnings.warn(f"{error} (CPE_CACHE names the folder). Going on without it", stacklevel=2)
+    return tensor
 
 
 def cached_contexts(
@@ -898,10 +972,5 @@ def cached_contexts(
         vocabulary = [(model.tokenizer_folder / file).read_text(encoding="utf-8") for file in TOKENIZER]
         key = hashlib.sha256(json.dumps([model.fingerprint, vocabulary, part]).encode()).hexdigest()[:32]
         path = cache_folder() / f"contexts-{key}.safetensors"
-        try:
-            tensor = load_tensors(path)[0]["contexts"]
-        except (UserError, KeyError):  # not there yet, or damaged: encode it again
-            tensor = model.encode(part).half().cpu()
-            save_tensors(path, {"contexts": tensor})
-        contexts.append(tensor)
+        contexts.append(kept_contexts(path, model, part))
     return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

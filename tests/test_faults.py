@@ -1,0 +1,558 @@
+"""What goes wrong around a program: it is killed, the disk is full, the folder shared, the network gone, memory short.
+
+Nothing half-written is ever found, and a person is told what to do. `pytest -m slow` kills some dozens of times.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_download import Handler, server  # noqa: F401  a fixture
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import commands
+import cpe
+import weights
+from weights import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FORKSERVER = multiprocessing.get_context("forkserver")  # imports torch once, for all processes
+FORKSERVER.set_forkserver_preload(["test_faults"])
+
+FEW_OR_DOZENS = pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+
+
+def train(model: Path, out: Path, target: str = "red heart", *more: str) -> list[str]:
+    """Arguments of a short training."""
+    settings = ["--preset", "emoji", "--steps-scale", "0.05", "--model", str(model)]
+    return ["train", "--target", target, "--out", str(out), *settings, *more]
+
+
+def generate(model: Path, out: Path, *more: str) -> list[str]:
+    """Arguments that draw one small picture."""
+    return ["generate", "a cat", "--steps", "1", "--model", str(model), "--out", str(out), *more]
+
+
+# --- Killed ------------------------------------------------------------------------------------------------------
+
+
+def silent() -> None:
+    """Print nothing, and leave the cores to the others."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def run_command(arguments: list[str], cache: Path) -> None:
+    """A process that runs one command and saves the state of training after every step."""
+    silent()
+    os.environ["CPE_CACHE"] = str(cache)
+    commands.CHECKPOINT_SECONDS = 0
+    sys.exit(commands.main(arguments))
+
+
+def run_generate_forever(model: Path, folder: Path) -> None:
+    """A process that draws one picture over another."""
+    silent()
+    for seed in range(10**6):
+        commands.main(generate(model, folder / "x.png", "--json", str(folder / "x.json"), "--seed", str(seed)))
+
+
+def run_download(endpoint: str, cache: Path) -> None:
+    """A process that fetches a model from a server on this machine."""
+    silent()
+    constants.ENDPOINT = endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = str(cache), False, True
+    constants.DOWNLOAD_CHUNK_SIZE = 512
+    weights.load_model("sd14")
+
+
+def start(target, *arguments) -> multiprocessing.Process:
+    process = FORKSERVER.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def ended(process: multiprocessing.Process) -> int:
+    """Its exit code, once it has ended of itself."""
+    process.join(300)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file that does not say by its name that it is unfinished can be read to its end."""
+    for path in (path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.suffix == ".safetensors":
+            assert weights.load_tensors(path)[0]
+        elif path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+        elif path.suffix == ".json":
+            assert json.loads(path.read_text())["seeds"]
+
+
+@FEW_OR_DOZENS
+def test_a_training_killed_at_any_moment_goes_on_bit_for_bit(tiny_original, tmp_path, kills):
+    cache, folder, moments = tmp_path / "cache", tmp_path / "out", random.Random(0)
+    assert ended(start(run_command, train(tiny_original, tmp_path / "whole.safetensors"), cache)) == 0
+    whole = load_file(tmp_path / "whole.safetensors")
+    begun = time.monotonic()
+    assert ended(start(run_command, train(tiny_original, tmp_path / "again.safetensors"), cache)) == 0
+    seconds = time.monotonic() - begun
+    out, killed = folder / "killed.safetensors", 0
+    while killed < kills or not out.exists():
+        process = start(run_command, train(tiny_original, out, "red heart", "--resume"), cache)
+        if killed < kills:
+            process.join(moments.uniform(0, seconds))
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        killed += process.exitcode == -9
+        if folder.exists():
+            assert_whole(folder)
+        if process.exitcode == 0:
+            trained = load_file(out)
+            assert all(torch.equal(whole[name], trained[name]) for name in whole)
+            if killed < kills:
+                out.unlink()  # begin anew
+    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [out.name]
+
+
+@FEW_OR_DOZENS
+def test_a_picture_killed_at_any_moment_is_whole_or_not_there(tiny_original, tmp_path, kills):
+    moments, folder = random.Random(1), tmp_path / "out"
+    folder.mkdir()
+    process = start(run_generate_forever, tiny_original, folder)
+    for _ in range(kills):
+        while not (folder / "x.json").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        assert_whole(folder)
+        (folder / "x.json").unlink()
+        process = start(run_generate_forever, tiny_original, folder)
+    process.kill()
+    process.join()
+
+
+@FEW_OR_DOZENS
+def test_a_download_killed_at_any_moment_keeps_only_whole_files(server, tiny, tmp_path, monkeypatch, kills):  # noqa: F811
+    answer = Handler.answer
+
+    def slowly(self, status: int, **headers: object) -> None:
+        time.sleep(0.02)
+        answer(self, status, **headers)
+
+    monkeypatch.setattr(Handler, "answer", slowly)
+    moments, cache = random.Random(2), tmp_path / "hub"
+    for _ in range(kills):
+        process = start(run_download, constants.ENDPOINT, cache)
+        process.join(moments.uniform(0, 2))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        for snapshot in cache.glob("*/snapshots/*"):
+            for path in (path for path in snapshot.rglob("*") if path.is_file()):
+                assert path.read_bytes() == (tiny / path.relative_to(snapshot)).read_bytes()
+        if process.exitcode == 0:
+            shutil.rmtree(cache)
+    model, original = weights.load_model("sd14"), weights.load_model(tiny)
+    assert model.fingerprint == original.fingerprint
+    assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), original.unet.parameters(), strict=True))
+
+
+def test_what_killed_runs_left_is_removed_when_it_is_old(tmp_path):
+    old, new, other = (tmp_path / name for name in (".x.0123abcd.json", ".x.4567cdef.json", ".y.0123abcd.json"))
+    folder = tmp_path / ".x.89abcdef.json"
+    folder.mkdir()
+    for path in (old, new, other, folder / "part"):
+        path.write_text("half")
+    for path in (old, other, folder):
+        os.utime(path, (0, 0))
+    weights.write_text(tmp_path / "x.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "x.json"]
+
+
+# --- Shared ------------------------------------------------------------------------------------------------------
+
+
+def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_path):
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    processes = [start(run_command, train(tiny_original, out / "heart.safetensors"), cache) for _ in range(2)]
+    processes += [start(run_command, train(tiny_original, out / "dog.safetensors", "dog"), cache)]
+    processes += [start(run_command, generate(tiny_original, out / "x.png"), cache) for _ in range(2)]
+    assert [ended(process) for process in processes] == [0] * 5
+    assert_whole(out)
+    assert_whole(cache)
+    assert sorted(path.name for path in out.iterdir()) == ["dog.safetensors", "heart.safetensors", "x.png"]
+    assert ended(start(run_command, train(tiny_original, tmp_path / "alone.safetensors"), tmp_path / "fresh")) == 0
+    assert sorted(path.name for path in cache.iterdir()) == sorted(p.name for p in (tmp_path / "fresh").iterdir())
+    alone, shared = load_file(tmp_path / "alone.safetensors"), load_file(out / "heart.safetensors")
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+# --- No room, no rights ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny_original, tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(arguments: list[str]) -> tuple[int, str]:
+        code = commands.main(arguments)
+        streams = capsys.readouterr()
+        return code, streams.out + streams.err
+
+    return call
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A function that mounts a file system of its own in a folder; skips where that is not allowed."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        return folder
+
+    yield mount
+    with suppress(OSError):
+        subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def test_a_full_disk_is_named_and_left_as_it_was(run, mounted, tiny_original):
+    folder = mounted("size=16k")
+    (folder / "x.png").write_bytes(b"before")
+    (folder / "other").write_bytes(bytes(4096))
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(512))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for arguments in (train(tiny_original, folder / "x.safetensors"), generate(tiny_original, folder / "x.png")):
+        code, said = run(arguments)
+        assert code == 2
+        assert "the disk is full: make room" in said
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
+    with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
+        code, _ = run(train(tiny_original, tmp_path / "x.safetensors"))
+    assert code == 0
+    assert not list((tmp_path / "mounted").iterdir())
+
+
+def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch):
+    folder = mounted("ro")
+    monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    for arguments in (
+        train(tiny_original, folder / "x.safetensors"),
+        generate(tiny_original, folder / "new" / "x.png"),
+        generate(tiny_original, Path("x.png"), "--json", str(folder / "x.json")),
+        generate(tiny_original, folder.parent),
+    ):
+        code, said = run(arguments)
+        assert code == 2
+        assert "Read-only file system: check the folder" in said or "is a folder" in said
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["mounted"]
+
+
+@pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
+def test_output_that_nobody_can_read_is_no_traceback(tiny_original, tmp_path, to):
+    if to != "closed pipe":
+        if not os.path.exists(to):
+            pytest.skip(f"there is no {to}")
+        stdout = os.open(to, os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    command = [sys.executable, str(ROOT / "cpe.py"), *generate(tiny_original, Path("x.png"))]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(stdout)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("cpe.py: standard output cannot be written")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "x.png").exists()
+
+
+def test_a_terminal_of_few_letters_gets_question_marks(tiny_original, tmp_path):
+    command = [sys.executable, str(ROOT / "cpe.py"), "generate", "日本", *generate(tiny_original, Path("x.png"))[1:]]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+# --- Names -------------------------------------------------------------------------------------------------------
+
+
+def test_targets_have_file_names_of_their_own():
+    long = [commands.slug("é" * 100 + end) for end in ("a", "b")]
+    assert long[0] != long[1]
+    assert all(len(name.encode()) <= 80 for name in long)
+    assert commands.slug("CON") == "con-target"
+    assert commands.slug("Com1") == "com1-target"
+    assert commands.slug("Concorde") == "concorde"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/..", "x\0y"])
+def test_a_path_that_is_no_file_name_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no name of a file"):
+        weights.write_text(name, "x")
+
+
+def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path):
+    weights.write_text(tmp_path / ("x" * 250 + ".json"), "{}")
+    with pytest.raises(UserError, match="File name too long"):
+        weights.write_text(tmp_path / ("x" * 256), "{}")
+
+
+# --- Network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple]:
+    """Every address that is looked up or connected to."""
+    asked: list[tuple] = []
+
+    def watch(owner: object, name: str, address) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            asked.append(address(arguments))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(socket.socket, "connect", lambda arguments: arguments[1][:2])
+    watch(socket.socket, "connect_ex", lambda arguments: arguments[1][:2])
+    watch(socket.socket, "sendto", lambda arguments: arguments[-1][:2])
+    watch(socket, "getaddrinfo", lambda arguments: arguments[:2])
+    return asked
+
+
+def test_offline_nothing_is_connected_to(run, tiny_original, asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run(train(tiny_original, Path("x.safetensors")))[0] == 0
+    gates = ["--gates", "x.safetensors", "--before-after"]
+    assert run(generate(tiny_original, Path("x.png"), *gates))[0] == 0
+    assert run(["inspect", "x.safetensors", "--prompt", "a cat", "--model", str(tiny_original)])[0] == 0
+    assert run(generate(Path("sd14"), Path("y.png")))[0] == 2
+    assert asked == []
+
+
+def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # noqa: F811
+    assert run(generate(Path("sd14"), Path("x.png")))[0] == 0
+    assert set(asked) == {("127.0.0.1", server.server_port)}
+
+
+# --- Devices and memory ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device whose tensors have shapes and no numbers, and fail when mixed with the CPU's, as a GPU's do.
+
+    It stands in for hardware; what asks for a number gets 1.
+    """
+    adamw = torch.optim.AdamW
+
+    def to(
+        module: torch.nn.Module, device: torch.device
+    ) -> torch.nn.Module:  # nn.Module's own cannot move such tensors
+        for inner in module.modules():
+            inner._parameters |= {n: torch.nn.Parameter(x.detach().to(device)) for n, x in inner._parameters.items()}
+            inner._buffers |= {name: x.to(device) for name, x in inner._buffers.items()}
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1)
+    monkeypatch.setattr(torch.Tensor, "any", lambda self: False)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **more: adamw(*args, **{**more, "fused": False}))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("meta")
+
+
+@pytest.fixture
+def drawn_on(monkeypatch) -> list[torch.device]:
+    """The device of every generator that random numbers are drawn from."""
+    devices = []
+    for name in ("randn", "rand", "randint"):
+        original = getattr(torch, name)
+
+        def watched(*arguments, original=original, **options):
+            devices.append(options["generator"].device)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(torch, name, watched)
+    return devices
+
+
+@pytest.fixture
+def model(tiny_original):
+    """The tiny model, to be moved."""
+    model = weights.load_model(tiny_original)
+    assert model.tokenizer
+    assert model.schedule
+    return model
+
+
+def moved(model: weights.Model, device: torch.device) -> weights.Model:
+    """The model with empty networks on a device."""
+    model.device = device
+    for part in ("text_encoder", "unet", "vae"):
+        setattr(model, part, model.part(part).empty().requires_grad_(False))
+    return model
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpm"])
+def test_images_are_made_on_the_device_from_noise_of_the_cpu(model, elsewhere, drawn_on, method):
+    model = moved(model, elsewhere)
+    widths = {
+        f"{p}.{x}": a.to_k.out_features for p, a in model.unet.cross_attentions().items() for x in ("to_k", "to_v")
+    }
+    gates = cpe.ResAG(widths, d=16, r=2).to(elsewhere)
+    *_, latents = cpe.denoise(model, ["a cat", "a dog"], [0, 1], gates, steps=2, method=method)
+    assert cpe.decode(model, latents).device == elsewhere
+    assert drawn_on == [torch.device("cpu")] * 2
+
+
+@pytest.mark.parametrize("kind", ["resag", "context"])
+def test_gates_are_trained_on_the_device_from_chance_of_the_cpu(model, elsewhere, drawn_on, kind):
+    model, prompts = moved(model, elsewhere), cpe.Prompts(["a {}", "{}"], ["dog", "cat"], ["tree", "house"])
+    recipe = cpe.Recipe("x", 0.3, 1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=2, deltas=2, anchors=2)
+    data = cpe.prepare(recipe, prompts, ["heart"], model.encode, lambda wanted: model.encode(wanted).half().cpu())
+    layers = {name: x for name, x in model.unet.state_dict().items() if "attn2" in name}
+    trainer = cpe.Trainer(cpe.Objective(layers), data, recipe, kind=kind)
+    assert sum(1 for _ in trainer.steps()) == 6
+    assert {parameter.device for parameter in trainer.gates.parameters()} == {elsewhere}
+    assert set(drawn_on) == {torch.device("cpu")}
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
+    if getattr(torch, device).is_available() if device == "cuda" else torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
+    assert code == 2
+    assert f"the device {device} cannot be used" in said
+    assert "here is cpu" in said
+
+
+def test_too_little_memory_says_what_to_try(run, tiny):
+    config = weights.read_json(tiny / "unet/config.json")
+    weights.write_text(tiny / "unet/config.json", json.dumps(config | {"sample_size": 1_000_000}))  # 16 TB of noise
+    code, said = run(["generate", "a cat", "a dog", *generate(tiny, Path("x.png"))[2:]])
+    assert code == 2
+    assert "out of memory on cpu. Try: " in said
+    assert "--dtype bfloat16" in said
+    assert "fewer prompts" in said
+    assert "--device cpu" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known(run, tiny_original, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(commands, "draw", fail)
+    code, said = run(generate(tiny_original, Path("x.png"), "--dtype", "float16"))
+    assert code == 2
+    assert said == "cpe.py: out of memory on cpu. Try: close other programs\n"
+
+
+def test_another_error_is_no_lack_of_memory(run, tiny_original, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(commands, "draw", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        run(generate(tiny_original, Path("x.png")))
+
+
+# --- Damaged -----------------------------------------------------------------------------------------------------
+
+
+def test_images_that_are_no_numbers_are_not_written(run, tiny):
+    path = tiny / "vae/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path)
+    code, said = run(generate(tiny, Path("x.png")))
+    assert code == 2
+    assert "not finite numbers: the weights or the gates are damaged" in said
+    assert "try --dtype float32" in run(generate(tiny, Path("x.png"), "--dtype", "bfloat16"))[1]
+    assert not Path("x.png").exists()
+
+
+def test_a_tokenizer_of_another_model_is_named(tiny):
+    vocabulary = weights.read_json(tiny / "tokenizer/vocab.json")
+    weights.write_text(tiny / "tokenizer/vocab.json", json.dumps(vocabulary | {"<|endoftext|>": 10**6}))
+    with pytest.raises(UserError, match=r"tokenizer is of another model"):
+        weights.load_model(tiny).encode(["a cat"])
+
+
+def test_a_cached_context_of_another_shape_is_made_anew(tiny):
+    model = weights.load_model(tiny)
+    good = weights.cached_contexts(model, ["a cat"])
+    (path,) = (p for p in weights.cache_folder().iterdir() if torch.equal(load_file(p)["contexts"], good))
+    save_file({"contexts": good[:, :5]}, path)
+    assert torch.equal(weights.cached_contexts(model, ["a cat"]), good)
+
+
+def test_more_steps_than_the_schedule_has_are_refused(run, tiny_original):
+    code, said = run(generate(tiny_original, Path("x.png"), "--steps", "1000", "--sampler", "dpm"))
+    assert code == 2
+    assert "--steps: dpm takes steps between 1 and 999" in said
+
+
+def test_half_a_surrogate_pair_is_not_text(run, tiny_original):
+    for text in ("\ud800", "a\0b"):
+        code, said = run(["generate", text, "--model", str(tiny_original)])
+        assert code == 2
+        assert "is not text" in said
+    with pytest.raises(ValueError, match="not Unicode"):
+        weights.load_model(tiny_original).encode(["\ud800"])
+
+
+@pytest.mark.parametrize("line", ["a {name} {}", "{} }", "a {", "[templates"])
+def test_stray_braces_in_prompts_are_a_slip(line):
+    with pytest.raises(ValueError, match=r"brace|heading"):
+        cpe.parse_prompts(f"[templates]\n{{}}\n{line}\n[general]\na dog")
+    with pytest.raises(ValueError, match=r"brace|heading"):
+        cpe.parse_prompts(f"[templates]\n{{}}\n[general]\n{line}")
+
+
+def test_a_target_that_is_every_anchor_leaves_none(run):
+    with pytest.raises(ValueError, match="no anchor words are left"):
+        cpe.anchor_words(cpe.Prompts(["{}"], ["A dog"], []), ["a dog"])

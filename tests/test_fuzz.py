@@ -1,0 +1,329 @@
+"""Whatever stands in a file or on the command line: it works, or it ends with a sentence. Never a traceback, a hang,
+or memory for what a file only claims to hold.
+
+Plain `pytest` tries about 200 cases, the same each time; `CPE_FUZZ=10000 pytest tests/test_fuzz.py` that many new ones.
+"""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import struct
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+import clip
+import commands
+import cpe
+import weights
+from weights import UserError
+
+CASES = int(os.environ.get("CPE_FUZZ", "200"))
+SECONDS, MEGABYTES = 60, 400  # one case, on a busy machine; what a test may add to the memory in use
+
+
+def cases(share: float) -> settings:
+    """Settings of a test that gets this share of all cases."""
+    return settings(
+        max_examples=math.ceil(CASES * share),
+        derandomize="CPE_FUZZ" not in os.environ,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@contextmanager
+def ends_well(*errors: type[Exception]):
+    """The block succeeds or raises one of `errors` with one line for people, soon."""
+
+    def stop(*_):
+        raise TimeoutError(f"not done after {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except errors as error:
+        if not str(error).strip():
+            raise
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """No test needs more memory than its own small files."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 1024  # KiB on Linux
+
+
+# --- What to try -------------------------------------------------------------------------------------------------
+
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 17, -1, 77, 10**6, 2**31, 2**40, 2**63 - 1, 2**63, 2**64, 10**30])
+TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # every code point, halves of surrogate pairs too
+LONG = st.tuples(TEXT, st.integers(0, 2000)).map(lambda pair: pair[0] * pair[1])
+JSON = st.recursive(
+    st.none() | st.booleans() | SIZES | st.floats() | TEXT | st.just({}),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64", "X", "")
+
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_"
+
+
+def gate_file() -> dict[str, torch.Tensor]:
+    """The tensors of a small gate file."""
+    widths = {f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{x}": 6 for x in "kv"}
+    return cpe.to_tensors(cpe.ResAG(widths, d=4, r=2).initialise(torch.Generator().manual_seed(0)))
+
+
+@st.composite
+def headers(draw) -> bytes:
+    """A safetensors file with any header: lengths, types, shapes and places that need not fit."""
+    names = st.sampled_from([*gate_file(), "a", "__metadata__"]) | TEXT
+    entry = st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(DTYPES) | JSON,
+            "shape": st.lists(SIZES, max_size=4) | JSON,
+            "data_offsets": st.lists(SIZES, min_size=2, max_size=2) | JSON,
+        },
+    )
+    header = json.dumps(draw(st.dictionaries(names, entry | JSON, max_size=4))).encode()
+    length = draw(st.just(len(header)) | st.integers(0, 2**64 - 1))
+    return struct.pack("<Q", length) + header + draw(st.binary(max_size=64))
+
+
+@st.composite
+def damaged(draw, content: bytes) -> bytes:
+    """The bytes with a few of them changed, and perhaps the end missing."""
+    content = bytearray(content)
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=4)):
+        content[place] = value
+    return bytes(content[: draw(st.just(len(content)) | st.integers(0, len(content)))])
+
+
+def tensors() -> st.SearchStrategy[torch.Tensor]:
+    """Small tensors of any type; sizes without elements may be huge."""
+    dtypes = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float4_e2m1fn_x2]
+    dtypes = st.sampled_from([*dtypes, torch.int64, torch.bool, torch.complex64, torch.uint8])
+    shapes = st.lists(st.integers(0, 6), max_size=4) | st.sampled_from(
+        [[0, 2**40], [1, 0, 2**40], [2**40, 0, 1], [1, 1, 5000], [1, 5000, 1], [1, 1, 0]]
+    )
+    values = st.sampled_from([0.0, 1.0, 1e300, math.nan, math.inf])
+
+    def make(dtype: torch.dtype, shape: list[int], value: float) -> torch.Tensor:
+        with suppress(RuntimeError, NotImplementedError):
+            return torch.full(shape, value, dtype=torch.float64).to(dtype)
+        return torch.empty(shape, dtype=dtype)
+
+    return st.builds(make, dtypes, shapes, values)
+
+
+def changed(known: dict, values: st.SearchStrategy) -> st.SearchStrategy[dict]:
+    """The dictionary with up to three entries gone, others, or new."""
+    missing = object()
+    changes = st.dictionaries(st.sampled_from(list(known)) | TEXT, values | st.just(missing), min_size=1, max_size=3)
+    return changes.map(lambda change: {k: v for k, v in {**known, **change}.items() if v is not missing})
+
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+@cases(0.30)
+@given(headers() | damaged(save(gate_file())) | st.binary(max_size=200))
+def test_any_safetensors_file(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(content)
+    with ends_well(UserError, ValueError):
+        cpe.from_tensors(weights.load_tensors(path)[0])
+
+
+@cases(0.15)
+@given(changed(gate_file(), tensors()))
+def test_any_gate_file(content):
+    with ends_well(ValueError):
+        gates = cpe.from_tensors(content)
+        kv = {name: torch.zeros(1, 5, width) for name, width in zip(gates.names, gates.widths, strict=True)}
+        assert set(gates(torch.ones(1, 5, gates.w_qs.shape[1]), kv)) == set(gates.names)
+
+
+@pytest.fixture(scope="module")
+def spoilt(tiny_original, tmp_path_factory) -> Path:
+    """A copy of the tiny model's folder for this file to spoil."""
+    return Path(shutil.copytree(tiny_original, tmp_path_factory.mktemp("spoilt") / "tiny"))
+
+
+@cases(0.15)
+@given(st.data())
+def test_any_config(spoilt, tiny_original, data):
+    part = data.draw(st.sampled_from([*weights.PARTS, "scheduler"]))
+    file = weights.SCHEDULER if part == "scheduler" else f"{part}/config.json"
+    config = weights.read_json(tiny_original / file)
+    inner = data.draw(st.sampled_from([None, *(key for key, value in config.items() if isinstance(value, dict))]))
+    if inner:
+        config[inner] = data.draw(changed(config[inner], JSON))
+    else:
+        config = data.draw(changed(config, JSON | st.lists(SIZES, max_size=3)))
+    text = json.dumps(config).encode()
+    (spoilt / file).write_bytes(data.draw(st.just(text) | damaged(text)))
+    try:
+        with ends_well(UserError):
+            model = weights.load_model(spoilt, parts=())
+            if part == "scheduler":
+                assert min(model.schedule.timesteps(1)) >= 0
+            else:
+                getattr(model, part)
+    finally:
+        shutil.copy(tiny_original / file, spoilt / file)
+
+
+@cases(0.08)
+@given(st.data())
+def test_any_tokenizer(spoilt, tiny_original, data):
+    file = data.draw(st.sampled_from(weights.TOKENIZER))
+    content = (tiny_original / "tokenizer" / file).read_bytes()
+    if file == "vocab.json":
+        table = st.dictionaries(TEXT, JSON, max_size=5) | changed(json.loads(content), SIZES | JSON)
+        text = table.map(lambda table: json.dumps(table).encode())
+    else:
+        lines = content.decode().splitlines()
+        text = st.lists(st.sampled_from(lines) | TEXT, max_size=50).map("\n".join)
+        text = text.map(lambda text: text.encode(errors="surrogatepass"))
+    (spoilt / "tokenizer" / file).write_bytes(data.draw(text | damaged(content) | st.binary(max_size=50)))
+    try:
+        with ends_well(UserError):
+            assert weights.load_model(spoilt).encode(["a red heart", ""]).isfinite().all()
+    finally:
+        shutil.copy(tiny_original / "tokenizer" / file, spoilt / "tokenizer" / file)
+
+
+@cases(0.10)
+@given(
+    st.lists(st.sampled_from(["[templates]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
+)
+def test_any_file_of_prompts(lines):
+    with ends_well(ValueError):
+        prompts = cpe.parse_prompts("\n".join(lines))
+        for template in prompts.templates:
+            assert template.format("x") == template.replace("{}", "x")
+
+
+def trainer() -> cpe.Trainer:
+    """A trainer of the smallest gates, some steps into an attack."""
+    draw = torch.Generator().manual_seed(0)
+    layers = {f"mid.{x}.weight": torch.randn(4, 4, generator=draw) for x in ("to_q", "to_k", "to_v", "to_out.0")}
+    contexts = [torch.randn(n, 3, 4, generator=draw) for n in (2, 2, 5, 1)]
+    recipe = cpe.Recipe(
+        "x", eta=0.3, lam=1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=4, deltas=2, anchors=2
+    )
+    return cpe.Trainer(cpe.Objective(layers), cpe.Data(*contexts), recipe)
+
+
+def state() -> dict[str, torch.Tensor]:
+    run = trainer()
+    for step, _ in enumerate(run.steps()):
+        if step == 3:
+            break
+    return run.state()
+
+
+@cases(0.05)
+@given(changed(state(), tensors()))
+def test_any_state_to_go_on_from(content):
+    run = trainer()
+    with ends_well(ValueError, cpe.Diverged):
+        run.load_state(content)
+        assert sum(1 for _ in run.steps()) <= 8
+
+
+# --- Words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_original) -> clip.Tokenizer:
+    return weights.read_tokenizer(tiny_original / "tokenizer")
+
+
+@cases(0.10)
+@given(TEXT | LONG)
+def test_any_prompt(tokenizer, prompt):
+    with ends_well(ValueError):
+        ids = tokenizer([prompt])
+        assert ids.shape == (1, 77)
+        assert len(tokenizer.tokens(prompt)) == len(tokenizer.ids(prompt))
+        assert not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+
+
+PATHS = st.sampled_from(["x", "", ".", "..", "../..", "~", "~nobody/x", "a/b", "x" * 300, "x/" * 3000, "tiny", "\0"])
+OPTIONS = {
+    "train": ("--target", "--alias", "--surrogate", "--preset", "--steps-scale", "--gate"),
+    "generate": ("--steps", "--guidance", "--sampler", "--dtype", "--gates"),
+    "inspect": ("--prompt",),
+}
+VALUES = (
+    st.sampled_from(["emoji", "context", "dpm", "float16", "1e400", "nan", "-1", "١", "9" * 5000, "gate.safetensors"])
+    | st.sampled_from(["../x", "/etc/x", "con", "x" * 5000])
+    | TEXT
+    | PATHS
+    | st.integers(-2, 2000).map(str)
+)
+
+
+@st.composite
+def command_lines(draw) -> list[str]:
+    """A command with options that exist and values that need not make sense."""
+    name = draw(st.sampled_from(list(OPTIONS)))
+    first = {"train": ["--target", draw(VALUES)], "generate": [draw(TEXT)], "inspect": ["gate.safetensors"]}[name]
+    options = st.tuples(st.sampled_from([*OPTIONS[name], "--seed", "--device"]), VALUES)
+    places = st.tuples(st.sampled_from(["--json", "--model", *(["--out"] if name != "inspect" else [])]), PATHS)
+    drawn = draw(st.lists(options | places, max_size=4))
+    return [name, "--model", "tiny", *first, *(word for pair in drawn for word in pair)]
+
+
+@pytest.fixture
+def nothing_heavy(tiny_original, tmp_path, monkeypatch):
+    """An empty folder with a model and a gate file, where training and drawing take no time."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "tiny").symlink_to(tiny_original)
+    gates = cpe.Objective(weights.load_model(tiny_original).cross_attention()).new_gates(
+        "resag", 2, 1, torch.Generator()
+    )
+    weights.save_tensors(home / "gate.safetensors", cpe.to_tensors(gates))
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: type("Trained", (), {"objective": None}))
+    monkeypatch.setattr(commands, "run_trainer", lambda *_: {})
+    monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
+    monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
+    return home
+
+
+@cases(0.07)
+@given(command_lines())
+def test_any_command_line(nothing_heavy, capsys, arguments):
+    with ends_well():
+        try:
+            code = commands.main(arguments)
+        except SystemExit as stop:  # argparse's own
+            code = stop.code
+        assert code in (0, 2)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert code == 0 or said
+    assert [path.name for path in nothing_heavy.parent.iterdir()] == ["home"]  # nothing left the folder
