@@ -24,6 +24,11 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU; in place where no gradient needs x: a fresh feature map costs more time than the function itself."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     """Sinusoids [B, width] of integer timesteps [B]: cosines first, then sines (flip_sin_to_cos, shift 0)."""
     half = width // 2
@@ -59,10 +64,11 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(time)[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        y = self.conv1(silu(self.norm1(x)))
+        y += self.time_emb_proj(time)[:, :, None, None]
+        y = self.conv2(silu(self.norm2(y)))
+        y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return y
 
 
 class Attention(nn.Module):
@@ -158,14 +164,21 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a convolution."""
+    """Double the side (nearest neighbour) and convolve, as one transposed convolution.
+
+    In a doubled image every pixel stands four times, so the nine taps of a convolution meet four pixels only: their
+    weights, summed, do the same with 4/9 of the multiplications.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Row i of S: which rows of the 4x4 kernel contain row i of the 3x3 one, W' = S^T W S.
+        S = x.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+        weight = (self.conv.weight.transpose(0, 1).flatten(2) @ torch.kron(S, S)).unflatten(-1, (4, 4))
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class Block(nn.Module):
@@ -339,4 +352,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, kv)
         for block in self.up_blocks:
             x = block.up(x, time, kv, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
