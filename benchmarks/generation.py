@@ -30,19 +30,30 @@ from vae import VAE
 warnings.simplefilter("ignore")  # what diffusers says while it is imported
 
 
-def prepared(ours: torch.nn.Module, make: str, config: dict, dtype: torch.dtype) -> tuple:
-    """Ours and diffusers' module of class `make`, each with its own copy of our random weights."""
-    (build,) = tiny.reference("diffusers", make)
-    ours = ours.eval().requires_grad_(False).to(dtype)
-    theirs = build(**config).eval().requires_grad_(False).to(dtype)
-    theirs.load_state_dict(ours.state_dict())
+def random_weights(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state for a model on the meta device: uniform weights that keep the size of what passes through."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        inputs = tensor[0].numel() if tensor.dim() > 1 else 100
+        state[key] = torch.empty(tensor.shape, dtype=dtype).uniform_(-1, 1) * inputs**-0.5
+    return state
+
+
+def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype) -> tuple:
+    """Ours and diffusers' module of `their_class`, each with its own copy of the same random weights."""
+    (their_build,) = tiny.reference("diffusers", their_class)
+    with torch.device("meta"):
+        ours, theirs = build(config).eval(), their_build(**config).eval()
+    state = random_weights(ours, dtype)
+    ours.load_state_dict({key: weight.clone() for key, weight in state.items()}, assign=True)
+    theirs.load_state_dict(state, assign=True)
     import os
-    return ours.to(memory_format=torch.channels_last if os.environ.get("CL") else torch.contiguous_format), theirs  # as weights.py loads it
+    return ours.to(memory_format=torch.channels_last if os.environ.get("CL") else torch.contiguous_format), theirs
 
 
 def step(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A U-Net step of two images, ours and diffusers'."""
-    ours, theirs = prepared(UNet(tiny.SD14_UNET), "UNet2DConditionModel", tiny.SD14_UNET, dtype)
+    ours, theirs = prepared(UNet, "UNet2DConditionModel", tiny.SD14_UNET, dtype)
     latents, context = torch.randn(1, 4, 64, 64).repeat(2, 1, 1, 1).to(dtype), torch.randn(2, 77, 768).to(dtype)
     kv = ours.keys_values(context)
     return lambda: ours(latents, 481, kv), lambda: theirs(latents, 481, context).sample
@@ -50,7 +61,7 @@ def step(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]
 
 def decoding(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A decoding of one image, ours and diffusers'."""
-    ours, theirs = prepared(VAE(tiny.SD14_VAE), "AutoencoderKL", tiny.SD14_VAE, dtype)
+    ours, theirs = prepared(VAE, "AutoencoderKL", tiny.SD14_VAE, dtype)
     latents = torch.randn(1, 4, 64, 64).to(dtype)
     return lambda: ours.decode(latents), lambda: theirs.decode(latents).sample
 
