@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import tiny
 
@@ -47,8 +48,7 @@ def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype) ->
     state = random_weights(ours, dtype)
     ours.load_state_dict({key: weight.clone() for key, weight in state.items()}, assign=True)
     theirs.load_state_dict(state, assign=True)
-    import os
-    return ours.to(memory_format=torch.channels_last if os.environ.get("CL") else torch.contiguous_format), theirs
+    return ours, theirs
 
 
 def step(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

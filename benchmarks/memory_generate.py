@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import tiny
 
@@ -43,7 +44,9 @@ def write_model(folder: Path) -> None:
         (path.parent / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
             state = build(config).state_dict()
-        save_file({key: torch.empty(x.shape, dtype=torch.float16).uniform_(-0.02, 0.02) for key, x in state.items()}, path)
+        save_file(
+            {key: torch.empty(x.shape, dtype=torch.float16).uniform_(-0.02, 0.02) for key, x in state.items()}, path
+        )
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(ROOT / "emoji" / part, folder / part)
 
