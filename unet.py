@@ -24,6 +24,11 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU; in place where no gradient needs x: a fresh feature map costs more time than the function itself."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     """Sinusoids [B, width] of integer timesteps [B]: cosines first, then sines (flip_sin_to_cos, shift 0)."""
     half = width // 2
@@ -59,10 +64,11 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(time)[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        y = self.conv1(silu(self.norm1(x)))
+        y += self.time_emb_proj(time)[:, :, None, None]
+        y = self.conv2(silu(self.norm2(y)))
+        y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return y
 
 
 class Attention(nn.Module):
@@ -339,4 +345,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, kv)
         for block in self.up_blocks:
             x = block.up(x, time, kv, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
