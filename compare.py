@@ -260,7 +260,7 @@ def linear(eraser: str, templates: bool = False):
 
 
 def gated(kind: str):
-    """A builder for CPE: one set of gates per target, trained independently, merged. `kind` as in `variants.trainer`."""
+    """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
         recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)

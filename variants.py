@@ -59,7 +59,7 @@ class Hard(Attentive):
     """A gate that is open or shut."""
 
     def opening(self, logits: Tensor) -> Tensor:
-        """1 where H v >= 0 (at the start, everywhere); the gradient is the sigmoid's (straight-through, Bengio et al. 2013)."""
+        """1 where H v >= 0; the gradient is the sigmoid's (straight-through, Bengio et al. 2013)."""
         soft = torch.sigmoid(logits)
         return soft + ((logits >= 0).to(soft) - soft).detach()
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
-import tiny
+import tiny  # noqa: E402
 
-import cpe
-from unet import UNet
+import cpe  # noqa: E402
+from unet import UNet  # noqa: E402
 
 
 @torch.no_grad()

@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
-import tiny
+import tiny  # noqa: E402
 
-from unet import UNet
-from vae import VAE
+from unet import UNet  # noqa: E402
+from vae import VAE  # noqa: E402
 
 warnings.simplefilter("ignore")  # what diffusers says while it is imported
 

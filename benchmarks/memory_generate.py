@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 
-import tiny
+import tiny  # noqa: E402
 
-from clip import TextEncoder
-from unet import UNet
-from vae import VAE
+from clip import TextEncoder  # noqa: E402
+from unet import UNet  # noqa: E402
+from vae import VAE  # noqa: E402
 
 PARTS = {
     "text_encoder/model": (TextEncoder, tiny.SD14_TEXT),
