@@ -547,9 +547,9 @@ def test_half_a_surrogate_pair_is_not_text(run, tiny_original):
 
 @pytest.mark.parametrize("line", ["a {name} {}", "{} }", "a {", "[templates"])
 def test_stray_braces_in_prompts_are_a_slip(line):
-    with pytest.raises(ValueError, match=r"brace|heading"):
+    with pytest.raises(ValueError, match=r"brace|heading|with one {} in it"):
         cpe.parse_prompts(f"[templates]\n{{}}\n{line}\n[general]\na dog")
-    with pytest.raises(ValueError, match=r"brace|heading"):
+    with pytest.raises(ValueError, match=r"brace|heading|with one {} in it"):
         cpe.parse_prompts(f"[templates]\n{{}}\n[general]\n{line}")
 
 
