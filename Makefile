@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test oracle lint
+.PHONY: demo test oracle theory lint
 
 # Erase a concept from the embedded model and show before and after.
 demo: $(VENV)/core.stamp
@@ -15,6 +15,10 @@ test: $(VENV)/test.stamp
 # The same numerics, compared with diffusers and transformers.
 oracle: $(VENV)/oracle.stamp
 	$(BIN)/python -m pytest -m "oracle and not slow"
+
+# Run the five notebooks and keep what they print and draw.
+theory: $(VENV)/theory.stamp
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False theory/*.ipynb
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -33,4 +37,8 @@ $(VENV)/test.stamp: requirements-test.txt $(VENV)/core.stamp
 
 $(VENV)/oracle.stamp: requirements-oracle.txt $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-oracle.txt
+	touch $@
+
+$(VENV)/theory.stamp: requirements-theory.txt $(VENV)/core.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-theory.txt
 	touch $@

@@ -286,6 +286,111 @@ def test_product_norm_fails_with_several_heads():
     assert (moved - out).norm() <= th.key_bound(q, dK, E, W_v, W_o, heads=2)
 
 
+@cases
+@given(seeds, st.sampled_from([1, 2, 4]), st.floats(0.01, 10))
+def test_sharper_attention_bounds_hold(seed, heads, size):
+    q, E, W_k, W_v, W_o, dK, dV = draw(seed, (5, 8), (7, 6), (8, 6), (8, 6), (9, 8), (7, 8), (7, 8))
+    K, V, dK, dV = E @ W_k.T, E @ W_v.T, size * dK, size * dV
+    out, _ = th.attention(q, K, V, W_o, heads)
+    by_value = th.attention(q, K, V + dV, W_o, heads)[0] - out
+    assert by_value.norm(dim=1).max() <= th.value_bound_by_token(dV, W_o, heads) <= th.value_bound(dV, W_o) + 1e-9
+    by_key = th.attention(q, K + dK, V, W_o, heads)[0] - out
+    assert by_key.norm(dim=1).max() <= th.key_bound_by_head(q, dK, E, W_v, W_o, heads)
+    if heads == 1:
+        assert th.key_bound_by_head(q, dK, E, W_v, W_o) <= th.key_bound(q, dK, E, W_v, W_o)
+
+
+def test_value_bound_is_attained():
+    """All attention on the one token that moves, along W_o's leading singular vector."""
+    q, W_o = (torch.eye(3, dtype=torch.float64) for _ in range(2))
+    W_o[0, 0] = 5.0
+    K, V, dV = (torch.zeros(4, 3, dtype=torch.float64) for _ in range(3))
+    K[2, 0], dV[2, 0] = 1e3, 0.7
+    moved = th.attention(q[:1], K, V + dV, W_o)[0] - th.attention(q[:1], K, V, W_o)[0]
+    assert close(moved.norm().item(), th.value_bound(dV, W_o))
+    assert close(moved.norm().item(), th.value_bound_by_token(dV, W_o))
+
+
+@cases
+@given(seeds, st.sampled_from([1, 2, 4]))
+def test_a_shift_of_all_keys_does_nothing(seed, heads):
+    q, E, W_v, W_o, shift = draw(seed, (5, 8), (7, 6), (8, 6), (9, 8), (8,))
+    K, V = E @ W_v.T, E @ W_v.T
+    out, moved = (th.attention(q, k, V, W_o, heads)[0] for k in (K, K + shift))
+    assert torch.allclose(out, moved)
+    assert th.key_bound_by_head(q, shift.expand(7, 8), E, W_v, W_o, heads) < 1e-9
+    assert th.key_bound(q, shift.expand(7, 8), E, W_v, W_o, heads) > 1e-3  # the plain form does not know
+
+
+# --- T5 ---
+
+
+@cases
+@given(seeds, st.integers(1, 6), st.integers(1, 9))
+def test_separated_modes_are_found(seed, count, size):
+    noise, centres = draw(seed, (count, size, 5), (count, 5))
+    centres = 100 * centres / torch.cdist(centres, centres).add(torch.eye(count) * 1e9).min().clamp_max(1e8)
+    X = (centres[:, None] + 1.9 * noise / noise.norm(dim=-1, keepdim=True)).flatten(0, 1)  # of diameter < 4
+    labels = th.modes(X, 4.0)
+    truth = torch.arange(count).repeat_interleave(size)
+    assert torch.equal(labels[:, None] == labels, truth[:, None] == truth)
+    heights = th.merge_heights(X)
+    for h in (0.5, 2.0, 4.0, 1e4):
+        assert len(th.modes(X, h).unique()) == 1 + (heights >= h).sum()
+
+
+def test_modes_that_touch_are_one():
+    X = torch.arange(10, dtype=torch.float64)[:, None]
+    assert len(th.modes(X, 1.01).unique()) == 1
+    assert len(th.modes(X, 0.99).unique()) == 10
+    assert th.merge_heights(X).tolist() == [1.0] * 9
+
+
+# --- The adversary ---
+
+
+@cases
+@given(seeds)
+def test_a_weight_edit_can_be_undone_by_one_shift(seed):
+    W, A, e = draw(seed, (20, 6), (6, 6), (6,))
+    edited = W @ (torch.eye(6, dtype=torch.float64) + A)
+    delta = th.reviving_shift(edited, W, e)
+    assert torch.allclose(edited @ (e + delta), W @ e)
+
+
+def test_a_singular_edit_cannot_be_undone():
+    e = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    W, edited = torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    delta = th.reviving_shift(edited, W, e)
+    assert (edited @ (e + delta) - W @ e).norm() == pytest.approx(1)
+
+
+@cases
+@given(seeds, st.floats(0.1, 20), st.floats(0, 2))
+def test_attacks_on_a_plane(seed, kappa, radius):
+    X, e, t, W, directions = draw(seed, (20, 30), (30,), (5,), (5, 30), (50, 30))
+    v = e - th.hull_point(e, X)
+    b, m = th.halfway(v, e, X)
+    slope = th.norm2(W)
+
+    def left(delta: Tensor) -> Tensor:
+        """|W delta + R(e + delta)| of every row."""
+        return (delta @ W.T + th.gate(e + delta, v, b, kappa, t)).norm(dim=1)
+
+    bound = th.attack_floor(kappa, m, v, t, slope, radius)
+    worst = torch.cat([directions, -v[None], torch.linalg.svd(W)[2][:1]])
+    worst = radius * worst / worst.norm(dim=1, keepdim=True)
+    assert left(worst).min() >= bound - 1e-9
+    assert close(th.attack_floor(kappa, m, v, t, slope, 0.0), left(0 * worst).max().item())
+
+    closing = th.closing_shift(v, m, beyond=m)
+    assert close(closing.norm().item(), 2 * m / v.norm().item())
+    assert close((v @ (e + closing) - b).item(), -m)
+    assert th.gate((e + closing)[None], v, b, kappa, t).norm() <= th.gate_error_bound(kappa, m, t) * (1 + 1e-6) + 1e-12
+    # No shorter shift gets there.
+    assert (directions @ v / directions.norm(dim=1)).abs().max() * closing.norm() <= 2 * m + 1e-9
+
+
 # --- T6 ---
 
 

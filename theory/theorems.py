@@ -5,7 +5,8 @@ Two ways to erase a token: a linear edit adds Delta e (every edit of a weight ma
 Letters: d width of an embedding, m width of a projection, n number of listed embeddings, c targets, T tokens, k rank,
     e_t [d] target, t [m] what must be added to it, S [d, d] = E[e e^T] second moment of the tokens that remain.
 Everything is meant for float64. Sources: Pinv and Lagrange multipliers for T1 and T2, Rockafellar's separation theorem
-for T3, Gao & Pavel (arXiv 1704.00805) for the softmax's Lipschitz constant in T4, ridge regression for T6.
+for T3, Gao & Pavel (arXiv 1704.00805) for the softmax's Lipschitz constant in T4, single linkage for T5, ridge
+regression for T6.
 """
 
 import torch
@@ -202,6 +203,92 @@ def key_bound(q: Tensor, dK: Tensor, E: Tensor, W_v: Tensor, W_o: Tensor, heads:
     mixing = norm2(W_o @ W_v) if heads == 1 else norm2(W_o) * norm2(W_v)
     scale = (q.shape[-1] / heads) ** -0.5
     return mixing * norm2(E) * slope * dK.norm().item() * q.norm(dim=-1).max().item() * scale
+
+
+def centred(rows: Tensor) -> Tensor:
+    """Rows [T, m] minus their mean: what attention can tell apart. A softmax ignores what all keys have in common,
+    and changes of probabilities sum to zero, so they ignore what all values have in common."""
+    return rows - rows.mean(dim=0)
+
+
+def value_bound_by_token(dV: Tensor, W_o: Tensor, heads: int = 1) -> float:
+    """The sharper form of `value_bound`: |W_o| sqrt(sum_h max_j |dV_jh|^2), as outputs average tokens."""
+    rows = dV.unflatten(-1, (heads, -1)).norm(dim=-1)  # [T, heads]
+    return norm2(W_o) * rows.max(dim=0).values.norm().item()
+
+
+def key_bound_by_head(q: Tensor, dK: Tensor, E: Tensor, W_v: Tensor, W_o: Tensor, heads: int = 1) -> float:
+    """The sharper form of `key_bound`, with the logits that really move and every head's own product:
+
+    max over rows of sum_h |W_o^h W_v^h| |E - mean| 1/2 |(dK^h - mean) q^h| / sqrt(m / heads)
+    """
+    q, dK = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, centred(dK)))  # [heads, N or T, m / heads]
+    logits = (dK @ q.mT).norm(dim=1) * q.shape[-1] ** -0.5  # [heads, N]
+    pairs = zip(W_o.unflatten(1, (heads, -1)).unbind(1), W_v.unflatten(0, (heads, -1)), strict=True)
+    mixing = torch.tensor([norm2(o @ v) for o, v in pairs], dtype=q.dtype)
+    return (mixing @ logits).max().item() * norm2(centred(E)) / 2
+
+
+# --- T5: modes ------------------------------------------------------------------------------------------------------
+
+
+def merge_heights(X: Tensor) -> Tensor:
+    """Lengths [n - 1], ascending, of the edges of the minimum spanning tree of the rows of X [n, d] (Prim).
+
+    Of the graph that joins rows nearer than h, the number of components is 1 + the count of lengths >= h.
+    """
+    distances = torch.cdist(X, X)
+    best, lengths = distances[0].clone(), []
+    best[0] = float("inf")
+    done = torch.zeros(len(X), dtype=torch.bool)
+    done[0] = True
+    for _ in range(len(X) - 1):
+        i = best.argmin()
+        lengths.append(best[i].item())
+        done[i] = True
+        best = torch.minimum(best, distances[i])
+        best[done] = float("inf")
+    return torch.tensor(lengths, dtype=X.dtype).sort().values
+
+
+def modes(X: Tensor, h: float) -> Tensor:
+    """Component [n] of every row of X [n, d] in the graph that joins rows nearer than h.
+
+    When every mode hangs together in steps under h, and two modes are nowhere nearer than h, these are the modes.
+    """
+    near = torch.cdist(X, X) < h
+    labels = torch.arange(len(X))
+    while True:
+        # the smallest label within reach
+        spread = torch.where(near, labels, len(X)).min(dim=1).values.minimum(labels)
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
+
+
+# --- The adversary --------------------------------------------------------------------------------------------------
+
+
+def reviving_shift(W_edited: Tensor, W: Tensor, e_t: Tensor) -> Tensor:
+    """delta [d] with W' (e_t + delta) as near to W e_t as can be; W', W [m, d] may be all layers stacked.
+
+    Of an edit W' = W (I + A) it revives the target exactly, unless I + A is singular.
+    """
+    return torch.linalg.lstsq(W_edited, (W - W_edited) @ e_t, driver="gelsd").solution
+
+
+def attack_floor(kappa: float, margin: float, v: Tensor, t: Tensor, slope: float, radius: float) -> float:
+    """What no attack |delta| <= radius on a `gate` gets under: |W delta + R(e_t + delta)| >= this.
+
+    |t| sigmoid(kappa (m - |v| radius)) - |W| radius,   or 0;    slope = |W|, m the margin at e_t
+    """
+    opening = torch.sigmoid(torch.tensor(kappa * (margin - v.norm().item() * radius), dtype=torch.float64)).item()
+    return max(t.norm().item() * opening - slope * radius, 0.0)
+
+
+def closing_shift(v: Tensor, margin: float, beyond: float) -> Tensor:
+    """The shortest delta [d] that puts a token of margin m as far as `beyond` on the closed side of a `gate`."""
+    return -(margin + beyond) * v / v.square().sum()
 
 
 # --- T6: one correction of the context ------------------------------------------------------------------------------
