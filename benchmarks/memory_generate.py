@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny  # noqa: E402
 
@@ -29,6 +28,7 @@ from clip import TextEncoder  # noqa: E402
 from unet import UNet  # noqa: E402
 from vae import VAE  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "text_encoder/model": (TextEncoder, tiny.SD14_TEXT),
     "unet/diffusion_pytorch_model": (UNet, tiny.SD14_UNET),

@@ -124,4 +124,5 @@ def test_sd14_equals_diffusers():
     theirs = tiny.their_unet(tiny.SD14_UNET, ours)
     latents, context = tiny.draw("latents", 1, 4, 32, 32), tiny.draw("context", 1, 77, 768)
     expected = theirs(latents, 481, context).sample
-    assert tiny.difference(ours(latents, 481, ours.keys_values(context)), expected) <= 1e-4
+    # Measured: 0, the same operations in the same order; the limit leaves room for another machine's kernels.
+    assert tiny.difference(ours(latents, 481, ours.keys_values(context)), expected) <= 1e-5

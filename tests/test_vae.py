@@ -75,5 +75,7 @@ def test_sd14_equals_diffusers():
     ours = tiny.filled(VAE(tiny.SD14_VAE))
     theirs = tiny.their_vae(tiny.SD14_VAE, ours)
     images, latents = tiny.draw("images", 1, 3, 128, 128), tiny.draw("latents", 1, 4, 16, 16)
-    assert tiny.difference(moments(ours, images), theirs.encode(images).latent_dist.parameters) <= 1e-4
-    assert tiny.difference(ours.decode(latents), theirs.decode(latents).sample) <= 1e-4
+    # Measured: 0, the same operations in the same order; the limit leaves room for another machine's kernels.
+    assert tiny.difference(moments(ours, images), theirs.encode(images).latent_dist.parameters) <= 1e-5
+    # Measured: 4.1e-6 of 2.7, since doubling and convolving are one step here; the limit is three times that.
+    assert tiny.difference(ours.decode(latents), theirs.decode(latents).sample) <= 1.2e-5
