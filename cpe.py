@@ -64,7 +64,7 @@ class ResAG(nn.Module):
         self.scaler = nn.Parameter(torch.zeros(concepts, d, 1))
         self.lora_down = nn.Parameter(torch.empty(concepts, d, len(widths) * k))  # columns l k .. l k + k are D_l
         self.lora_up = nn.Parameter(torch.zeros(concepts, k, sum(self.widths)))  # U_1 | U_2 | ...
-        self.register_buffer("w_ks", torch.empty(concepts, d, r))  # in every public file, never used
+        self.register_buffer("w_ks", torch.zeros(concepts, d, r))  # in every public file, never used
         self.register_buffer("alpha", torch.full((concepts,), float(alpha)))
         self.register_buffer("scale", torch.full((concepts,), alpha / k))  # s
 

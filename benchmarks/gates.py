@@ -17,10 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny  # noqa: E402
+import tiny
 
-import cpe  # noqa: E402
-from unet import UNet  # noqa: E402
+import cpe
+from unet import UNet
 
 
 @torch.no_grad()

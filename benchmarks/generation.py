@@ -22,10 +22,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny  # noqa: E402
+import tiny
 
-from unet import UNet  # noqa: E402
-from vae import VAE  # noqa: E402
+from unet import UNet
+from vae import VAE
 
 warnings.simplefilter("ignore")  # what diffusers says while it is imported
 

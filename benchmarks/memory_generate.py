@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny  # noqa: E402
+import tiny
 
-from clip import TextEncoder  # noqa: E402
-from unet import UNet  # noqa: E402
-from vae import VAE  # noqa: E402
+from clip import TextEncoder
+from unet import UNet
+from vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
