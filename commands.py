@@ -1,4 +1,4 @@
-"""The command line of the Concept Pinpoint Eraser: demo, train, generate, inspect.
+"""The command line of the Concept Pinpoint Eraser: demo, train, generate, inspect, compare, bake.
 
     python cpe.py demo                                        # see it work on the embedded model
     python cpe.py train --target "Brad Pitt"                  # train a gate that erases it from SD 1.4
@@ -174,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ncpe.py: interrupted; nothing half-written is left (train goes on with --resume)", file=sys.stderr)
+        more = " (go on with --resume)" if args.command == "train" else ""
+        print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
 

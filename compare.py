@@ -244,6 +244,7 @@ def linear(eraser: str, templates: bool = False):
     """A builder for one of `baselines.ERASERS`; with `templates` it preserves words in the same templates as CPE."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+        """The model with edited weights; `settings` are hyper-parameters of the eraser."""
         prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
         kept = [*prompts.general, *prompts.domain]
         if templates or eraser == "lora":
@@ -263,6 +264,7 @@ def gated(kind: str):
     """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+        """The same model with gates; `settings` replace fields of the preset's recipe."""
         recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
         gates = [train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets]
         size = sum(p.numel() for gate in gates for p in gate.parameters())

@@ -99,8 +99,12 @@ class ResAG(nn.Module):
         q = features[..., : self.r]
         # A = softmax(Q Q^T);   [H v | H D] = A [E v | E D]
         mixed = torch.softmax(q @ q.mT, dim=-1) @ features[..., self.r :]
-        g = torch.sigmoid(mixed[..., :1])
+        g = self.opening(mixed[..., :1])
         return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * mixed[..., 1:]
+
+    def opening(self, logits: Tensor) -> Tensor:
+        """Gate values of logits H v, [N, B, T, 1]; variants.py puts other functions here."""
+        return torch.sigmoid(logits)
 
     def gate(self, context: Tensor) -> Tensor:
         """Gate values g [N, B, T] of a context [B, T, d]: which tokens open which concept's gate."""

@@ -28,22 +28,7 @@ class TokenWise(cpe.ResAG):
         return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * seen[..., 1:]
 
 
-class Attentive(cpe.ResAG):
-    """What the gates with attention share: [H v | H D] as in `cpe.ResAG.read`, and their own `opening`."""
-
-    def opening(self, logits: Tensor) -> Tensor:
-        """Gate values of logits H v, [N, B, T, 1]."""
-        raise NotImplementedError
-
-    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate g [N, B, T] and codes z = s g H D [N, B, T, L k]."""
-        q = features[..., : self.r]
-        mixed = torch.softmax(q @ q.mT, dim=-1) @ features[..., self.r :]
-        g = self.opening(mixed[..., :1])
-        return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * mixed[..., 1:]
-
-
-class Bias(Attentive):
+class Bias(cpe.ResAG):
     """A gate with a bias."""
 
     def __init__(self, *sizes, **more):
@@ -55,7 +40,7 @@ class Bias(Attentive):
         return torch.sigmoid(logits + self.bias)
 
 
-class Hard(Attentive):
+class Hard(cpe.ResAG):
     """A gate that is open or shut."""
 
     def opening(self, logits: Tensor) -> Tensor:

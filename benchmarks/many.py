@@ -27,6 +27,7 @@ def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int):
     optimizer = torch.optim.AdamW(gates.parameters(), lr=3e-5, weight_decay=0.01, fused=True)
 
     def step() -> None:
+        """One erase step of all concepts."""
         anchors, sigma = draw()
         columns = gates.columns()
         # anchors meet the columns of all concepts in one product

@@ -59,6 +59,7 @@ def test_notebook_runs(path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib", reason="needs the extra `theory`")
     matplotlib.use("Agg")
     plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close("all")  # what a notebook that failed before left open
 
     def show() -> None:
         for number in plt.get_fignums():
