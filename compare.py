@@ -240,15 +240,21 @@ class Method:
     settings: dict = field(default_factory=dict)
 
 
-def linear(eraser: str, templates: bool = False):
-    """A builder for one of `baselines.ERASERS`; with `templates` it preserves words in the same templates as CPE."""
+def linear(eraser: str):
+    """A builder for one of `baselines.ERASERS`."""
 
-    def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
-        """The model with edited weights; `settings` are hyper-parameters of the eraser."""
+    def build(world: World, scenario: Scenario, seed: int, templates: str = "", **settings) -> Erased:
+        """The model with edited weights; `settings` are hyper-parameters of the eraser.
+
+        `templates`: what is put into CPE's own prompt templates; "" nothing, "kept" what is preserved, "all" the
+        targets, too.
+        """
         prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
         kept = [*prompts.general, *prompts.domain]
         if templates or eraser == "lora":
             kept = cpe.anchor_prompts(kept, prompts.templates)
+        if templates == "all":
+            targets = [template.replace("{}", name) for name in targets for template in prompts.templates]
         surrogate = cpe.PRESETS[scenario.preset].surrogate
         if eraser == "lora":
             recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
@@ -286,7 +292,7 @@ def train_gates(world: World, scenario: Scenario, target: str, recipe: cpe.Recip
     return trainer.gates.requires_grad_(False)
 
 
-TUNED: dict[str, dict] = {}  # by method: what benchmarks/tune.py found best
+TUNED: dict[str, dict[str, dict]] = {"emoji": {}, "emoji-style": {}}  # what benchmarks/tune.py found best
 
 METHODS = {
     method.name: method
@@ -301,7 +307,7 @@ METHODS = {
 ABLATIONS = {
     method.name: method
     for method in (
-        *(Method(f"{name}, CPE's anchors", linear(name, templates=True)) for name in ("uce", "rece", "speed")),
+        *(Method(f"{name}, CPE's anchors", linear(name), {"templates": "kept"}) for name in ("uce", "rece", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
         *(Method(f"cpe, {n} stage{'s' * (n > 1)}", gated("resag"), {"stages": n}) for n in (1, 2, 4)),
@@ -315,6 +321,13 @@ ABLATION_SCENARIOS = {
     "part of the name": Scenario(("santa claus",), aliases=("santa",)),
 }
 
+
+def tuned(scenario: Scenario, method: Method) -> dict:
+    """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
+    found = TUNED.get(scenario.preset, {})
+    return found.get(method.name, found.get(method.name.split(",")[0], {}))
+
+
 # --- One cell ----------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +335,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     """The name under which a cell is kept: of everything that decides its figures."""
     recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
     parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
-    parts += [TUNED.get(method.name, {}), dataclasses.asdict(budget), seed]
+    parts += [tuned(scenario, method), dataclasses.asdict(budget), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -355,7 +368,7 @@ def measure(
     except (UserError, KeyError, ValueError):  # not there yet, or damaged
         pass
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **(TUNED.get(method.name, {}) | method.settings))
+    erased = method.build(world, scenario, seed, **(tuned(scenario, method) | method.settings))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
     images = draw(erased.model, before.contexts, before.seeds, erased.gates, budget)

@@ -1,0 +1,91 @@
+"""Tune every eraser of the comparison with the same budget: eight settings each, on targets that no table reports.
+
+    python benchmarks/tune.py [--model emoji] [--methods cpe uce ...] [--presets emoji emoji-style]
+
+A setting is scored on images by the harmonic mean of two shares: images of the target that CLIP no longer recognises,
+and images of everything else (nearest concepts told about or not, others) that it still does. Ties go to the smaller
+change of what should stay. Cells are kept on disk: an interrupted run goes on, two runs side by side share the work.
+Prints every score, then the dictionary to paste as `TUNED` into compare.py.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pprint
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import compare
+import weights
+from compare import METHODS, Budget, Scenario
+
+TARGETS = {
+    "emoji": [Scenario(("tiger face",)), Scenario(("soccer ball",))],
+    "emoji-style": [Scenario(("fluent style",), "emoji-style")],
+}
+BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
+
+
+def product(**choices: list) -> list[dict]:
+    """All combinations of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+SURROGATES = ["cloud", "an object", "picture", "white circle"]  # `--methods surrogate`: CPE with each, not in TUNED
+GRIDS = {  # eight each; the first values are the papers' where they name one
+    "cpe": product(k=[4, 8], lam=[30.0, 100.0, 300.0, 1000.0]),
+    "cpe, context gate": product(k=[8, 16], lam=[30.0, 100.0, 300.0, 1000.0]),
+    "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
+    "rece": product(rounds=[3, 1], rho=[0.1, 1e-3], s_p=[0.1, 1.0]),
+    "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1]),
+    "speed": product(threshold=[0.1, 0.01], templates=["", "all"], augment=[10, 0]),
+    "esd": product(lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0]),
+    "lora": product(k=[4, 8], lam=[0.1, 1.0, 10.0, 100.0]),
+}
+
+
+def score(figures: dict) -> tuple[float, float]:
+    """Harmonic mean of erasing and keeping, and minus the mean change of what should stay: larger is better."""
+    groups = dict(figures["groups"])
+    erased = 1 - compare.share(groups.pop("erased"))
+    kept = sum(map(compare.share, groups.values())) / len(groups)
+    change = sum(group["change"] for group in groups.values()) / len(groups)
+    return 2 * erased * kept / max(erased + kept, 1e-9), -change
+
+
+def main() -> None:
+    """Print a line per setting, then the best ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, "surrogate"])
+    parser.add_argument("--presets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    compare.TUNED.clear()  # start from every eraser's own defaults
+    world, best = compare.World(weights.load_model(args.model)), {}
+    kept = {scenario: compare.Originals(world, scenario, BUDGET) for p in args.presets for scenario in TARGETS[p]}
+    for preset, name in itertools.product(args.presets, args.methods):
+        found = []
+        for settings in GRIDS.get(name, product(surrogate=SURROGATES)):
+            method = dataclasses.replace(METHODS.get(name, METHODS["cpe"]), settings=settings)
+            cells = [
+                compare.measure(world, scenario, method, BUDGET, originals=lambda scenario=scenario: kept[scenario])[0]
+                for scenario in TARGETS[preset]
+            ]
+            mean = tuple(sum(values) / len(cells) for values in zip(*map(score, cells), strict=True))
+            groups = [f"{100 * compare.share(group):.0f}" for cell in cells for group in cell["groups"].values()]
+            seconds = sum(cell["seconds"] for cell in cells) / len(cells)
+            found.append((mean, settings))
+            print(f"{preset:12}{name:18}{mean[0]:6.3f}{-mean[1]:8.4f}{seconds:7.1f} s  {settings}", *groups, flush=True)
+        best.setdefault(preset, {})[name] = max(found, key=lambda pair: pair[0])[1]
+    pprint.pp({"TUNED": best}, width=110)
+
+
+if __name__ == "__main__":
+    main()
