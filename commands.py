@@ -294,18 +294,24 @@ def slug(name: str) -> str:
     return words
 
 
-def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1) -> None:
-    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
+def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[str] = ()) -> None:
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; with `labels`, the name of each row on its left."""
     import torch
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageOps
 
     from weights import atomic
 
     picture = torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)
     pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    if labels:
+        margin, height = 8 * max(map(len, labels)), image.height // len(rows)
+        image = ImageOps.expand(image, (margin, 0, 0, 0), "white")
+        for i, label in enumerate(labels):
+            ImageDraw.Draw(image).text((4, (i + 0.5) * height), label, "black", anchor="lm")
     with atomic(path) as temporary:
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(temporary, "PNG")
+        image.save(temporary, "PNG")
 
 
 def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, args, text: str) -> "Tensor":
@@ -604,8 +610,8 @@ def compare(args: argparse.Namespace) -> dict:
     print(table.text(figures))
     for scenario, rows in pictures.items():
         path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
-        grid([from_bytes(row) for row in rows], path, scale=2)
-        print(f"wrote   {path}: {scenario}, one row each: {', '.join(figures[scenario])}")
+        grid([from_bytes(row) for row in rows], path, labels=list(figures[scenario]))
+        print(f"wrote   {path}: {scenario}, a row each: {', '.join(figures[scenario])}")
     if args.markdown:
         write_text(args.markdown, table.markdown(figures))
         print(f"wrote   {args.markdown}")

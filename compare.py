@@ -12,7 +12,7 @@ What is measured, on images of the model before and after erasing, from the same
     style           images of all three whose drawing style is still the one asked for
 
 A third of all concepts (`held_out`) is never shown to any eraser. Hyper-parameters (`TUNED`) come from
-benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines and cpe.
+benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines, bake and cpe.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
+import bake
 import baselines
 import cpe
 import evaluate
@@ -89,7 +90,7 @@ class Budget:
     near: int = 2  # of each near concept
     others: int = 1  # of each other concept
     attacked: int = 8  # of each attack; 0: no attacks
-    steps: int = 20
+    steps: int = 12
     guidance_scale: float = 4.0
     method: str = "dpm"
 
@@ -151,6 +152,10 @@ class World:
         """The preset's templates and anchor words without targets, aliases and what is held out."""
         prompts = self.read_prompts(scenario.preset)
         return cpe.anchor_words(prompts, [*scenario.targets, *scenario.aliases, *self.held_out])
+
+    def names(self, scenario: Scenario, target: str) -> list[str]:
+        """A target and its aliases: those of a scenario belong to its first target."""
+        return [target, *(scenario.aliases if target == scenario.targets[0] else ())]
 
     def see(self, images: Tensor, judge: str) -> Tensor:
         """What CLIP recognises in images: an index of concepts, or of styles."""
@@ -229,6 +234,7 @@ class Erased:
     gates: nn.Module | None
     parameters: int  # that were trained or solved for
     bytes: int  # to ship, float32
+    spared: float = 0.0  # seconds of training that an earlier cell has spent
 
 
 @dataclass(frozen=True)
@@ -271,34 +277,69 @@ def gated(kind: str):
 
     def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
         """The same model with gates; `settings` replace fields of the preset's recipe."""
-        recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
-        gates = [train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets]
-        size = sum(p.numel() for gate in gates for p in gate.parameters())
-        if len(gates) > 1:
-            merged = cpe.merge([g.expand(world.objective.W) if isinstance(g, cpe.ContextGate) else g for g in gates])
-        return Erased(world.model, merged if len(gates) > 1 else gates[0], size, 4 * size)
+        gates, seconds = merged_gates(world, scenario, kind, seed, settings)
+        size = sum(p.numel() for p in gates.parameters())
+        return Erased(world.model, gates, size, 4 * size, seconds)
 
     return build
 
 
-def train_gates(world: World, scenario: Scenario, target: str, recipe: cpe.Recipe, kind: str, seed: int) -> nn.Module:
-    """Trained gates of one target (and of the scenario's aliases, with the first)."""
-    names = [target, *(scenario.aliases if target == scenario.targets[0] else ())]
-    prompts = world.listed(scenario)
+def baked(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+    """CPE's gates distilled into the text encoder (bake.py): nothing is added to the model."""
+    gates, seconds = merged_gates(world, scenario, "resag", seed, settings)
+    recipe, prompts = cpe.PRESETS[scenario.preset], world.listed(scenario)
+    concepts = [bake.Concept(world.names(scenario, t), recipe.surrogate, recipe.eta) for t in scenario.targets]
+    tokens = [world.model.tokenizer(part) for part in bake.training_prompts(concepts, prompts, seed)]
+    gate = world.objective.context_gate(gates)
+    baker = bake.Baker(world.model.text_encoder, gate, world.objective, *tokens, bake.Recipe(), seed)
+    for _ in baker.steps():
+        pass
+    changed = baker.tail.tensors()
+    size = sum(tensor.numel() for tensor in changed.values())
+    return Erased(world.model.with_text_encoder(changed), None, size, 4 * size, seconds)
+
+
+def merged_gates(world: World, scenario: Scenario, kind: str, seed: int, settings: dict) -> tuple[nn.Module, float]:
+    """Gates of all targets of a scenario, and how many seconds of their training an earlier cell has spent."""
+    recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
+    gates, seconds = zip(
+        *(train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets), strict=True
+    )
+    if len(gates) == 1:
+        return gates[0], sum(seconds)
+    return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates]), sum(seconds)
+
+
+def train_gates(
+    world: World, scenario: Scenario, target: str, recipe: cpe.Recipe, kind: str, seed: int
+) -> tuple[nn.Module, float]:
+    """Gates of one target, from disk where a cell before has trained them; and the seconds that then were not spent."""
+    names, prompts = world.names(scenario, target), world.listed(scenario)
     data = cpe.prepare(recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked))
     trainer = variants.trainer(world.objective, data, recipe, seed, kind)
+    parts = [VERSION, world.fingerprint, names, dataclasses.asdict(prompts), dataclasses.asdict(recipe), kind, seed]
+    path = cache_folder() / "compare" / f"gates-{named(parts)}.safetensors"
+    try:
+        state, metadata = load_tensors(path)
+        trainer.gates.load_state_dict(state)
+        return trainer.gates.requires_grad_(False), float(metadata["seconds"])
+    except (UserError, KeyError, ValueError, RuntimeError):  # not there yet, or damaged
+        pass
+    begun = time.perf_counter()
     for _ in trainer.steps():
         pass
-    return trainer.gates.requires_grad_(False)
+    save_tensors(path, trainer.gates.state_dict(), {"seconds": str(time.perf_counter() - begun)})
+    return trainer.gates.requires_grad_(False), 0.0
 
 
-TUNED: dict[str, dict[str, dict]] = {"emoji": {}, "emoji-style": {}}  # what benchmarks/tune.py found best
+TUNED: dict[str, dict] = {}  # by method: what benchmarks/tune.py found best
 
 METHODS = {
     method.name: method
     for method in (
         Method("cpe", gated("resag")),
         Method("cpe, context gate", gated("context")),
+        Method("cpe, baked", baked),
         *(Method(name, linear(name)) for name in ("uce", "rece", "mace", "speed", "esd", "lora")),
     )
 }
@@ -322,10 +363,9 @@ ABLATION_SCENARIOS = {
 }
 
 
-def tuned(scenario: Scenario, method: Method) -> dict:
+def tuned(method: Method) -> dict:
     """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
-    found = TUNED.get(scenario.preset, {})
-    return found.get(method.name, found.get(method.name.split(",")[0], {}))
+    return TUNED.get(method.name, TUNED.get(method.name.split(",")[0], {}))
 
 
 # --- One cell ----------------------------------------------------------------------------------------------------
@@ -335,7 +375,12 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     """The name under which a cell is kept: of everything that decides its figures."""
     recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
     parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
-    parts += [tuned(scenario, method), dataclasses.asdict(budget), seed]
+    parts += [tuned(method), dataclasses.asdict(budget), seed]
+    return named(parts)
+
+
+def named(parts: list) -> str:
+    """A file name for whatever decides what is in the file."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -368,18 +413,16 @@ def measure(
     except (UserError, KeyError, ValueError):  # not there yet, or damaged
         pass
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **(tuned(scenario, method) | method.settings))
-    seconds = time.perf_counter() - begun
+    erased = method.build(world, scenario, seed, **(tuned(method) | method.settings))
+    seconds = time.perf_counter() - begun + erased.spared
     before = originals() if originals else Originals(world, scenario, budget)
-    images = draw(erased.model, before.contexts, before.seeds, erased.gates, budget)
+    own = erased.model.text_encoder is not world.model.text_encoder
+    contexts = erased.model.encode([case.prompt for case in before.cases]) if own else before.contexts
+    images = draw(erased.model, contexts, before.seeds, erased.gates, budget)
     figures = figures_of(world, scenario, before, images)
     figures |= {"seconds": seconds, "parameters": erased.parameters, "bytes": erased.bytes}
     figures["attacks"] = under_attack(world, scenario, erased, budget, seed) if budget.attacked else {}
-    hits = figures["attacks"].get("paraphrases", figures["groups"]["erased"])
-    kept = [figures["groups"][group] for group in ("near, listed", "near, unlisted", "others")]
-    figures["H"] = evaluate.harmonic_mean(
-        share(figures["groups"]["erased"]), sum(map(share, kept)) / len(kept), share(hits)
-    )
+    figures["H"] = harmonic(figures)
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
     return figures, pixels
@@ -388,6 +431,13 @@ def measure(
 def share(group: dict) -> float:
     """Share of a group's images that are recognised."""
     return group["hits"] / group["images"]
+
+
+def harmonic(figures: dict) -> float:
+    """MACE's H of a cell: of erasing, of keeping (mean of three groups), of erasing under other words."""
+    hits = figures["attacks"].get("paraphrases", figures["groups"]["erased"])
+    kept = [figures["groups"][group] for group in ("near, listed", "near, unlisted", "others")]
+    return evaluate.harmonic_mean(share(figures["groups"]["erased"]), sum(map(share, kept)) / len(kept), share(hits))
 
 
 def figures_of(world: World, scenario: Scenario, before: Originals, images: Tensor) -> dict:
@@ -412,23 +462,18 @@ def figures_of(world: World, scenario: Scenario, before: Originals, images: Tens
 
 
 def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
-    """Images per attack that are recognised as the target; of several targets the first three are attacked."""
+    """Images per attack that are recognised as the target; of several targets the first is attacked."""
     victim, found = attacks.Victim(world.model, erased.model, erased.gates), {}
-    targets = scenario.targets[:3]
+    target = scenario.targets[0]
+    known = world.styles if scenario.style else world.concepts
     judge, template = ("style", "a picture of a robot, {}") if scenario.style else ("concept", "a picture of a {}")
     for name, attack in attacks.ATTACKS.items():
-        hits, images = 0, 0
         options = {"preset": scenario.preset} if name == "paraphrases" else {}
-        for target in targets:
-            known = world.styles if scenario.style else world.concepts
-            contexts = attack(victim, target, (template,), seed, **options).contexts
-            count = max(2, budget.attacked // len(targets))
-            contexts = contexts[torch.arange(count) % len(contexts)]
-            drawn = draw(erased.model, contexts, range(count), erased.gates, budget)
-            seen = world.see(drawn, judge)
-            hits += int((seen == known.index(target.removesuffix(" style"))).sum())
-            images += count
-        found[name] = {"images": images, "hits": hits}
+        contexts = attack(victim, target, (template,), seed, **options).contexts
+        contexts = contexts[torch.arange(budget.attacked) % len(contexts)]
+        drawn = draw(erased.model, contexts, range(len(contexts)), erased.gates, budget)
+        seen = world.see(drawn, judge)
+        found[name] = {"images": len(seen), "hits": int((seen == known.index(target.removesuffix(" style"))).sum())}
     return found
 
 
@@ -462,9 +507,38 @@ def cells(figures: dict) -> dict[str, str]:
     )
 
 
+def added(counts: Sequence[dict]) -> dict:
+    """Several groups as one: images and hits added, the change their mean per image."""
+    images = sum(group["images"] for group in counts)
+    total = {"images": images, "hits": sum(group["hits"] for group in counts)}
+    if all("change" in group for group in counts):
+        total["change"] = sum(group["change"] * group["images"] for group in counts) / max(1, images)
+    return total
+
+
+def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """The figures {method: figures} of all scenarios together; parameters and bytes are those of the first."""
+    scenarios, total = list(table.values()), {}
+    for method in scenarios[0]:
+        rows = [scenario[method] for scenario in scenarios if method in scenario]
+        figures = dict(rows[0])
+        for name in ("groups", "attacks"):
+            figures[name] = {key: added([row[name][key] for row in rows if key in row[name]]) for key in rows[0][name]}
+        figures["style"] = added([row["style"] for row in rows])
+        for name in ("clip_score", "cmmd", "seconds"):
+            figures[name] = sum(row[name] for row in rows) / len(rows)
+        total[method] = figures | {"H": harmonic(figures)}
+    return total
+
+
 def markdown(table: dict[str, dict[str, dict]]) -> str:
-    """The figures {scenario: {method: figures}} as Markdown tables, one a scenario; empty columns are left out."""
+    """The figures {scenario: {method: figures}} as Markdown tables, one a scenario; empty columns are left out.
+
+    Of several scenarios, all images together come first.
+    """
     lines = []
+    if len(table) > 1:
+        table = {f"All {len(table)} scenarios": pooled(table)} | table
     for scenario, rows in table.items():
         shown = {method: cells(figures) for method, figures in rows.items()}
         columns = [c for c in COLUMNS if any(row[c] for row in shown.values())]

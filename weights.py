@@ -759,13 +759,24 @@ class Model:
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
         """The same model, other parts shared, with tensors of its U-Net replaced; KeyError for one it does not have."""
-        twin, state = copy(self), dict(self.unet.state_dict())
+        return self.edited("unet", changed)
+
+    def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
+        """The same model with tensors of its text encoder replaced, and a fingerprint of its own; KeyError as above."""
+        twin, digest = self.edited("text_encoder", changed), hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in sorted(changed.items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        twin.fingerprint = digest.hexdigest()
+        return twin
+
+    def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
+        """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied."""
+        twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
-            raise KeyError(f"the U-Net has no {sorted(unknown)[0]}")
-        twin.unet = self.part("unet").empty()
-        replaced = {key: tensor.to(state[key]) for key, tensor in changed.items()}
-        twin.unet.load_state_dict(state | replaced, assign=True)
-        twin.unet.eval().requires_grad_(False)
+            raise KeyError(f"the model's {name} has no {sorted(unknown)[0]}")
+        network = self.part(name).empty()
+        network.load_state_dict(state | {key: W.to(state[key]) for key, W in changed.items()}, assign=True)
+        setattr(twin, name, network.eval().requires_grad_(False))
         return twin
 
     def cross_attention(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -1,0 +1,76 @@
+"""README.md: every command of it runs, here on the embedded model and cut short; every file it names is there."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import commands
+import compare
+import cpe
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+COMMANDS = [line.split("#")[0].strip() for line in BLOCKS if re.match(r"(python|make|torchrun|pip) ", line)]
+OURS = [shlex.split(line)[2:] for line in ("python cpe.py demo", *COMMANDS) if line.startswith("python cpe.py ")]
+SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance_scale=1.0)
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """The same command on the embedded model, with few steps."""
+    command, *rest = (a.replace("Brad Pitt", "red heart").replace("brad-pitt", "red-heart") for a in arguments)
+    more = [] if "emoji" in rest or command == "demo" else ["--model", "emoji"]
+    more += {"train": ["--steps-scale", "0.005"], "bake": ["--steps-scale", "0.01", "--steps", "2"]}.get(command, [])
+    more += {"generate": ["--steps", "2"], "demo": ["--steps", "2", "--images", "1"]}.get(command, [])
+    return [command, *rest, *more]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with its own cache, and recipes of a few steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compare, "QUICK", SMALL)
+    monkeypatch.setattr(compare, "Budget", lambda: SMALL)
+    for name in ("emoji", "emoji-style", "celebrity"):
+        monkeypatch.setitem(cpe.PRESETS, name, cpe.PRESETS[name].scaled(0.005))
+    monkeypatch.setattr(compare, "SCENARIOS", {"object": compare.SCENARIOS["object"]})
+    monkeypatch.setattr(compare, "METHODS", {name: compare.METHODS[name] for name in ("cpe", "uce")})
+    monkeypatch.setattr(compare, "ABLATIONS", dict(list(compare.ABLATIONS.items())[:1]))
+    monkeypatch.setattr(compare, "ABLATION_SCENARIOS", {"object": compare.SCENARIOS["object"]})
+    return tmp_path
+
+
+def test_every_command_runs_in_the_order_of_the_readme(workplace, capsys):
+    assert {"demo", "train", "generate", "inspect", "compare", "bake"} <= {arguments[0] for arguments in OURS}
+    (workplace / "targets.txt").write_text("tiger face\nrobot\n")
+    (workplace / "prompts.txt").write_text("a picture of a robot\na dog\n")
+    for arguments in OURS:
+        code = commands.main(shortened(arguments))
+        assert code == 0, f"{arguments}: {capsys.readouterr().err}"
+
+
+def test_every_other_command_names_what_is_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in COMMANDS:
+        program, *rest = shlex.split(line)
+        if program == "make":
+            assert set(rest) <= set(targets), line
+        elif program == "python":
+            assert (ROOT / rest[0]).is_file(), line
+
+
+def test_every_file_that_the_readme_names_is_there():
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    tabled = [
+        name for line in README.splitlines() if line.startswith("| `") for name in re.findall(r"`([\w/.]+)`", line)
+    ]
+    assert len(linked) >= 3
+    missing = [name for name in [*linked, *tabled] if ("." in name or "/" in name) and not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_table_of_files_has_every_module():
+    rows = {name for line in README.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+\.py)`", line)}
+    assert {path.name for path in ROOT.glob("*.py")} <= rows
