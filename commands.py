@@ -5,6 +5,7 @@
     python cpe.py generate "a portrait of Brad Pitt" --gates gates/brad-pitt.safetensors --before-after
     python cpe.py inspect gates/brad-pitt.safetensors --prompt "a portrait of Brad Pitt"
 
+Many targets or prompts from a file, perhaps split by torchrun, are in many.py.
 Arguments are read before torch is imported. What the user can mend ends with one line and exit code 2.
 """
 
@@ -14,18 +15,21 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cpe import Objective, Prompts, Recipe, ResAG, Trainer
+    from cpe import Objective, Prompts, ResAG, Trainer
     from weights import Model
 
 HERE = Path(__file__).resolve().parent
@@ -88,21 +92,27 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture")
 
     sub = add("train", train, "train a gate that erases a concept")
-    sub.add_argument("--target", required=True, help="what to erase")
+    target = sub.add_mutually_exclusive_group(required=True)
+    target.add_argument("--target", help="what to erase")
+    many = "file of many targets: one a line, its other names after commas (torchrun splits them)"
+    target.add_argument("--targets", type=Path, metavar="FILE", help=many)
     sub.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
     sub.add_argument("--surrogate", help="what it becomes (default: the preset's)")
     sub.add_argument("--preset", choices=PRESET_NAMES, help="recipe (default: celebrity; emoji for --model emoji)")
     sub.add_argument("--gate", choices=("resag", "context"), default="resag", help="the paper's, or one for all layers")
     sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
-    sub.add_argument("--out", type=Path, help="gate file (default: gates/<target>.safetensors)")
-    sub.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    sub.add_argument("--out", type=Path, help="gate file, of --targets a folder (default: gates/<target>.safetensors)")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run (--targets always does)")
     add_model(sub)
 
     sub = add("generate", generate, "make images, with or without gates")
-    sub.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, from seeds SEED, SEED + 1, ...")
+    many = "file of prompts, one a line: a picture each, all from SEED (torchrun splits them)"
+    sub.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
     sub.add_argument("--gates", action="append", type=Path, default=[], help="gate file to apply (repeatable)")
     sub.add_argument("--before-after", action="store_true", help="also without the gates, on the same seeds")
-    sub.add_argument("--out", type=Path, default=Path("images/generated.png"), help="the picture")
+    out = "the picture (default: images/generated.png); of --prompts a folder (default: images/generated)"
+    sub.add_argument("--out", type=Path, help=out)
     add_model(sub)
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add_sampling(sub, 50, 7.5)
@@ -140,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
+    import many
     from weights import UserError, check_writable  # imports torch: only now
 
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
@@ -157,9 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from weights import write_text
 
             write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-        print(f"took    {figures['seconds']} s")
-        if figures.get("next"):
-            print(f"next    {figures['next']}")
+        if many.this_process().rank == 0:
+            print(f"took    {figures['seconds']} s")
+            if figures.get("next"):
+                print(f"next    {figures['next']}")
         sys.stdout.flush()
     except UserError as error:
         print(f"cpe.py: {error}", file=sys.stderr)
@@ -175,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         more = " (go on with --resume)" if args.command == "train" else ""
+        more = " (the same command goes on)" if getattr(args, "targets", None) else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
@@ -212,10 +225,13 @@ def memory_advice(args: argparse.Namespace) -> str:
 
 
 def bar(iterable: Iterable, total: int, text: str):
-    """A progress bar on the terminal."""
+    """A progress bar on the terminal; of torchrun's processes only the first shows one."""
     from tqdm import tqdm
 
-    return tqdm(iterable, total=total, desc=text, leave=False, file=sys.stderr)
+    from many import this_process
+
+    quiet = this_process().rank > 0
+    return tqdm(iterable, total=total, desc=text, leave=False, file=sys.stderr, disable=quiet)
 
 
 def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "float32") -> "Model":
@@ -283,9 +299,12 @@ def read_prompts(preset: str) -> "Prompts":
         raise UserError(f"{path}: {error}.") from error
 
 
-def slug(name: str) -> str:
-    """A file name for a target: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder."""
-    words = "-".join(re.findall(r"\w+", name.casefold())) or "target"
+def slug(name: str, empty: str = "target") -> str:
+    """A file name for a target: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder.
+
+    `empty` is the name of what has neither letters nor digits.
+    """
+    words = "-".join(re.findall(r"\w+", name.casefold())) or empty
     if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", words):  # Windows keeps these to itself
         words += "-target"
     if len(words.encode()) > 80:  # cut, but not to the name of another target
@@ -349,18 +368,81 @@ def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, ar
 # --- train -------------------------------------------------------------------------------------------------------
 
 
-def check_target(args: argparse.Namespace, prompts: "Prompts") -> list[str]:
+class Training:
+    """What the training of all targets of one command shares: recipe, prompts, model, and what is read of them once."""
+
+    def __init__(self, args: argparse.Namespace):
+        """UserError when the preset's prompts cannot be read; the model is opened when it is first used."""
+        import dataclasses
+
+        import cpe
+
+        self.args, self.preset = args, args.preset or ("emoji" if args.model == "emoji" else "celebrity")
+        recipe = cpe.PRESETS[self.preset]
+        surrogate = recipe.surrogate if args.surrogate is None else args.surrogate
+        self.recipe = dataclasses.replace(recipe, surrogate=surrogate).scaled(args.steps_scale)
+        self.prompts = read_prompts(self.preset)
+        self.kept: dict[tuple[str, ...], Tensor] = {}
+
+    @cached_property
+    def model(self) -> "Model":
+        """The model of --model."""
+        return open_model(self.args, ("text_encoder", "unet"))
+
+    @cached_property
+    def objective(self) -> "Objective":
+        """The layers that the losses look through."""
+        import cpe
+
+        return cpe.Objective(self.model.cross_attention())
+
+    @cached_property
+    def inputs(self) -> str:
+        """16 hexadecimal digits of what else decides on the gates: the preset's prompts, the layers' weights."""
+        import dataclasses
+
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.prompts)).encode())
+        for name, weight in self.model.cross_attention().items():
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    def settings(self, names: Sequence[str]) -> dict:
+        """All that the gates of a target depend on: who has the same settings has the same gates."""
+        import dataclasses
+
+        settings = {"target": names[0], "aliases": names[1:], "gate": self.args.gate, "seed": self.args.seed}
+        settings |= {"preset": self.preset, "fingerprint": self.model.fingerprint, "inputs": self.inputs}
+        return settings | dataclasses.asdict(self.recipe)
+
+    def anchors(self, wanted: list[str]) -> "Tensor":
+        """Contexts [A, 77, d] in half precision, of the cache; kept, as every target asks for the same."""
+        from weights import cached_contexts
+
+        key = tuple(wanted)
+        if key not in self.kept:
+            show = "encoding anchors"
+            self.kept[key] = cached_contexts(self.model, wanted, lambda parts: bar(parts, len(parts), show))
+        return self.kept[key]
+
+    def forget(self) -> None:
+        """Drop what only encodes: no target comes after. Half a gigabyte in SD 1.4, and the anchors."""
+        self.kept.clear()
+        self.model.__dict__.pop("text_encoder", None)
+
+
+def check_names(names: Sequence[str], shared: Training) -> list[str]:
     """The names to erase; UserError if they are empty, equal to the surrogate, or unknown to the embedded model."""
     from cpe import normalised
     from weights import UserError
 
-    names = [" ".join(name.split()) for name in (args.target, *args.alias)]
+    names, prompts = [" ".join(name.split()) for name in names], shared.prompts
     for name in names:
         if not normalised(name):
             raise UserError('the target is empty: say what to erase, for example --target "Brad Pitt".')
-        if normalised(name) == normalised(args.surrogate):
+        if normalised(name) == normalised(shared.recipe.surrogate):
             raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
-        if args.model == "emoji":
+        if shared.args.model == "emoji":
             known = [*prompts.domain, *prompts.general]
             words = {word for entry in known for word in normalised(entry).split()}
             if not set(normalised(name).split()) <= words:
@@ -372,25 +454,48 @@ def check_target(args: argparse.Namespace, prompts: "Prompts") -> list[str]:
     return names
 
 
-def build_trainer(args: argparse.Namespace, model: "Model", names: list[str], recipe: "Recipe", prompts) -> "Trainer":
-    """Encode the prompts (anchors from the cache) and measure the layers: all that training reads."""
+def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> "Trainer":
+    """Encode the prompts (anchors from the cache) and measure the layers; `last`: no other target will be encoded."""
     import cpe
-    from weights import UserError, cached_contexts
-
-    def anchors(wanted: list[str]) -> "Tensor":
-        return cached_contexts(model, wanted, lambda parts: bar(parts, len(parts), "encoding anchors"))
+    from weights import UserError
 
     try:
-        data = cpe.prepare(recipe, prompts, names, model.encode, anchors)
+        data = cpe.prepare(shared.recipe, shared.prompts, names, shared.model.encode, shared.anchors)
     except ValueError as error:
-        raise UserError(f"prompts/{args.preset}.txt: {error}.") from error
-    if "text_encoder" in model.__dict__:
-        del model.text_encoder  # half a gigabyte in SD 1.4, not needed any more
-    objective = cpe.Objective(model.cross_attention())
-    return cpe.Trainer(objective, data, recipe, args.seed, args.gate)
+        raise UserError(f"prompts/{shared.preset}.txt: {error}.") from error
+    if last:
+        shared.forget()
+    return cpe.Trainer(shared.objective, data, shared.recipe, shared.args.seed, shared.args.gate)
 
 
-def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict[str, float]:
+@contextmanager
+def between_steps() -> Iterator[list[int]]:
+    """Ctrl-C is noted in the list that is given, for the block to end when it can; a second time it ends it at once.
+
+    A state that is saved in the middle of a step has drawn its random numbers already: it would not go on bit for bit.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # no other is interrupted
+    mine = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    mine = [number for number in mine if signal.getsignal(number) is signal.default_int_handler]
+    for number in mine:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number in mine:
+            signal.signal(number, signal.default_int_handler)
+
+
+def run_trainer(
+    trainer: "Trainer", state: Path, run: str, resume: bool = False, text: str = "training"
+) -> dict[str, float]:
     """Train to the end, saving the state every few seconds; returns the last value of every loss."""
     import cpe
     from weights import UserError, load_tensors, save_tensors
@@ -408,22 +513,23 @@ def run_trainer(trainer: "Trainer", state: Path, run: str, resume: bool) -> dict
             raise UserError(f"{state}: {error}. Train without --resume.") from error
     total, losses, saved = sum(phase.steps for phase in trainer.plan), {}, time.monotonic()
     done = sum(p.steps for p in trainer.plan[: trainer.phase]) + trainer.step
-    progress = bar(None, total, "training")
+    progress = bar(None, total, text)
     progress.update(done)
     try:
-        for report in trainer.steps():
-            losses |= report.losses
-            progress.set_postfix(stage=report.stage, **{n: f"{v:.2g}" for n, v in report.losses.items()}, refresh=False)
-            progress.update()
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_tensors(state, trainer.state(), {"run": run})
-                saved = time.monotonic()
+        with between_steps() as asked:
+            for report in trainer.steps():
+                losses |= report.losses
+                shown = {name: f"{value:.2g}" for name, value in report.losses.items()}
+                progress.set_postfix(stage=report.stage, **shown, refresh=False)
+                progress.update()
+                if asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    save_tensors(state, trainer.state(), {"run": run})
+                    saved = time.monotonic()
+                if asked:
+                    raise KeyboardInterrupt
     except cpe.Diverged as error:
         save_tensors(state, trainer.state(), {"run": run})
         raise UserError(f"{error}. The last good state is in {state}; try a smaller --steps-scale or seed.") from error
-    except KeyboardInterrupt:
-        save_tensors(state, trainer.state(), {"run": run})
-        raise
     finally:
         progress.close()
     return losses
@@ -437,36 +543,56 @@ def finished_gates(trainer: "Trainer", objective: "Objective") -> "ResAG":
     return gates.expand(objective.W) if isinstance(gates, cpe.ContextGate) else gates
 
 
-def train(args: argparse.Namespace) -> dict:
-    """`train`: one gate file for one target."""
-    import dataclasses
+def in_metadata(settings: dict) -> dict[str, str]:
+    """Settings as a gate file keeps them."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
 
+
+def run_name(settings: dict) -> str:
+    """Settings as the state of an unfinished training keeps them."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def state_file(out: Path) -> Path:
+    """Where the state of an unfinished training lies, beside its gate file."""
+    return out.with_name(f"{out.stem}.state.safetensors")
+
+
+def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
+    """Train the gates of one target and write their file; its settings, losses and place."""
     import cpe
-    from weights import check_writable, save_tensors
+    from weights import save_tensors
 
-    args.preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
-    recipe = cpe.PRESETS[args.preset]
-    args.surrogate = recipe.surrogate if args.surrogate is None else args.surrogate
-    prompts = read_prompts(args.preset)
-    names = check_target(args, prompts)
-    recipe = dataclasses.replace(recipe, surrogate=args.surrogate).scaled(args.steps_scale)
-    out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
-
-    model = open_model(args, ("text_encoder", "unet"))
-    check_writable(out)
-    state = out.with_name(f"{out.stem}.state.safetensors")
-    settings = {"target": names[0], "aliases": names[1:], "gate": args.gate, "seed": args.seed, "preset": args.preset}
-    settings |= {"fingerprint": model.fingerprint, **dataclasses.asdict(recipe)}
-    trainer = build_trainer(args, model, names, recipe, prompts)
-    losses = run_trainer(trainer, state, json.dumps(settings, sort_keys=True), args.resume)
+    losses = run_trainer(trainer, state_file(out), run_name(settings), resume, text)
     gates = finished_gates(trainer, trainer.objective)
-    metadata = {"prompts": names[0], "rank": str(gates.k), "alpha": str(gates.alpha[0].item()), "version": "1"}
-    metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    save_tensors(out, cpe.to_tensors(gates), metadata)
-    state.unlink(missing_ok=True)
+    metadata = {
+        "prompts": settings["target"],
+        "rank": str(gates.k),
+        "alpha": str(gates.alpha[0].item()),
+        "version": "1",
+    }
+    save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
+    state_file(out).unlink(missing_ok=True)
+    return {**settings, "losses": losses, "out": str(out)}
+
+
+def train(args: argparse.Namespace) -> dict:
+    """`train`: one gate file for one target, or with --targets for each of many."""
+    from weights import check_writable
+
+    if args.targets:
+        import many
+
+        return many.train(args)
+    shared = Training(args)
+    names = check_names((args.target, *args.alias), shared)
+    out, model = args.out or Path("gates") / f"{slug(args.target)}.safetensors", shared.model
+    check_writable(out)
+    settings = shared.settings(names)
+    figures = train_target(build_trainer(shared, names), settings, out, args.resume)
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     again = f'python cpe.py generate "a picture of {names[0]}" --gates {out} --before-after --model {args.model}'
-    return {**settings, "losses": losses, "out": str(out), "next": again}
+    return figures | {"next": again}
 
 
 # --- generate, inspect -------------------------------------------------------------------------------------------
@@ -476,17 +602,24 @@ def generate(args: argparse.Namespace) -> dict:
     """`generate`: one column per prompt; with --before-after the first row is the model without gates."""
     from weights import UserError, check_writable
 
+    if bool(args.prompts) == bool(args.prompt_file):
+        raise UserError("say what to draw: either prompts, or a file of them with --prompts FILE.")
     if args.before_after and not args.gates:
         raise UserError("--before-after compares with gates: give at least one --gates FILE.")
+    if args.prompt_file:
+        import many
+
+        return many.generate(args)
+    out = args.out or Path("images/generated.png")
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
-    check_writable(args.out)
+    check_writable(out)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
     rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
-    grid(rows, args.out)
-    print(f"wrote   {args.out}: {len(args.prompts)} prompts x {len(rows)}, seeds {seeds[0]} to {seeds[-1]}")
-    figures = {"out": str(args.out), "prompts": args.prompts, "seeds": seeds}
+    grid(rows, out)
+    print(f"wrote   {out}: {len(args.prompts)} prompts x {len(rows)}, seeds {seeds[0]} to {seeds[-1]}")
+    figures = {"out": str(out), "prompts": args.prompts, "seeds": seeds}
     if len(rows) == 2:
         figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
         for prompt, change in zip(args.prompts, figures["change"], strict=True):

@@ -24,6 +24,7 @@ from safetensors.torch import save
 import clip
 import commands
 import cpe
+import many
 import weights
 from weights import UserError
 
@@ -270,10 +271,26 @@ def test_any_prompt(tokenizer, prompt):
         assert not any("\ud800" <= letter <= "\udfff" for letter in prompt)
 
 
+@cases(0.10)
+@given(
+    st.lists(
+        TEXT | LONG | st.sampled_from(["# x", "a, b", ",", "red heart", "Red-Heart", "con", "con target"]), max_size=5
+    )
+)
+def test_any_file_of_targets(tmp_path, lines):
+    path = tmp_path / "targets.txt"
+    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
+    shared = commands.Training(commands.parser().parse_args(["train", "--targets", str(path)]))
+    with ends_well(UserError):
+        targets = many.read_targets(path, tmp_path, shared)
+        assert {target.out.parent for target in targets} == {tmp_path}
+        assert len({target.out.name for target in targets}) == len(targets)
+
+
 PATHS = st.sampled_from(["x", "", ".", "..", "../..", "~", "~nobody/x", "a/b", "x" * 300, "x/" * 3000, "tiny", "\0"])
 OPTIONS = {
-    "train": ("--target", "--alias", "--surrogate", "--preset", "--steps-scale", "--gate"),
-    "generate": ("--steps", "--guidance", "--sampler", "--dtype", "--gates"),
+    "train": ("--target", "--targets", "--alias", "--surrogate", "--preset", "--steps-scale", "--gate"),
+    "generate": ("--prompts", "--steps", "--guidance", "--sampler", "--dtype", "--gates"),
     "inspect": ("--prompt",),
 }
 VALUES = (

@@ -678,6 +678,19 @@ def test_a_limit_on_file_size_leaves_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_equal_tensors_and_metadata_give_equal_files(tmp_path):
+    """The library alone writes metadata in an order that changes from one call to the next."""
+    metadata = {name: f'{name} é日\x01\x7f\u2028"\\/' for name in "zyxwvutsrqponmlkjihg"}
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
+    for name in "12":
+        weights.save_tensors(tmp_path / f"{name}.safetensors", tensors, metadata)
+    one, two = contents(tmp_path).values()
+    assert one == two
+    read, said = weights.load_tensors(tmp_path / "1.safetensors")
+    assert said == {"format": "pt", **metadata}
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
 def test_files_written_are_readable_for_others(tmp_path):
     """A temporary file's narrow permissions must not survive."""
     umask = os.umask(0o022)

@@ -1,0 +1,249 @@
+"""Many targets or many prompts: a file of them, one a line, and its division among processes.
+
+    python cpe.py train --targets FILE                          # one gate file a target
+    python cpe.py generate --prompts FILE                       # one picture a prompt
+    torchrun --nproc_per_node=2 cpe.py train --targets FILE     # the same files, made by two processes
+
+Of n processes, process r takes the lines r, r + n, r + 2n, ... (blank lines and comments do not count). They never
+speak to one another: every line is worked on as if it stood alone, with the seed of --seed and in a batch of its own,
+so it does not matter which process does it. Bit for bit that holds on one device and one number of threads; torchrun
+sets OMP_NUM_THREADS=1 where it is not set. What they share, the cache of contexts, is written whole or not at all.
+
+The first process alone shows progress and says what it wrote; errors and warnings come from all, and --json x.json
+becomes x-0.json, x-1.json, ... Errors are `weights.UserError` and name the line.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import commands
+import cpe
+from weights import UserError, check_writable, load_tensors
+
+# --- Processes ---------------------------------------------------------------------------------------------------
+
+
+class Process(NamedTuple):
+    """Which of the processes that torchrun started this is: `rank` of `size`, and the `local`-th on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+
+def this_process() -> Process:
+    """What torchrun's variables say; without them, the only one. UserError for values that torchrun never sets."""
+    said = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if said["RANK"] is None or said["WORLD_SIZE"] is None:
+        return Process()
+    with suppress(ValueError):
+        process = Process(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"] or 0))
+        if 0 <= process.rank < process.size and process.local >= 0:
+            return process
+    words = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+    raise UserError(f"{words} in the environment is nothing that torchrun sets: unset them, or start with torchrun.")
+
+
+def separate(args: argparse.Namespace, process: Process) -> None:
+    """Give this process a graphics card and a --json file of its own; UserError if there are too few cards."""
+    if args.device == "cuda" and torch.cuda.is_available():
+        if process.local >= (cards := torch.cuda.device_count()):
+            raise UserError(f"process {process.local} of this machine finds {cards} graphics cards: start fewer.")
+        args.device = f"cuda:{process.local}"
+    if args.json and process.size > 1:
+        args.json = args.json.with_stem(f"{args.json.stem}-{process.rank}")
+
+
+@contextmanager
+def stopped_by_torchrun(process: Process) -> Iterator[None]:
+    """Ends as after Ctrl-C, with the state saved, when torchrun stops this process since another has failed."""
+    if process.size == 1:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def told(process: Process) -> str:
+    """A remark on what the figures of one of several processes leave out."""
+    return f" (process {process.rank} of {process.size}: the others say nothing)" if process.size > 1 else ""
+
+
+# --- Files of lines ----------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file and their numbers from 1; blank ones and those that begin with # are left out."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8.") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    for number, line in lines:
+        if "\0" in line:
+            raise UserError(f"{path}, line {number} is not text: it holds a NUL.")
+    if not lines:
+        raise UserError(f"{path} has no lines but blank ones and comments.")
+    return lines
+
+
+def output_folder(args: argparse.Namespace, default: str, suffix: str) -> Path:
+    """The folder of --out; UserError for what looks like the one file that --out is without a file of lines."""
+    folder = args.out or Path(default)
+    if folder.suffix == suffix or os.path.isfile(folder):
+        raise UserError(f"--out is a folder here, for many {suffix} files: {folder} is not.")
+    return folder
+
+
+@contextmanager
+def naming(line: str, args: argparse.Namespace) -> Iterator[None]:
+    """Errors that the user can mend say which line they are of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{line}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not commands.out_of_memory(error):
+            raise
+        raise UserError(f"{line}: {commands.memory_advice(args)}") from error
+
+
+# --- train --targets ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of a file of targets."""
+
+    line: str  # where it stands, for messages
+    names: list[str]  # the target, then its other names
+    out: Path  # its gate file
+
+
+def read_targets(path: Path, folder: Path, shared: commands.Training) -> list[Target]:
+    """The targets of a file, checked; UserError for a name that cannot be erased, or a target that is there twice."""
+    targets: list[Target] = []
+    seen: dict[str, Target] = {}
+    for number, text in read_lines(path):
+        line, (name, *aliases) = f"{path}, line {number}", text.split(",")
+        with naming(line, shared.args):
+            names = commands.check_names((name, *aliases), shared)
+        target = Target(f"{line} ({names[0]!r})", names, folder / f"{commands.slug(names[0])}.safetensors")
+        for key in (cpe.normalised(names[0]), target.out.name):
+            if first := seen.get(key):
+                raise UserError(f"{target.line} is the same target as {first.line}, or has the same file: remove one.")
+        seen |= {cpe.normalised(names[0]): target, target.out.name: target}
+        targets.append(target)
+    return targets
+
+
+def kept_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole safetensors file; none if it is not there, or damaged."""
+    with suppress(UserError):
+        return load_tensors(path)[1]
+    return {}
+
+
+def train_line(target: Target, shared: commands.Training, text: str, last: bool) -> dict | None:
+    """Train one target, going on where an earlier run with the same settings stopped; None if one has finished it."""
+    settings, state = shared.settings(target.names), commands.state_file(target.out)
+    goes_on = "run" in (saved := kept_metadata(state)) and saved["run"] == commands.run_name(settings)
+    if commands.in_metadata(settings).items() <= kept_metadata(target.out).items():
+        if goes_on:  # it was stopped between writing one file and removing the other
+            state.unlink(missing_ok=True)
+        return None
+    check_writable(target.out)
+    trainer = commands.build_trainer(shared, target.names, last)
+    return commands.train_target(trainer, settings, target.out, goes_on, text)
+
+
+def train(args: argparse.Namespace) -> dict:
+    """`train --targets`: one gate file a target; what an earlier run has finished with the same settings is kept.
+
+    A target whose loss is no number any more does not hold up the others: UserError names all of them at the end.
+    """
+    process = this_process()
+    if args.alias:
+        raise UserError("--alias goes with --target: in a file, other names follow their target after commas.")
+    separate(args, process)
+    folder, shared = output_folder(args, "gates", ".safetensors"), commands.Training(args)
+    targets = read_targets(args.targets, folder, shared)[process.rank :: process.size]
+    figures, failed = {}, []
+    with stopped_by_torchrun(process):
+        for i, target in enumerate(targets, 1):
+            with naming(target.line, args):
+                try:
+                    trained = train_line(target, shared, f"training {i} of {len(targets)}", i == len(targets))
+                except UserError as error:
+                    if not isinstance(error.__cause__, cpe.Diverged):
+                        raise
+                    print(f"cpe.py: {target.line}: {error}", file=sys.stderr)
+                    failed.append(target.names[0])
+                    continue
+            figures[target.names[0]] = trained or {"out": str(target.out), "kept": True}
+            if process.rank == 0:
+                what = f"erases {', '.join(target.names)} from {shared.model.name}"
+                print(f"wrote   {target.out}: {what}" if trained else f"kept    {target.out}: is finished already")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(targets)} targets diverged: {', '.join(failed)}.")
+    new = sum("kept" not in each for each in figures.values())
+    if process.rank == 0:
+        print(f"trained {new} targets into {folder}, kept {len(figures) - new}{told(process)}")
+    first = next(iter(figures), None)
+    again = first and f'python cpe.py generate "a picture of {first}" --gates {figures[first]["out"]} --before-after'
+    return {"targets": figures, "out": str(folder), "next": again and f"{again} --model {args.model}"}
+
+
+# --- generate --prompts ------------------------------------------------------------------------------------------
+
+
+def picture_names(prompts: Sequence[str]) -> list[str]:
+    """File names in the order of the prompts, by which each can be told: 0001-a-picture-of-a-cat.png, ..."""
+    digits = max(4, len(str(len(prompts))))
+    return [f"{i:0{digits}}-{commands.slug(prompt, 'prompt')}.png" for i, prompt in enumerate(prompts, 1)]
+
+
+def generate(args: argparse.Namespace) -> dict:
+    """`generate --prompts`: one picture a prompt, all from --seed; with --before-after, below the one without gates."""
+    process = this_process()
+    separate(args, process)
+    folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
+    names = picture_names([prompt for _, prompt in lines])
+    mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
+    model = commands.open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
+    gates = commands.load_gates(args.gates, model) if args.gates else None
+    check_writable(folder / names[0])
+    kinds = [None, gates] if args.before_after else [gates]
+    pictures = []
+    with stopped_by_torchrun(process):
+        for i, ((number, prompt), name) in enumerate(mine, 1):
+            with naming(f"{args.prompt_file}, line {number} ({prompt!r})", args):
+                text = f"{i} of {len(mine)}"
+                # Alone in its batch: what else is in it moves the last bits of an image.
+                rows = [commands.draw(model, [prompt], [args.seed], kind, args, text) for kind in kinds]
+                commands.grid(rows, folder / name)
+            picture = {"prompt": prompt, "out": str(folder / name), "seed": args.seed}
+            if len(rows) == 2:
+                picture["change"] = (rows[1] - rows[0]).abs().mean().item()
+            pictures.append(picture)
+            if process.rank == 0:
+                change = f"change {picture['change']:.4f} of 2, " if len(rows) == 2 else ""
+                print(f"wrote   {folder / name}: {change}{prompt}")
+    if process.rank == 0:
+        print(f"drew    {len(pictures)} prompts into {folder}, each from seed {args.seed}{told(process)}")
+    return {"out": str(folder), "pictures": pictures}

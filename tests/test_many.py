@@ -1,0 +1,406 @@
+"""Many targets or prompts from a file: the same files as one by one, however many processes make them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import commands
+import cpe
+import many
+import weights
+from weights import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("--preset", "emoji", "--steps-scale", "0.01")
+TARGETS = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
+FILES = ["dog-face.safetensors", "red-heart.safetensors", "two-hearts.safetensors"]
+
+
+@pytest.fixture
+def run(tiny_original, tmp_path, monkeypatch, capsys):
+    """Run a command on the tiny model in an empty folder; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        model = [] if "--model" in arguments else ["--model", str(tiny_original)]
+        code = commands.main([*arguments, *model])
+        streams = capsys.readouterr()
+        return code, streams.out + streams.err
+
+    return call
+
+
+@pytest.fixture
+def train(run, tmp_path):
+    """Train all of TARGETS, or of another text, into a folder."""
+
+    def call(out: str, *more: str, targets: str = TARGETS) -> tuple[int, str]:
+        (tmp_path / "targets.txt").write_text(targets, encoding="utf-8")
+        return run("train", "--targets", "targets.txt", *SHORT, "--out", out, *more)
+
+    return call
+
+
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Make this process one of those that torchrun starts."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of all files of a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a command in two processes."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torchrun")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "cpe.py"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+# --- train --targets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["resag", "context"])
+def test_a_file_of_targets_gives_the_files_of_one_by_one(run, train, gate):
+    code, said = train("all", "--gate", gate, "--seed", "7", "--json", "figures.json")
+    assert code == 0
+    assert "trained 3 targets into all, kept 0" in said
+    for name, *aliases in (["red heart", "--alias", "love"], ["dog face"], ["two hearts"]):
+        out = f"alone/{commands.slug(name)}.safetensors"
+        assert run("train", "--target", name, *aliases, *SHORT, "--gate", gate, "--seed", "7", "--out", out)[0] == 0
+    assert list(contents("all")) == FILES
+    assert contents("all") == contents("alone")
+    figures = json.loads(Path("figures.json").read_text())["targets"]
+    assert figures["red heart"]["aliases"] == ["love"]
+    assert list(figures) == ["red heart", "dog face", "two hearts"]
+
+
+def test_what_does_not_depend_on_the_target_is_made_once(train, monkeypatch):
+    made, asked = [], []
+    objective, cached = cpe.Objective, weights.cached_contexts
+    monkeypatch.setattr(cpe, "Objective", lambda *given: made.append(1) or objective(*given))
+    monkeypatch.setattr(weights, "cached_contexts", lambda m, wanted, *_: asked.append(wanted) or cached(m, wanted))
+    encoders = []
+    load = weights.Part.load
+    monkeypatch.setattr(weights.Part, "load", lambda part, *given: encoders.append(part) or load(part, *given))
+    assert train("all")[0] == 0
+    assert len(made) == len(encoders) == 1
+    assert len(asked) == 4  # surrogate, general, domain in templates, domain bare
+
+
+def test_what_is_finished_is_kept_until_a_setting_changes(train, monkeypatch):
+    assert train("all")[0] == 0
+    before = contents("all")
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+        code, said = train("all", "--json", "figures.json")
+    assert code == 0
+    assert said.count("is finished already") == 3
+    assert contents("all") == before
+    assert all(each["kept"] for each in json.loads(Path("figures.json").read_text())["targets"].values())
+    code, said = train("all", "--seed", "1")
+    assert "trained 3 targets into all, kept 0" in said
+    assert all(contents("all")[name] != before[name] for name in FILES)
+
+
+@pytest.mark.parametrize("changed", ["prompts", "layers", "file"])
+def test_a_finished_file_is_made_anew_when_what_it_was_made_of_is_not_the_same(
+    run, tiny, tmp_path, monkeypatch, changed
+):
+    Path("targets.txt").write_text("red heart\n")
+    command = ("train", "--targets", "targets.txt", *SHORT, "--model", str(tiny))
+    assert run(*command)[0] == 0
+    if changed == "prompts":
+        prompts = commands.read_prompts("emoji")
+        prompts.general.append("sunset")
+        monkeypatch.setattr(commands, "read_prompts", lambda _: prompts)
+    elif changed == "layers":
+        path = tiny / "unet/diffusion_pytorch_model.safetensors"
+        tensors = weights.load_tensors(path)[0]
+        name = next(name for name in tensors if "attn2.to_v" in name)
+        weights.save_tensors(path, tensors | {name: 2 * tensors[name]})
+    else:
+        path = tmp_path / "gates/red-heart.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "trained 1 targets into gates, kept 0" in run(*command)[1]
+    assert "trained 0 targets into gates, kept 1" in run(*command)[1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, stop) -> None:
+    """Call `stop` after so many steps of training."""
+    update, done = cpe.Trainer.update, []
+
+    def counted(trainer: cpe.Trainer) -> dict[str, float]:
+        losses = update(trainer)
+        done.append(1)
+        if len(done) == steps:
+            stop()
+        return losses
+
+    monkeypatch.setattr(cpe.Trainer, "update", counted)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_same_command_goes_on_after_an_interruption(train, monkeypatch, size):
+    assert train("whole")[0] == 0
+    before = signal.getsignal(signal.SIGTERM)
+    as_process(monkeypatch, 0, size)
+    with monkeypatch.context() as patch:
+        # in the second target of this process: Ctrl-C, or torchrun, which stops all processes when one has failed
+        sent = signal.SIGINT if size == 1 else signal.SIGTERM
+        stop_after(patch, 13, lambda: os.kill(os.getpid(), sent))
+        code, said = train("stopped")
+    assert code == 130
+    assert "the same command goes on" in said
+    assert len(contents("stopped")) == 2
+    (state,) = (name for name in contents("stopped") if name.endswith(".state.safetensors"))
+    assert weights.load_tensors(Path("stopped") / state)[0]["position"].tolist() == [0, 4]
+    for rank in range(size):
+        as_process(monkeypatch, rank, size)
+        assert train("stopped")[0] == 0
+    assert contents("stopped") == contents("whole")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_state_of_other_settings_or_of_a_finished_run_is_in_nobodys_way(train):
+    assert train("whole")[0] == 0
+    state = Path("all/red-heart.state.safetensors")
+    weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
+    assert train("all")[0] == 0
+    assert contents("all") == contents("whole")
+    train("all", "--seed", "1", "--json", "figures.json")
+    before = contents("all")
+    settings = json.loads(Path("figures.json").read_text())["targets"]["red heart"]
+    settings = {name: value for name, value in settings.items() if name not in ("losses", "out")}
+    weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": commands.run_name(settings)})
+    assert "kept 3" in train("all", "--seed", "1")[1]
+    assert contents("all") == before
+
+
+def test_a_target_that_diverges_is_named_and_the_others_are_trained(train, monkeypatch):
+    def diverge() -> None:
+        raise cpe.Diverged("the loss became nan")
+
+    stop_after(monkeypatch, 1, diverge)
+    code, said = train("all")
+    assert code == 2
+    assert "cpe.py: targets.txt, line 2 ('red heart'): the loss became nan" in said
+    assert said.endswith("cpe.py: 1 of 3 targets diverged: red heart.\n")
+    assert list(contents("all")) == ["dog-face.safetensors", "red-heart.state.safetensors", "two-hearts.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(UserError("the disk is full"), "the disk is full"), (MemoryError(), "out of memory on cpu. Try: ")],
+)
+def test_any_other_error_ends_the_run_and_names_the_target(train, monkeypatch, error, words):
+    def fail() -> None:
+        raise error
+
+    stop_after(monkeypatch, 1, fail)
+    code, said = train("all")
+    assert code == 2
+    assert f"cpe.py: targets.txt, line 2 ('red heart'): {words}" in said
+    assert "Traceback" not in said
+    assert contents("all") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no lines but"),
+        ("# only this\n\n", "no lines but"),
+        ("cat\n\nCAT!\n", "line 3 ('CAT!') is the same target as targets.txt, line 1 ('cat')"),
+        ("con target\ncon\n", "line 2 ('con') is the same target as targets.txt, line 1 ('con target'), or has"),
+        ("cat\n, feline", "line 2: the target is empty"),
+        ("cat, feline,\n", "line 1: the target is empty"),
+        ("an object\n", "line 1: 'an object' is both target and surrogate"),
+        ("cat\na\0b\n", "line 2 is not text"),
+        ("caf\udce9", "not a text file in UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypatch, text, words):
+    Path("targets.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(commands, "open_model", lambda *_: pytest.fail("opened the model"))
+    code, said = run("train", "--targets", "targets.txt", "--preset", "object")
+    assert code == 2
+    assert words in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["targets.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--targets", "none.txt"), "none.txt cannot be read"),
+        (("train", "--targets", "lines.txt", "--alias", "x"), "--alias goes with --target"),
+        (("train", "--targets", "lines.txt", "--out", "x.safetensors"), "--out is a folder here"),
+        (("train", "--targets", "lines.txt", "--model", "emoji"), "line 1: the embedded model has never seen"),
+        (("generate", "--prompts", "lines.txt", "--out", "lines.txt"), "--out is a folder here"),
+        (("generate", "--prompts", "lines.txt", "--steps", "2000"), "steps"),
+        (("generate", "--prompts", "lines.txt", "a cat"), "either prompts, or a file"),
+        (("generate",), "either prompts, or a file"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(run, tmp_path, arguments, words):
+    Path("lines.txt").write_text("Brad Pitt\n")
+    try:
+        code, said = run(*arguments)
+        assert said.count("\n") == 1
+        assert words in said
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lines.txt"]
+
+
+# --- generate --prompts ------------------------------------------------------------------------------------------
+
+PROMPTS = "a cat\n\n# not drawn\na dog\na cat\n???\n"
+PICTURES = ["0001-a-cat.png", "0002-a-dog.png", "0003-a-cat.png", "0004-prompt.png"]
+DRAW = ("--steps", "2", "--seed", "5")
+
+
+def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
+    Path("prompts.txt").write_text(PROMPTS)
+    code, said = run("generate", "--prompts", "prompts.txt", *DRAW, "--json", "figures.json")
+    assert code == 0
+    assert "drew    4 prompts into images/generated, each from seed 5" in said
+    pictures = contents("images/generated")
+    assert list(pictures) == PICTURES
+    assert run("generate", "a dog", *DRAW, "--out", "alone.png")[0] == 0
+    assert pictures["0002-a-dog.png"] == Path("alone.png").read_bytes()
+    assert pictures["0001-a-cat.png"] == pictures["0003-a-cat.png"]
+    figures = json.loads(Path("figures.json").read_text())
+    assert [each["prompt"] for each in figures["pictures"]] == ["a cat", "a dog", "a cat", "???"]
+
+
+def test_gates_act_on_every_prompt_of_a_file(run, train):
+    train("gates")
+    Path("prompts.txt").write_text("a red heart\na dog\n")
+    command = ("generate", "--prompts", "prompts.txt", *DRAW, "--before-after", "--gates", f"gates/{FILES[1]}")
+    code, said = run(*command, "--json", "figures.json")
+    assert code == 0
+    assert said.count("change ") == 2
+    assert all("change" in each for each in json.loads(Path("figures.json").read_text())["pictures"])
+    assert run(*command[:1], "a dog", *command[3:], "--out", "alone.png")[0] == 0
+    assert contents("images/generated")["0002-a-dog.png"] == Path("alone.png").read_bytes()
+
+
+def test_a_prompt_that_cannot_be_drawn_is_named(run, monkeypatch):
+    def fail(*_):
+        raise UserError("the model's images are not finite numbers.")
+
+    monkeypatch.setattr(commands, "draw", fail)
+    Path("prompts.txt").write_text(PROMPTS)
+    code, said = run("generate", "--prompts", "prompts.txt")
+    assert code == 2
+    assert said == "cpe.py: prompts.txt, line 1 ('a cat'): the model's images are not finite numbers.\n"
+
+
+# --- Several processes -------------------------------------------------------------------------------------------
+
+
+def test_processes_share_the_lines_and_only_the_first_speaks(run, train, monkeypatch):
+    Path("prompts.txt").write_text(PROMPTS)
+    draw = ("generate", "--prompts", "prompts.txt", *DRAW)
+    assert train("one")[0] == run(*draw, "--out", "drawn")[0] == 0
+    for rank in range(3):
+        as_process(monkeypatch, rank, 3)
+        code, said = train("three", "--json", "figures.json")
+        assert code == 0
+        assert len(contents("three")) == rank + 1
+        assert ("of 3: the others say nothing" in said and "took" in said) if rank == 0 else said == ""
+        assert run(*draw, "--out", "shared") == (0, "") or rank == 0
+        assert len(json.loads(Path(f"figures-{rank}.json").read_text())["targets"]) == 1
+    assert contents("three") == contents("one")
+    assert contents("shared") == contents("drawn")
+    as_process(monkeypatch, 3, 4)
+    assert train("four") == (0, "")  # more processes than lines
+
+
+@pytest.mark.parametrize(
+    "values", [("x", "2", "0"), ("2", "2", "0"), ("-1", "2", "0"), ("0", "2", "x"), ("0", "0", "0")]
+)
+def test_variables_that_torchrun_never_sets_are_refused(run, monkeypatch, values):
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), values, strict=True):
+        monkeypatch.setenv(name, value)
+    code, said = run("train", "--targets", "x")
+    assert code == 2
+    assert "in the environment is nothing that torchrun sets" in said
+
+
+def test_every_process_has_a_graphics_card_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for process, device in ((many.Process(), "cuda:0"), (many.Process(5, 8, 1), "cuda:1")):
+        args = commands.parser().parse_args(["train", "--targets", "x", "--device", "cuda"])
+        many.separate(args, process)
+        assert args.device == device
+    with pytest.raises(UserError, match="process 2 of this machine finds 2 graphics cards"):
+        many.separate(
+            commands.parser().parse_args(["train", "--target", "x", "--device", "cuda"]), many.Process(2, 3, 2)
+        )
+    args = commands.parser().parse_args(["train", "--targets", "x"])
+    many.separate(args, many.Process(1, 2, 1))
+    assert args.device == "cpu"
+
+
+def test_torchrun_gives_the_files_of_one_process(train, tiny_original, tmp_path):
+    assert train("one")[0] == 0
+    settings = ("--targets", "targets.txt", *SHORT, "--model", str(tiny_original))
+    done = torchrun(tmp_path, "train", *settings, "--out", "two")
+    assert done.returncode == 0, done.stderr
+    assert contents("two") == contents("one")
+    assert done.stdout.count("wrote   ") == 2
+    assert done.stdout.count("trained ") == done.stdout.count("took ") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_files_of_one_process_on_the_embedded_model(run, tmp_path, monkeypatch):
+    for kind in (
+        ("train", "--targets", "targets.txt", *SHORT),
+        ("generate", "--prompts", "targets.txt", *DRAW),
+    ):
+        Path("targets.txt").write_text("red heart, heart\ndog face\ntwo hearts\n")
+        assert run(*kind, "--model", "emoji", "--out", f"one-{kind[0]}")[0] == 0
+        monkeypatch.setenv("CPE_CACHE", str(tmp_path / "new-cache"))  # both write it
+        done = torchrun(tmp_path, *kind, "--model", "emoji", "--out", f"two-{kind[0]}")
+        assert done.returncode == 0, done.stderr
+        assert contents(f"two-{kind[0]}") == contents(f"one-{kind[0]}")
+    assert not [name for name in contents("new-cache") if name.startswith(".")]
+
+
+def test_a_process_that_fails_names_its_target_and_leaves_nothing_half_written(
+    run, tiny_original, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "all/dog-face.safetensors").mkdir(parents=True)
+    Path("targets.txt").write_text(TARGETS)
+    settings = ("--targets", "targets.txt", "--preset", "emoji", "--model", str(tiny_original))
+    done = torchrun(tmp_path, "train", *settings, "--out", "all")  # the first process would train for minutes
+    assert done.returncode != 0
+    assert "cpe.py: targets.txt, line 4 ('dog face'): all/dog-face.safetensors is a folder" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    (tmp_path / "all/dog-face.safetensors").rmdir()
+    for path in (*Path("all").iterdir(), *Path("cache").glob("*")):
+        assert weights.load_tensors(path)[0]
