@@ -238,7 +238,8 @@ def test_every_eraser_is_tuned_with_the_same_budget():
 @pytest.mark.parametrize("method", ["cpe", "cpe, baked"])
 def test_gates_are_trained_once_for_all_cells_that_need_them(world, method, monkeypatch):
     monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.002))
-    monkeypatch.setattr(compare.bake, "Recipe", lambda: bake.Recipe(steps=2))
+    short = bake.Recipe(steps=2)
+    monkeypatch.setattr(bake, "Recipe", lambda: short)
     scenario = compare.SCENARIOS["object"]
     first = compare.METHODS["cpe"].build(world, scenario, 0)
     assert first.spared == 0

@@ -17,7 +17,8 @@ import weights
 from weights import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ("--preset", "emoji", "--steps-scale", "0.01")
+SHORT = ("--preset", "emoji", "--steps-scale", "0.004")
+STEPS = sum(phase.steps for phase in cpe.phases(cpe.PRESETS["emoji"].scaled(0.004)))  # of one target
 TARGETS = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
 FILES = ["dog-face.safetensors", "red-heart.safetensors", "two-hearts.safetensors"]
 
@@ -167,7 +168,7 @@ def test_the_same_command_goes_on_after_an_interruption(train, monkeypatch, size
     with monkeypatch.context() as patch:
         # in the second target of this process: Ctrl-C, or torchrun, which stops all processes when one has failed
         sent = signal.SIGINT if size == 1 else signal.SIGTERM
-        stop_after(patch, 13, lambda: os.kill(os.getpid(), sent))
+        stop_after(patch, STEPS + 4, lambda: os.kill(os.getpid(), sent))
         code, said = train("stopped")
     assert code == 130
     assert "the same command goes on" in said
