@@ -49,7 +49,10 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     if not target:
         raise ValueError("its metadata does not say what it erases")
     surrogate, eta = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
-    return Concept([target, *json.loads(metadata.get("aliases", "[]"))], surrogate, float(eta))
+    aliases = json.loads(metadata.get("aliases", "[]"))
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases']}")
+    return Concept([target, *aliases], surrogate, float(eta))
 
 
 def in_company(texts: Sequence[str], words: Sequence[str], chance: random.Random) -> list[str]:

@@ -177,6 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpe.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # files raise UserError: what is left is that nobody reads on, or a full disk does
+        if error.filename is not None:
+            print(f"cpe.py: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again as it ends
         print(f"cpe.py: standard output cannot be written: {error.strerror}", file=sys.stderr)
         return 2
@@ -313,6 +316,14 @@ def slug(name: str, empty: str = "target") -> str:
     return words
 
 
+def check_picture(path: Path) -> None:
+    """UserError unless the name of a picture is one of a PNG."""
+    from weights import UserError
+
+    if path.suffix.lower() not in (".png", ""):
+        raise UserError(f"{path}: pictures are written as PNG, choose a name that ends in .png.")
+
+
 def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[str] = ()) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; with `labels`, the name of each row on its left."""
     import torch
@@ -377,7 +388,7 @@ class Training:
 
         import cpe
 
-        self.args, self.preset = args, args.preset or ("emoji" if args.model == "emoji" else "celebrity")
+        self.args, self.preset = args, args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
         recipe = cpe.PRESETS[self.preset]
         surrogate = recipe.surrogate if args.surrogate is None else args.surrogate
         self.recipe = dataclasses.replace(recipe, surrogate=surrogate).scaled(args.steps_scale)
@@ -436,22 +447,37 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
     from cpe import normalised
     from weights import UserError
 
-    names, prompts = [" ".join(name.split()) for name in names], shared.prompts
+    names = [" ".join(name.split()) for name in names]
     for name in names:
         if not normalised(name):
             raise UserError('the target is empty: say what to erase, for example --target "Brad Pitt".')
         if normalised(name) == normalised(shared.recipe.surrogate):
             raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
-        if shared.args.model == "emoji":
-            known = [*prompts.domain, *prompts.general]
-            words = {word for entry in known for word in normalised(entry).split()}
-            if not set(normalised(name).split()) <= words:
-                near = difflib.get_close_matches(name.casefold(), prompts.domain, 3, cutoff=0.3) or prompts.domain[:3]
-                raise UserError(
-                    f"the embedded model has never seen {name!r}: it only knows emoji, for example {', '.join(near)}. "
-                    "Real names need --model sd14."
-                )
+    if is_emoji(shared.args.model):
+        chosen = [shared.args.surrogate] if shared.args.surrogate else []
+        check_emoji_words([*names, *chosen])
     return names
+
+
+def is_emoji(model: str) -> bool:
+    """Whether --model names the embedded model, or its folder."""
+    return model == "emoji" or Path(model).resolve() == HERE / "emoji"
+
+
+def check_emoji_words(names: Sequence[str]) -> None:
+    """UserError for a name with words that the embedded model has never seen."""
+    from cpe import normalised
+    from weights import UserError
+
+    prompts = read_prompts("emoji")
+    words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
+    for name in names:
+        if not set(normalised(name).split()) <= words:
+            near = difflib.get_close_matches(name.casefold(), prompts.domain, 3, cutoff=0.3) or prompts.domain[:3]
+            raise UserError(
+                f"the embedded model has never seen {name!r}: it only knows emoji, for example {', '.join(near)}. "
+                "Real names need --model sd14."
+            )
 
 
 def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> "Trainer":
@@ -529,7 +555,8 @@ def run_trainer(
                     raise KeyboardInterrupt
     except cpe.Diverged as error:
         save_tensors(state, trainer.state(), {"run": run})
-        raise UserError(f"{error}. The last good state is in {state}; try a smaller --steps-scale or seed.") from error
+        advice = f"The last good state is in {state}; train again without --resume, with another --seed or --preset"
+        raise UserError(f"{error}. {advice}.") from error
     finally:
         progress.close()
     return losses
@@ -611,6 +638,7 @@ def generate(args: argparse.Namespace) -> dict:
 
         return many.generate(args)
     out = args.out or Path("images/generated.png")
+    check_picture(out)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
     check_writable(out)
@@ -624,9 +652,10 @@ def generate(args: argparse.Namespace) -> dict:
         figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
         for prompt, change in zip(args.prompts, figures["change"], strict=True):
             print(f"change  {change:.4f} of 2  {prompt}")
+    following = f'train --target "..." --model {args.model}'
     if args.gates:
-        figures["next"] = f'python cpe.py inspect {args.gates[0]} --prompt "{args.prompts[0]}" --model {args.model}'
-    return figures
+        following = f'inspect {args.gates[0]} --prompt "{args.prompts[0]}" --model {args.model}'
+    return figures | {"next": f"python cpe.py {following}"}
 
 
 def inspect(args: argparse.Namespace) -> dict:
@@ -659,6 +688,7 @@ def demo(args: argparse.Namespace) -> dict:
     concepts = prompts.domain
     if args.target not in concepts:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
+    check_picture(args.out)
     check_writable(args.out)
     gate_file = args.out.with_suffix(".safetensors")
     train_args = parser().parse_args(
@@ -715,8 +745,11 @@ def demo(args: argparse.Namespace) -> dict:
 def compare(args: argparse.Namespace) -> dict:
     """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again."""
     import compare as table
-    from weights import UserError, write_text
+    from weights import UserError, check_writable, write_text
 
+    check_picture(args.out)
+    for path in filter(None, (args.out, args.markdown)):
+        check_writable(path)
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
@@ -725,7 +758,8 @@ def compare(args: argparse.Namespace) -> dict:
         raise UserError(f"unknown eraser {unknown[0]!r}: choose among {', '.join(methods)}.")
     if args.target:
         prompts = read_prompts(args.preset)
-        known = prompts.general if args.preset.endswith("style") else prompts.domain
+        styles = [word for word in prompts.general if word.endswith(" style")]
+        known = styles if args.preset.endswith("style") else prompts.domain
         if unknown := [name for name in args.target if name not in known]:
             raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
         scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
@@ -748,7 +782,8 @@ def compare(args: argparse.Namespace) -> dict:
     if args.markdown:
         write_text(args.markdown, table.markdown(figures))
         print(f"wrote   {args.markdown}")
-    return {"scenarios": figures, "model": world.fingerprint}
+    following = "python cpe.py compare --ablations" if args.ablations is False else "python benchmarks/tune.py"
+    return {"scenarios": figures, "model": world.fingerprint, "next": following}
 
 
 def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
@@ -767,11 +802,12 @@ def bake(args: argparse.Namespace) -> dict:
 
     import bake as baking
     import cpe
-    from weights import UserError, load_model, load_tensors, save_model
+    from weights import UserError, check_writable, load_model, load_tensors, save_model
 
-    if args.out.exists():
+    if os.path.exists(args.out):
         raise UserError(f"{args.out} exists already: choose another name, or remove it.")
-    preset = args.preset or ("emoji" if args.model == "emoji" else "celebrity")
+    check_writable(args.out)
+    preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
     prompts = read_prompts(preset)
     model = open_model(args, ("text_encoder", "unet", "vae"))
     gates = load_gates(args.gates, model)
@@ -807,7 +843,7 @@ def bake(args: argparse.Namespace) -> dict:
         if args.images and (model.folder / "clip").is_dir():
             rows |= image_changes(args, model, baked, gates, concept.names[0], words.domain)
         for name, row in rows.items():
-            print(f"{concept.names[0]}: {name:{50 - len(concept.names[0])}}{row['gates']:10.2g}{row['baked']:10.2g}")
+            print(f"{f'{concept.names[0]}: {name}':52}{row['gates']:10.2g}{row['baked']:10.2g}")
         figures[concept.names[0]] = rows
     print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
     print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")

@@ -129,10 +129,11 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that images depend on: the text encoder, and the cross-attention weights for the U-Net."""
+        """Of all that figures depend on: the model's networks, and the judge."""
         digest = hashlib.sha256(self.model.fingerprint.encode())
-        for tensor in self.model.unet.state_dict().values():
-            digest.update(tensor.cpu().contiguous().numpy())
+        for network in (self.model.unet, self.model.vae, self.clip):
+            for tensor in network.state_dict().values():
+                digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
     @property
@@ -332,7 +333,11 @@ def train_gates(
     return trainer.gates.requires_grad_(False), 0.0
 
 
-TUNED: dict[str, dict] = {}  # by method: what benchmarks/tune.py found best
+TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
+    "uce": {"padding": True, "templates": "kept", "s_p": 0.1},
+    "rece": {"rounds": 3, "rho": 0.1, "s_p": 1.0},
+    "speed": {"threshold": 0.1, "templates": "all", "augment": 0},
+}
 
 METHODS = {
     method.name: method
@@ -375,6 +380,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     """The name under which a cell is kept: of everything that decides its figures."""
     recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
     parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
+    parts += [world.concepts, dataclasses.asdict(world.listed(scenario)), dataclasses.asdict(bake.Recipe())]
     parts += [tuned(method), dataclasses.asdict(budget), seed]
     return named(parts)
 

@@ -202,3 +202,17 @@ def test_help_does_not_import_torch():
     done = subprocess.run([sys.executable, "cpe.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "train" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--model", "emoji"], ["--model", str(ROOT / "emoji"), "--preset", "celebrity"]])
+def test_the_embedded_model_refuses_names_it_has_never_seen(arguments, capsys):
+    assert commands.main(["train", "--target", "Brad Pitt", *arguments]) == 2
+    assert "has never seen 'Brad Pitt'" in capsys.readouterr().err
+    assert commands.main(["train", "--target", "red heart", "--surrogate", "a person of note", *arguments]) == 2
+    assert "has never seen 'a person of note'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "a cat"], ["demo"], ["compare"]])
+def test_pictures_are_png_and_that_is_said_before_any_work(command, capsys):
+    assert commands.main([*command, "--out", "x.jpg"]) == 2
+    assert "a name that ends in .png" in capsys.readouterr().err

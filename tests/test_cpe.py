@@ -835,3 +835,17 @@ def test_divergence_leaves_the_gates_as_they_were(stop):
             pass
     after = t.state()
     assert_identical(*({n: s[n] for n in s if n.startswith("gates.")} for s in (before, after)))
+
+
+def test_a_gradient_that_overflows_stops_before_it_reaches_the_gates(monkeypatch):
+    t = fresh("resag")
+    steps = t.steps()
+    next(steps)
+    before = t.state()
+    losses = t.erase_losses
+    # sqrt has the value 0 and an infinite slope at 0: the loss alone looks sound
+    monkeypatch.setattr(t, "erase_losses", lambda: losses() | {"adv": (t.core.scaler * 0).sum().sqrt()})
+    with pytest.raises(cpe.Diverged, match="gradient"):
+        next(steps)
+    after = t.state()
+    assert_identical(*({n: s[n] for n in s if n.startswith("gates.")} for s in (before, after)))
