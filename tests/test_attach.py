@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import warnings
 from pathlib import Path
 
@@ -255,11 +256,8 @@ def test_a_context_gate_gives_diffusers_its_prompt_embeddings(pipe):
     cpe.detach(pipe.unet)
 
 
-RECIPE = """
-pipe = StableDiffusionPipeline.from_pretrained("emoji", torch_dtype=torch.float32)
-cpe.attach(pipe.unet, cpe.from_tensors(load_file("gates/red-heart.safetensors")))
-image = pipe("a picture of a red heart", num_inference_steps=20, guidance_scale=4).images[0]
-"""  # as the README has it
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPE = "\n".join(re.findall(r"^    ((?:pipe =|cpe\.attach|image =).*)$", README, re.MULTILINE))
 
 
 @pytest.mark.oracle
@@ -271,6 +269,7 @@ def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
     names = {"StableDiffusionPipeline": pipeline, "torch": torch, "cpe": cpe, "load_file": load_file}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        assert RECIPE.count("\n") == 2
         exec(RECIPE, names)
     unet = names["pipe"].unet
     assert names["image"].size == (64, 64)
