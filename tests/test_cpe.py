@@ -849,3 +849,20 @@ def test_a_gradient_that_overflows_stops_before_it_reaches_the_gates(monkeypatch
         next(steps)
     after = t.state()
     assert_identical(*({n: s[n] for n in s if n.startswith("gates.")} for s in (before, after)))
+
+
+def test_lambda_rises_in_the_first_stage_alone_and_in_the_papers_presets_not_at_all():
+    t = fresh("resag")
+    assert t.recipe.rise == 0
+    assert t.risen() == 1
+    t.recipe = replace(t.recipe, rise=0.5)
+    half = t.plan[0].steps / 2
+    seen = []
+    for t.step in range(t.plan[0].steps):
+        seen.append(t.risen())
+    assert seen[0] == pytest.approx(min(1, (1 / half) ** 2))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    t.phase, t.step = 2, 0
+    assert t.risen() == 1
+    assert {name for name, recipe in cpe.PRESETS.items() if recipe.rise} == {"emoji", "emoji-style"}
