@@ -858,7 +858,8 @@ def test_lambda_rises_in_the_first_stage_alone_and_in_the_papers_presets_not_at_
     t.recipe = replace(t.recipe, rise=0.5)
     half = t.plan[0].steps / 2
     seen = []
-    for t.step in range(t.plan[0].steps):
+    for step in range(t.plan[0].steps):
+        t.step = step
         seen.append(t.risen())
     assert seen[0] == pytest.approx(min(1, (1 / half) ** 2))
     assert seen == sorted(seen)
