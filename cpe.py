@@ -701,8 +701,8 @@ class Trainer:
             raise Diverged(f"the loss became {loss.item()} in stage {self.phase // 2 + 1}, step {self.step + 1}")
         self.optimizer.zero_grad()
         loss.backward()
-        leaves = self.optimizer.param_groups[0]["params"]
-        if not nn.utils.get_total_norm([leaf.grad for leaf in leaves]).isfinite():  # a finite loss may have others
+        gradients = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
+        if not nn.utils.get_total_norm(gradients).isfinite():  # a finite loss may have others
             raise Diverged(f"the gradient overflowed in stage {self.phase // 2 + 1}, step {self.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(phase, self.step, self.recipe.warmup)
