@@ -125,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
     sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
     sub.add_argument("--preset", choices=PRESET_NAMES, default="emoji", help="of --target: its words and recipe")
+    sub.add_argument("--scenario", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     sub.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     sub.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
     sub.add_argument("--quick", action="store_true", help="one target, few images, no attacks")
@@ -763,6 +764,10 @@ def compare(args: argparse.Namespace) -> dict:
         if unknown := [name for name in args.target if name not in known]:
             raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
         scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
+    if unknown := [name for name in args.scenario if name not in scenarios]:
+        raise UserError(f"unknown scenario {unknown[0]!r}: choose among {', '.join(scenarios)}.")
+    if args.scenario:
+        scenarios = {name: scenarios[name] for name in args.scenario}
     if args.quick:
         scenarios = dict(list(scenarios.items())[:1])
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)

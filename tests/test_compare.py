@@ -190,6 +190,8 @@ def test_every_variant_trains(world, kind):
 def test_the_command_refuses_what_it_does_not_know(capsys):
     assert commands.main(["compare", "--eraser", "magic"]) == 2
     assert "unknown eraser 'magic'" in capsys.readouterr().err
+    assert commands.main(["compare", "--scenario", "weather"]) == 2
+    assert "unknown scenario 'weather': choose among object" in capsys.readouterr().err
     assert commands.main(["compare", "--target", "Brad Pitt"]) == 2
     assert "is not in prompts/emoji.txt" in capsys.readouterr().err
 
