@@ -599,9 +599,13 @@ class Latents:
     """Random training batches for the U-Net, from the two caches."""
 
     def __init__(self):
-        for name in ("latents", "contexts"):
-            if not (BUILD / f"{name}.safetensors").exists():
-                {"latents": cache_latents, "contexts": cache_contexts}[name]()
+        encoder = HERE / "text_encoder" / "model.safetensors"
+        caches = {"latents": (cache_latents, None), "contexts": (cache_contexts, encoder)}
+        for name, (make, source) in caches.items():
+            path = BUILD / f"{name}.safetensors"
+            # contexts of an earlier text encoder would teach the U-Net another language
+            if not path.exists() or (source and source.exists() and source.stat().st_mtime > path.stat().st_mtime):
+                make()
         self.latents = load_file(BUILD / "latents.safetensors")["latents"]
         cached = load_file(BUILD / "contexts.safetensors")
         self.contexts, self.empty = cached["contexts"], cached["empty"]
