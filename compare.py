@@ -337,6 +337,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "uce": {"padding": True, "templates": "kept", "s_p": 0.1},
     "rece": {"rounds": 3, "rho": 0.1, "s_p": 1.0},
     "speed": {"threshold": 0.1, "templates": "all", "augment": 0},
+    "lora": {"k": 4, "lam": 100.0},
 }
 
 METHODS = {
