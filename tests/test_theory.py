@@ -109,6 +109,27 @@ def test_several_targets(seed, c):
         assert close(th.floor_many(S, E_t, T), th.floor(S, E_t[:, 0], T[:, 0]))
 
 
+@cases
+@given(seeds, st.integers(1, 12), st.floats(0.01, 100))
+def test_several_targets_erased_only_partly(seed, c, lam):
+    X, E_t, T, Delta = draw(seed, (40, 9), (9, c), (4, c), (4, 9))  # c > d too: then not all can be erased
+    S = th.second_moment(X)
+
+    def error(Delta):
+        return ((Delta @ E_t - T).square().sum() / c).item()
+
+    best = th.context_ridge(E_t.T, T.T, X, lam * c / len(X)).T
+    lowest = th.soft_floor_many(S, E_t, T, torch.tensor([lam], dtype=S.dtype)).item()
+    assert close(error(best) + lam * th.damage(best, S), lowest)
+    assert error(best + 0.01 * Delta) + lam * th.damage(best + 0.01 * Delta, S) > lowest
+    for edit in (Delta, 0 * Delta, best, best + 0.01 * Delta):
+        assert th.damage(edit, S) >= th.frontier_many(S, E_t, T, error(edit)) * (1 - 1e-9)
+    assert close(th.frontier_many(S, E_t, T, error(best)), th.damage(best, S), rel=0.01)  # attained, up to the grid
+    if c == 1:
+        e, t = E_t[:, 0], T[:, 0]
+        assert close(th.frontier(S, e, t, error(best) ** 0.5), th.damage(best, S))
+
+
 def test_floor_by_monte_carlo():
     X, e, t = draw(0, (4000, 6), (6,), (3,))
     S = th.second_moment(X)

@@ -103,12 +103,16 @@ class Lab:
         return torch.cat(images)
 
 
-def open_lab(model: str, target: str = "red heart", surrogate: str = "an object") -> Lab:
-    """The laboratory on "emoji", "sd14" or a folder; the embedded model's concepts are names that SD knows too."""
+def open_lab(model: str, target: str = "red heart", surrogate: str | None = None) -> Lab:
+    """The laboratory on "emoji", "sd14" or a folder; the embedded model's concepts are names that SD knows too.
+
+    Without a surrogate it is the preset's.
+    """
     lines = (ROOT / "emoji" / "concepts.txt").read_text(encoding="utf-8").splitlines()
     concepts = [line for line in lines if line and not line.startswith("#") and line != target]
     recipe = cpe.PRESETS["emoji" if model == "emoji" else "object"]
-    return Lab(weights.load_model(model), target, surrogate, concepts, recipe)
+    recipe = replace(recipe, surrogate=surrogate or recipe.surrogate)
+    return Lab(weights.load_model(model), target, recipe.surrogate, concepts, recipe)
 
 
 def train(trainer: cpe.Trainer) -> cpe.Trainer:

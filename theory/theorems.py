@@ -93,6 +93,25 @@ def best_edit_many(S: Tensor, E_t: Tensor, T: Tensor) -> Tensor:
     return T @ torch.linalg.pinv(E_t.T @ X, hermitian=True) @ X.T
 
 
+def soft_floor_many(S: Tensor, E_t: Tensor, T: Tensor, lam: Tensor) -> Tensor:
+    """min |Delta E_t - T|_F^2 / c + lam E|Delta e|^2 = lam tr(T (K + c lam I)^-1 T^T), K = E_t^T S^+ E_t, of every lam.
+
+    Columns as in `floor_many`, any number of them, all in range(S); lam [n] > 0.
+    """
+    k, V = torch.linalg.eigh(E_t.T @ spectrum(S)[0] @ E_t)
+    energy = (T @ V).square().sum(dim=0)  # [c]
+    return (lam[:, None] * energy / (k.clamp_min(0) + E_t.shape[1] * lam[:, None])).sum(dim=1)
+
+
+def frontier_many(S: Tensor, E_t: Tensor, T: Tensor, error: float) -> float:
+    """What no Delta with |Delta E_t - T|_F^2 / c <= error gets under in damage: max over lam of (F(lam) - error) / lam.
+
+    F is `soft_floor_many`. Every lam gives a bound, so a grid of them does; the edit that is optimal there attains it.
+    """
+    lam = torch.logspace(-8, 6, 561, dtype=S.dtype)
+    return ((soft_floor_many(S, E_t, T, lam) - error) / lam).max().clamp_min(0).item()
+
+
 # --- T2: listing what must be kept ----------------------------------------------------------------------------------
 
 
