@@ -702,7 +702,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
-        if not nn.utils.get_total_norm(gradients).isfinite():  # a finite loss may have others
+        if not math.isfinite(nn.utils.get_total_norm(gradients).item()):  # a finite loss may have others
             raise Diverged(f"the gradient overflowed in stage {self.phase // 2 + 1}, step {self.step + 1}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(phase, self.step, self.recipe.warmup)
