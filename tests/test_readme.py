@@ -33,7 +33,7 @@ def few_prompts(preset: str, read=commands.read_prompts) -> cpe.Prompts:
     """The prompts of a preset, but few: encoding them is what takes time."""
     prompts = read(preset)
     domain = [word for i, word in enumerate(prompts.domain) if i % 5 == 0 or word in NEEDED]
-    return cpe.Prompts(prompts.templates[:4], prompts.general[:12], domain)
+    return cpe.Prompts(prompts.templates[:2], prompts.general[:12], domain)
 
 
 @pytest.fixture
