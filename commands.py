@@ -122,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True, help="the prompt to read")
     add_model(sub)
 
+    add_measuring(add)
+    return top
+
+
+def add_measuring(add) -> None:
+    """The commands that measure, and the one that bakes; `add(name, run, text)` makes a parser."""
     sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
     sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
     sub.add_argument("--preset", choices=PRESET_NAMES, default="emoji", help="of --target: its words and recipe")
@@ -144,7 +150,6 @@ def parser() -> argparse.ArgumentParser:
     add_model(sub)
     add_sampling(sub, 20, 4.0)
     sub.set_defaults(sampler="dpm")
-    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -787,7 +792,7 @@ def compare(args: argparse.Namespace) -> dict:
     if args.markdown:
         write_text(args.markdown, table.markdown(figures))
         print(f"wrote   {args.markdown}")
-    following = "python cpe.py compare --ablations" if args.ablations is False else "python benchmarks/tune.py"
+    following = "python benchmarks/tune.py" if args.ablations else "python cpe.py compare --ablations"
     return {"scenarios": figures, "model": world.fingerprint, "next": following}
 
 

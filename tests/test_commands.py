@@ -169,7 +169,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import commands; commands.CHECKPOINT_SECONDS = 0; "
 
     def start(out: str, *more: str) -> subprocess.Popen:
-        arguments = [*TRAIN[:-1], "0.1", "--model", str(tiny), "--out", str(tmp_path / out), *more]
+        arguments = [*TRAIN[:-1], "0.04", "--model", str(tiny), "--out", str(tmp_path / out), *more]
         command = [sys.executable, "-c", f"{code}commands.main({arguments!r})"]
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
 

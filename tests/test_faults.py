@@ -37,7 +37,7 @@ FEW_OR_DOZENS = pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pyte
 
 def train(model: Path, out: Path, target: str = "red heart", *more: str) -> list[str]:
     """Arguments of a short training."""
-    settings = ["--preset", "emoji", "--steps-scale", "0.05", "--model", str(model)]
+    settings = ["--preset", "emoji", "--steps-scale", "0.02", "--model", str(model)]
     return ["train", "--target", target, "--out", str(out), *settings, *more]
 
 
