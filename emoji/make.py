@@ -769,7 +769,7 @@ def zero_shot_renders(model: clip.CLIP, pictures: Pictures) -> dict[str, float]:
 
 @torch.no_grad()
 def colour_accuracy(model: clip.CLIP, pictures: Pictures) -> float:
-    """How often CLIP tells which of eight captions, that differ in the background alone, is a picture's; chance: 1/8."""
+    """How often CLIP tells which of eight captions that differ in the background alone is a picture's; chance: 1/8."""
     names, k = concepts(), torch.arange(len(COLOURS))
     right = []
     for c in range(0, len(names), 8):
@@ -784,8 +784,8 @@ def colour_accuracy(model: clip.CLIP, pictures: Pictures) -> float:
 def context_distances(encoder: clip.TextEncoder) -> dict[str, float]:
     """How far the U-Net's contexts of two captions lie apart, on average over concepts: Euclidean, in R^d.
 
-    At the last of 77 tokens, which has seen the whole caption, when concept, style or colour differ; "colour word": where
-    two colours differ most.
+    At the last of 77 tokens, which has seen the whole caption, when concept, style or colour differ; "colour word":
+    where two colours differ most.
     """
 
     def contexts(style: str, colour: str) -> Tensor:
