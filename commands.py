@@ -778,9 +778,14 @@ def compare(args: argparse.Namespace) -> dict:
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget = table.QUICK if args.quick else table.Budget()
 
-    figures, pictures, total = {}, {}, len(scenarios) * (len(names) + 1)
+    figures, pictures, total, chosen = {}, {}, len(scenarios) * (len(names) + 1), [methods[name] for name in names]
+    if args.device == "cpu" and len(scenarios) > 1:
+        opened = args.model, args.clip, args.preset
+        with bar((), total, "comparing") as progress:
+            for done in table.side_by_side(world, opened, scenarios, chosen, budget, args.seed):
+                progress.update(done - progress.n)
     for scenario, method, row, images in bar(
-        table.run(world, scenarios, [methods[name] for name in names], budget, args.seed), total, "comparing"
+        table.run(world, scenarios, chosen, budget, args.seed), total, "comparing"
     ):
         figures.setdefault(scenario, {})[method] = row
         pictures.setdefault(scenario, []).append(images)
