@@ -26,7 +26,7 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -626,8 +626,25 @@ class Progress:
     step: int  # steps done, over all phases
     total: int
     stage: int  # 1..stages
-    kind: str  # "erase" or "attack"
+    kind: str  # "erase" or "attack"; of bake.Baker "bake"
     losses: dict[str, float]
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an Adam optimiser remembers of its parameters, {"optimizer.<parameter>.<name>": tensor}."""
+    kept = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": t for i, tensors in kept.items() for name, t in tensors.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Give a fresh Adam optimiser the `moments` among the tensors of `state`; KeyError or ValueError if they misfit."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        kept[i] = {name: state[f"optimizer.{i}.{name}"].clone() for name in shapes}
+        if any(kept[i][name].shape != shape for name, shape in shapes.items()):
+            raise ValueError("its optimiser has other shapes")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
 class Trainer:
@@ -740,17 +757,25 @@ class Trainer:
         self.optimizer.step()
         return {name: value.item() for name, value in losses.items()}
 
+    @property
+    def done(self) -> int:
+        """Steps done, over all phases."""
+        return sum(phase.steps for phase in self.plan[: self.phase]) + self.step
+
+    @property
+    def total(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.plan)
+
     def steps(self) -> Iterator[Progress]:
         """Train to the end, one Progress per step; the state may be saved between any two."""
-        total = sum(phase.steps for phase in self.plan)
         while self.phase < len(self.plan):
             phase = self.plan[self.phase]
             if self.step == 0 or self.optimizer is None:
                 self.begin()
             losses = self.update()
-            done = sum(p.steps for p in self.plan[: self.phase]) + self.step + 1
-            progress = Progress(done, total, self.phase // 2 + 1, phase.kind, losses)
             self.step += 1
+            progress = Progress(self.done, self.total, self.phase // 2 + 1, phase.kind, losses)
             if self.step == phase.steps:
                 self.deltas = self.deltas.detach()
                 self.phase, self.step = self.phase + 1, 0
@@ -762,8 +787,7 @@ class Trainer:
         state |= {"deltas": self.deltas, "generator": self.generator.get_state()}
         state["position"] = torch.tensor([self.phase, self.step])
         if self.step:
-            for i, moments in self.optimizer.state_dict()["state"].items():
-                state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+            state |= moments(self.optimizer)
         return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -783,14 +807,7 @@ class Trainer:
             self.optimizer = None
             if self.step:
                 self.begin()
-                moments: dict[int, dict[str, Tensor]] = {}
-                for name in (n for n in state if n.startswith("optimizer.")):
-                    _, i, moment = name.split(".")
-                    moments.setdefault(int(i), {})[moment] = state[name].clone()
-                for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
-                    if any(moments[i][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                        raise ValueError("its optimiser has other shapes")
-                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+                load_moments(self.optimizer, state)
         except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
