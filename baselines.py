@@ -470,7 +470,12 @@ def resized(maps: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def own_masks(
-    model: "Model", images: Tensor, context: Tensor, tokens: tuple[int, int], times: Sequence[int], generator
+    model: "Model",
+    images: Tensor,
+    context: Tensor,
+    tokens: tuple[int, int],
+    times: Sequence[int],
+    generator: torch.Generator,
 ) -> Tensor:
     """Where the concept is in images [B, c, h, w], by the model's own cross-attention: 0 or 1, [B, h, w].
 

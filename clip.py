@@ -104,6 +104,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d / heads)) v in every head, x [B, T, d] -> [B, T, d]."""
         q, k, v = (
             f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -120,6 +121,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The same two layers at every token, x [B, T, d] -> [B, T, d]."""
         x = self.fc1(x)
         # quick GELU: x sigmoid(1.702 x)
         return self.fc2(x * torch.sigmoid(1.702 * x))
@@ -137,6 +139,7 @@ class Layer(nn.Module):
         self.mlp = MLP(width, config["intermediate_size"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attention mixes tokens, then the MLP changes each; both add to x [B, T, d] -> [B, T, d]."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -149,6 +152,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config["num_hidden_layers"]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layers in turn, x [B, T, d] -> [B, T, d]; no norm at the end, which the towers differ in."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -170,6 +174,7 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = embedding(config.get("max_position_embeddings", 77), config["hidden_size"])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """What a token is plus where it stands, ids [B, T] -> [B, T, d]."""
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
@@ -183,6 +188,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config["hidden_size"])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states of the last layer, normalised, ids [B, T] -> [B, T, d]."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
@@ -212,6 +218,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = embedding((size // patch) ** 2 + 1, width)
 
     def forward(self, images: Tensor) -> Tensor:
+        """The class token comes first, then patches row by row, [B, 3, S, S] -> [B, 1 + (S/patch)^2, d]."""
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(images), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
@@ -228,6 +235,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config["hidden_size"])
 
     def forward(self, images: Tensor) -> Tensor:
+        """The class token after the last layer, normalised, [B, 3, S, S] -> [B, d]."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from tqdm import tqdm
 
     from bake import Baker, Concept
     from cpe import Objective, Prompts, ResAG, Trainer
@@ -41,7 +42,7 @@ CHECKPOINT_SECONDS = 10.0
 # --- Arguments ---------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, low: float, high: float):
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number of `kind` between low and high."""
 
     def parse(text: str) -> float:
@@ -127,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_measuring(add) -> None:
+def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The commands that measure, and the one that bakes; `add(name, run, text)` makes a parser."""
     sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
     sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
@@ -235,7 +236,7 @@ def memory_advice(args: argparse.Namespace) -> str:
 # --- Shared steps ------------------------------------------------------------------------------------------------
 
 
-def bar(iterable: Iterable, total: int, text: str):
+def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
     """A progress bar on the terminal; of torchrun's processes only the first shows one."""
     from tqdm import tqdm
 
@@ -352,7 +353,14 @@ def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[
         image.save(temporary, "PNG")
 
 
-def draw(model: "Model", prompts: Sequence[str], seeds: Sequence[int], gates, args, text: str) -> "Tensor":
+def draw(
+    model: "Model",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    gates: "ResAG | None",
+    args: argparse.Namespace,
+    text: str,
+) -> "Tensor":
     """Images [B, 3, H, W] of prompts, batched, with a progress bar; UserError if they are not finite numbers."""
     import torch
 

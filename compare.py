@@ -171,7 +171,7 @@ class World:
         return [target, *(scenario.aliases if target == scenario.targets[0] else ())]
 
     def see(self, images: Tensor, judge: str) -> Tensor:
-        """What CLIP recognises in images: an index of concepts, or of styles."""
+        """What CLIP recognises in images [B, 3, H, W]: an index of concepts, or of styles, [B]."""
         if judge == "style":
             return evaluate.recognise_style(self.clip, images, self.captions)
         return evaluate.recognise(self.clip, images, self.features)
@@ -259,7 +259,7 @@ class Method:
     settings: dict = field(default_factory=dict)
 
 
-def linear(eraser: str):
+def linear(eraser: str) -> Callable[..., Erased]:
     """A builder for one of `baselines.ERASERS`."""
 
     def build(world: World, scenario: Scenario, seed: int, templates: str = "", **settings) -> Erased:
@@ -285,7 +285,7 @@ def linear(eraser: str):
     return build
 
 
-def gated(kind: str):
+def gated(kind: str) -> Callable[..., Erased]:
     """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
@@ -471,7 +471,7 @@ def harmonic(figures: dict) -> float:
 
 
 def figures_of(world: World, scenario: Scenario, before: Originals, images: Tensor) -> dict:
-    """Recognition and image change of every group; style, CLIP score and CMMD of all images that should stay."""
+    """Of all cases' images [B, 3, H, W]: hits and change per group; style, CLIP score, CMMD of all that should stay."""
     seen = {judge: world.see(images, judge).tolist() for judge in ("concept", "style")}
     moved, features = evaluate.change(before.images, images), evaluate.image_features(world.clip, images)
     groups = {}
@@ -608,7 +608,7 @@ def run(
     budget: Budget,
     seed: int = 0,
 ) -> Iterable[tuple[str, str, dict, list[Tensor]]]:
-    """Measure every cell, the unerased model first: yields (scenario, method, figures, images to show)."""
+    """Measure every cell, the unerased model first: yields (scenario, method, figures, images [3, H, W] to show)."""
     for name, scenario in scenarios.items():
         made: list[Originals] = []
 

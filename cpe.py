@@ -283,7 +283,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
 
 
 def spectral_norm(matrix: Tensor, tolerance: float = 1e-8, most: int = 1000) -> float:
-    """Largest singular value of a matrix, to 1e-6 of its size: far cheaper than all of them. Lanczos on M^T M."""
+    """Largest singular value of a matrix [m, n], to 1e-6 of its size: cheaper than all of them. Lanczos on M^T M."""
     # M^T M v_i = beta_i-1 v_i-1 + alpha_i v_i + beta_i v_i+1: in the basis v_1, v_2, ... a tridiagonal T
     v = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
     v, before, alphas, betas, norm = v / v.norm(), torch.zeros_like(v), [], [0.0], 0.0
@@ -694,7 +694,7 @@ class Trainer:
         return contexts @ columns + noise @ (Q.mT @ columns)
 
     def erase_losses(self) -> dict[str, Tensor]:
-        """erase, adv and anchor losses of one drawn template, its J adversarial copies, and drawn anchors."""
+        """erase, adv and anchor losses [] of one drawn template, its J adversarial copies, and drawn anchors."""
         i = torch.randint(len(self.shifts), (1,), generator=self.generator)
         E, x = self.data.targets[i], self.shifts[i]
         anchors, sigma = self.draw_anchors()
@@ -709,7 +709,7 @@ class Trainer:
         return losses | ({"adv": missed[1:].mean()} if len(dC) else {})
 
     def attack_losses(self) -> dict[str, Tensor]:
-        """attack loss: how far the gated output of E_tar + delta is from the target's original output."""
+        """attack loss []: how far the gated output of E_tar + delta is from the target's original output."""
         i = torch.randint(len(self.shifts), (1,), generator=self.generator)
         _, z = self.core.read((self.data.targets[i] + self.deltas) @ self.columns)
         # |W delta + R(E + delta)|^2 = |W x - z U|^2 with x = -delta

@@ -69,7 +69,7 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Ten
 
 
 def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int) -> Iterator[Tensor]:
-    """Deterministic DDIM (eta = 0): yields x_s after each step t -> s. Song et al. 2021, eq. 12."""
+    """Deterministic DDIM (eta = 0): yields x_s [B, c, h, w] after each step t -> s. Song et al. 2021, eq. 12."""
     alphas = schedule.alphas_cumprod.to(latents.device)
     stride = schedule.length // steps
     for t in schedule.timesteps(steps):
@@ -84,7 +84,7 @@ def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: 
 def dpm_solver(
     schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int
 ) -> Iterator[Tensor]:
-    """DPM-Solver++(2M), midpoint: yields x_s after each step t -> s. Lu et al. 2022, algorithm 2."""
+    """DPM-Solver++(2M), midpoint: yields x_s [B, c, h, w] after each step t -> s. Lu et al. 2022, algorithm 2."""
     last = schedule.length - 1
     timesteps = [round(last * i / steps) for i in range(steps, 0, -1)]
     alphas = schedule.alphas_cumprod.double()

@@ -25,7 +25,7 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU; in place where no gradient needs x: a fresh feature map costs more time than the function itself."""
+    """SiLU, [...] -> [...], in place where no gradient needs x: a fresh feature map costs more than the function."""
     return F.silu(x, inplace=not x.requires_grad)
 
 
@@ -47,6 +47,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Sinusoids [B, C] of a timestep -> what all ResNets read of it, [B, e]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -64,6 +65,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Feature map x [B, inputs, h, w], time [B, e] after its SiLU -> [B, outputs, h, w]."""
         y = self.conv1(silu(self.norm1(x)))
         y += self.time_emb_proj(time)[:, :, None, None]
         y = self.conv2(silu(self.norm2(y)))
@@ -86,6 +88,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Pixels x [B, N, C] read `keys` and `values` [B, T, C], projected already -> [B, N, C]."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), keys, values))
         # softmax(q k^T / sqrt(C / heads)) v
         y = F.scaled_dot_product_attention(q, k, v)
@@ -100,6 +103,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One half times the GELU of the other, [B, N, C] -> [B, N, 4C]."""
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -112,6 +116,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The same at every pixel, [B, N, C] -> [B, N, C]."""
         return self.net(x)
 
 
@@ -129,6 +134,7 @@ class TransformerBlock(nn.Module):
         self.path = ""  # where attn2 lies in the U-Net; set there
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
+        """Pixels x [B, N, C] and the `kv` of all layers, of which it reads its own -> [B, N, C]."""
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
         # The only place where the prompt enters: K' and V' come from outside.
@@ -147,6 +153,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
+        """The map as a row of pixels and back, added to x [B, C, h, w] -> [B, C, h, w]."""
         y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         y = self.transformer_blocks[0](y, kv)
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
@@ -160,6 +167,7 @@ class Downsample(nn.Module):
         self.conv = conv3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h/2, w/2]."""
         return self.conv(x)
 
 
@@ -171,6 +179,7 @@ class Upsample(nn.Module):
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -190,7 +199,7 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(Transformer(outputs, width, heads, groups) for _ in inputs)
 
     def down(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Downward half: every intermediate result is pushed onto `skips`."""
+        """Downward half, x [B, C, h, w] -> [B, outputs, h/2, w/2]: every intermediate result is pushed onto `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
@@ -202,7 +211,7 @@ class Block(nn.Module):
         return x
 
     def up(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Upward half: every ResNet takes one result off `skips`."""
+        """Upward half, x [B, C, h, w] -> [B, outputs, 2h, 2w]: every ResNet takes one result off `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
@@ -223,6 +232,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Transformer(channels, width, heads, groups)])
 
     def forward(self, x: Tensor, time: Tensor, kv: KeysValues) -> Tensor:
+        """x [B, C, h, w], time [B, e] and the `kv` of all layers -> [B, C, h, w]."""
         x = self.resnets[0](x, time)
         return self.resnets[1](self.attentions[0](x, kv), time)
 

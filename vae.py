@@ -23,7 +23,7 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU; in place where no gradient needs x: a fresh feature map costs more time than the function itself."""
+    """SiLU, [...] -> [...], in place where no gradient needs x: a fresh feature map costs more than the function."""
     return F.silu(x, inplace=not x.requires_grad)
 
 
@@ -40,6 +40,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w]; the shortcut is a 1x1 convolution where the two differ."""
         y = self.conv1(silu(self.norm1(x)))
         y = self.conv2(silu(self.norm2(y)))
         y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
@@ -58,6 +59,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Every pixel looks at every other, added to x [B, c, h, w] -> [B, c, h, w]."""
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
@@ -73,6 +75,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, c, h/2, w/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -88,6 +91,7 @@ class Upsample(nn.Module):
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, c, 2h, 2w]."""
         # Row i of S: which rows of the 4x4 kernel contain row i of the 3x3 one, W' = S^T W S.
         S = x.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
         weight = (self.conv.weight.transpose(0, 1).flatten(2) @ torch.kron(S, S)).unflatten(-1, (4, 4))
@@ -103,6 +107,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, c, h, w] -> [B, c, h, w]; of both halves, the only block with attention."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -114,6 +119,7 @@ class Block(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w], at half or twice the side if it ends with a change of resolution."""
         for resnet in self.resnets:
             x = resnet(x)
         for resize in getattr(self, "downsamplers", getattr(self, "upsamplers", ())):
@@ -139,6 +145,7 @@ class Encoder(nn.Module):
         self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> moments [B, 2c, h, w], mean and log-variance one after the other."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -163,6 +170,7 @@ class Decoder(nn.Module):
         self.conv_out = conv3(channels[-1], config["out_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1]."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)

@@ -36,7 +36,7 @@ class Bias(cpe.ResAG):
         self.bias = nn.Parameter(torch.zeros(self.concepts, 1, 1, 1))
 
     def opening(self, logits: Tensor) -> Tensor:
-        """sigmoid(H v + b)."""
+        """sigmoid(H v + b), [N, B, T, 1]."""
         return torch.sigmoid(logits + self.bias)
 
 
@@ -44,7 +44,7 @@ class Hard(cpe.ResAG):
     """A gate that is open or shut."""
 
     def opening(self, logits: Tensor) -> Tensor:
-        """1 where H v >= 0; the gradient is the sigmoid's (straight-through, Bengio et al. 2013)."""
+        """1 where H v >= 0, [N, B, T, 1]; straight-through: the sigmoid's gradient (Bengio et al. 2013)."""
         soft = torch.sigmoid(logits)
         return soft + ((logits >= 0).to(soft) - soft).detach()
 

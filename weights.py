@@ -795,8 +795,9 @@ class Model:
     def cross_attention(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The weights of to_q, to_k, to_v and to_out.0 of every cross-attention layer, under the checkpoint's keys.
 
-        In the order of `UNet.cross_attentions`. Nothing else of the U-Net is read, and none is built. Of a U-Net that
-        is already there, edited by `with_unet` perhaps, they are the present ones.
+        to_k and to_v are [C, d], the others [C, C]; in the order of `UNet.cross_attentions`. Nothing else of the U-Net
+        is read, and none is built. Of a U-Net that is already there, edited by `with_unet` perhaps, they are the
+        present ones.
         """
         part = self.part("unet")
         module, keys = part.empty(), part.keys()
