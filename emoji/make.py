@@ -33,6 +33,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPETokenizer
@@ -82,6 +83,7 @@ TEMPLATES = (
 TRAINED, HELD_OUT = 12, 4  # placements of every icon: for training, and to measure on
 CACHED = 2  # placements whose latents the U-Net learns from
 UNET_TEMPLATES = ("a picture of a {}", "{} emoji", "a {}")  # every caption's context is cached: 30 kB each
+KINDS = (3, 1, 4, 6)  # how often CLIP's batches are bare, named, of styles, of colours (see clip_batch)
 MERGES = 1200  # of the tokenizer, besides 2 x 256 bytes
 
 
@@ -226,10 +228,15 @@ def tokenizer() -> clip.Tokenizer:
 # Files.
 
 
-def save(tensors: dict[str, Tensor], path: Path) -> None:
+def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_part(lambda part: save_file(tensors, part), path)
+    write_part(lambda part: save_file(tensors, part, metadata), path)
+
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -283,7 +290,7 @@ CHECKPOINT_SECONDS = 120
 
 
 class Training:
-    """A network, its optimiser and averaged weights, kept in build/{name}.pt; iterating trains to the budget."""
+    """A network, its optimiser and averaged weights, kept in build/; iterating trains to the budget."""
 
     def __init__(self, name: str, network: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe):
         self.name, self.network, self.loss, self.recipe = name, network, loss, recipe
@@ -293,7 +300,7 @@ class Training:
         )
         self.average = {key: value.clone() for key, value in network.state_dict().items()}
         self.seen, self.seconds = 0, 0.0
-        self.path = BUILD / f"{name}.pt"
+        self.path = BUILD / f"{name}.safetensors"
         exported = HERE / EXPORTED[name]
         if self.path.exists():
             self.load()
@@ -304,10 +311,16 @@ class Training:
 
     def load(self) -> None:
         """Continue from the last checkpoint."""
-        state = torch.load(self.path, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.seen, self.seconds = state["average"], state["seen"], state["seconds"]
+        with safe_open(self.path, "pt") as file:
+            state, progress = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        self.network.load_state_dict(part_of(state, "network."))
+        self.average = part_of(state, "average.")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part_of(state, "optimizer.").items():
+            i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.seen, self.seconds = int(progress["seen"]), float(progress["seconds"])
 
     def freeze(self, *parts: str) -> None:
         """Keep parts that later stages were built on at their averaged weights."""
@@ -317,9 +330,11 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"average": self.average, "seen": self.seen, "seconds": self.seconds}
-        write_part(lambda part: torch.save(state, part), self.path)
+        state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        state |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        save(state, self.path, {"seen": str(self.seen), "seconds": str(self.seconds)})
 
     def step(self) -> float:
         """One step of AdamW and of the average; returns the loss."""
@@ -389,15 +404,17 @@ def clip_config() -> dict:
     }
 
 
-def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str]]:
+def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str], bool]:
     """Indices of `size` pictures (concept, style, placement, colour) and captions that no other of them fits.
+
+    Also whether the captions name the colour.
 
     Without such care style and background give the answer away and the concept is never learned: so either all
     concepts differ and captions name nothing else (or the same style and colour everywhere), or a few concepts come
     in every style, or in every colour, and captions must say which.
     """
     names = concepts()
-    kind = chance.choices(("bare", "named", "styles", "colours"), (3, 1, 4, 3))[0]
+    kind = chance.choices(("bare", "named", "styles", "colours"), KINDS)[0]
     repeat = {"styles": len(STYLES), "colours": len(COLOURS)}.get(kind, 1)
     rows = [c for c in chance.sample(range(len(names)), size // repeat) for _ in range(repeat)]
     style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
@@ -415,7 +432,17 @@ def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str
         indices.append((c, s, chance.randrange(TRAINED), k))
         template = chance.choice(TEMPLATES)
         captions.append(caption(names[c], template, STYLES[s] * say_style, COLOURS[k] * say_colour))
-    return list(torch.tensor(indices).unbind(1)), captions
+    return list(torch.tensor(indices).unbind(1)), captions, say_colour
+
+
+def colour_loss(features: Tensor, colour: Tensor) -> Tensor:
+    """How badly unit features [B, p] of either tower tell the background's colour [B]: cross-entropy.
+
+    Each colour has a fixed direction, the same for both towers. Contrastive batches alone never leave the saddle where
+    neither tower sees colours: a tower gains nothing from seeing them as long as the other does not.
+    """
+    directions = torch.eye(features.shape[1])[: len(COLOURS)]
+    return F.cross_entropy(10 * features @ directions.T, colour)
 
 
 def text_features(model: clip.CLIP, prompts: list[str]) -> Tensor:
@@ -436,12 +463,16 @@ def train_clip(recipe: Recipe) -> None:
     model, pictures, chance = clip.CLIP(clip_config()), Pictures(), random.Random()
 
     def loss(size: int) -> Tensor:
-        indices, captions = clip_batch(size, chance)
+        indices, captions, colour_named = clip_batch(size, chance)
+        images, texts = image_features(model, pictures(*indices)), text_features(model, captions)
         # no temperature below 0.01, as in the paper
         scale = model.logit_scale.clamp(max=math.log(100)).exp()
-        logits = scale * image_features(model, pictures(*indices)) @ text_features(model, captions).T
+        logits = scale * images @ texts.T
         target = torch.arange(size)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        colour = indices[-1]
+        seen = colour_loss(images, colour) + (colour_loss(texts, colour) if colour_named else 0)
+        return contrast + seen
 
     training = Training("clip", model, loss, recipe)
     for line in training:
@@ -486,13 +517,13 @@ def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
 def train_vae(recipe: Recipe) -> None:
     """Reconstruction in colours and in outlines, and a little Kullback-Leibler divergence from N(0, 1)."""
     torch.manual_seed(0)
-    pictures = Pictures()
-    model = vae.VAE(vae_config()).to(memory_format=torch.channels_last)
+    pictures, model = Pictures(), vae.VAE(vae_config())
 
     def loss(size: int) -> Tensor:
-        x = any_pictures(pictures, size).to(memory_format=torch.channels_last)
-        mean, logvar = model.encode(x)
-        y = model.decode(mean + (logvar / 2).exp() * torch.randn_like(mean))
+        x = any_pictures(pictures, size)
+        with fast_training():
+            mean, logvar = (each.float() for each in model.encode(x))
+            y = model.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
         outlines = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
         # KL(N(m, v) || N(0, 1)) = (m^2 + v - 1 - log v) / 2
         divergence = (mean**2 + logvar.exp() - 1 - logvar).mean() / 2
@@ -671,9 +702,9 @@ def train_unet(recipe: Recipe) -> None:
 
 def trained(name: str, network: nn.Module) -> nn.Module:
     """A network with the averaged weights of its last checkpoint, or where there is none, of the exported file."""
-    checkpoint = BUILD / f"{name}.pt"
+    checkpoint = BUILD / f"{name}.safetensors"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)["average"]
+        state = part_of(load_file(checkpoint), "average.")
     else:
         state = {key: value.float() for key, value in load_file(HERE / EXPORTED[name]).items()}
     network.load_state_dict(state)
@@ -720,7 +751,7 @@ def export() -> None:
     }
     index = {"_class_name": "StableDiffusionPipeline"} | parts | {"requires_safety_checker": False}
     write_json(HERE / "model_index.json", index)
-    if (BUILD / "unet.pt").exists():
+    if (BUILD / "unet.safetensors").exists():
         export_unet()
 
 
