@@ -137,14 +137,14 @@ def revived(misfit: Misfit, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Te
     """
     victim = misfit.victim
     W, V = (baselines.projections(model) for model in (victim.original, victim.erased))
-    C = E.double().cpu()
+    C = E.cpu().double()
     gram = sum(v.T @ v for v in V.values()) + rho * torch.eye(C.shape[-1], dtype=C.dtype)
     best, lowest, context = E, misfit(E), E
     for _ in range(rounds):
         kv = victim.keys_values(context) if victim.gates is not None else {}
         cross = torch.zeros_like(C)
         for key, v in V.items():
-            r = kv[key.removesuffix(".weight")].double().cpu() - context.double().cpu() @ v.T if kv else 0
+            r = kv[key.removesuffix(".weight")].cpu().double() - context.cpu().double() @ v.T if kv else 0
             cross += (C @ W[key].T - r) @ v
         # c' = (rho I + sum V^T V)^-1 sum V^T (W c - r)
         context = torch.linalg.solve(gram, cross, left=False).to(E)

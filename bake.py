@@ -124,12 +124,15 @@ def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
     E = g x + b with sum x = 0 and |x|^2 = d. In a basis of eigenvectors, with mu so that the length is right,
 
         min (x - c)^T B (x - c),   B = diag(g) M diag(g),  c = (E - b) / g    =>    (B + mu) x = B c
+
+    On the CPU: Apple's graphics cards have no float64.
     """
-    d, g = len(M), norm.weight.double()
-    flat = torch.linalg.qr(torch.cat([M.new_ones(d, 1), torch.eye(d).to(M)[:, 1:]], dim=1).double())[0][:, 1:]  # sum 0
-    B = g[:, None] * M.double() * g
+    E, M, g, b = (x.cpu().double() for x in (context, M, norm.weight, norm.bias))
+    d = len(M)
+    flat = torch.linalg.qr(torch.cat([M.new_ones(d, 1), torch.eye(d).to(M)[:, 1:]], dim=1))[0][:, 1:]  # sum 0
+    B = g[:, None] * M * g
     a, Q = torch.linalg.eigh(flat.T @ B @ flat)
-    r = ((context.double() - norm.bias) / g) @ B @ flat @ Q
+    r = ((E - b) / g) @ B @ flat @ Q
     # |r / (a + mu)| falls in mu: halve the interval that holds mu, -a_1 < mu <= |r| / sqrt d - a_1.
     low = -a[0].expand(*r.shape[:-1], 1)
     high = low + r.norm(dim=-1, keepdim=True) / d**0.5
@@ -137,7 +140,7 @@ def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
         mu = (low + high) / 2
         long = (r / (a + mu)).norm(dim=-1, keepdim=True) > d**0.5
         low, high = torch.where(long, mu, low), torch.where(long, high, mu)
-    return (g * ((r / (a + high)) @ (flat @ Q).T) + norm.bias).to(context)
+    return (g * ((r / (a + high)) @ (flat @ Q).T) + b).to(context)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ class Baker:
         self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
         self.done, self.optimizer = 0, self.new_optimizer()
         # How far the longest prompt reaches, and one token of padding beyond.
-        self.length = 2 + int(max((rows != rows[:, -1:]).sum(dim=1).max() for rows in (targets, others)))
+        self.length = 2 + max((rows != rows[:, -1:]).sum(dim=1).max().item() for rows in (targets, others))
         before = self.contexts(self.targets).to(objective.M)
         with torch.no_grad():
             wanted = torch.cat([gate(E) for E in before.split(32)])

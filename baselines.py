@@ -47,14 +47,14 @@ TEMPLATES = ("{}", "a {}", "a photo of {}", "a photo of a {}", "a picture of {}"
 def projections(model: "Model", kinds: Sequence[str] = ("to_k", "to_v")) -> Weights:
     """The matrices W [d_l, d] through which cross-attention reads the prompt, float64."""
     ends = tuple(f".{kind}.weight" for kind in kinds)
-    return {key: W.double().cpu() for key, W in model.cross_attention().items() if key.endswith(ends)}
+    return {key: W.cpu().double() for key, W in model.cross_attention().items() if key.endswith(ends)}
 
 
 def contexts(model: "Model", prompts: Sequence[str], chunk: int = 256) -> Iterator[tuple[list[str], Tensor]]:
     """Prompts and their contexts [<= chunk, T, d], float64, a chunk at a time: thousands would not fit in memory."""
     for start in range(0, len(prompts), chunk):
         part = list(prompts[start : start + chunk])
-        yield part, model.encode(part).double().cpu()
+        yield part, model.encode(part).cpu().double()
 
 
 def encode(model: "Model", prompts: Sequence[str]) -> Tensor:
@@ -585,7 +585,7 @@ def mace(
         seen = moment(model, [template.format(name) for template in templates], d)
         grams += seen
         for key, (up, down) in change.items():
-            goals[key] = goals[key] + (refined[key] + (up @ down).detach().double().cpu()) @ seen
+            goals[key] = goals[key] + (refined[key] + (up @ down).detach().cpu().double()) @ seen
     # argmin over V of  sum_i sum_e |V e - (W' + up_i down_i) e|^2 + p sum |V e_p - W e_p|^2 + lam |V - W|^2
     return plain({key: refit(V, goals[key], grams, lam) for key, V in W.items()})
 

@@ -64,7 +64,17 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that choose the model and where it runs."""
     parser.add_argument("--model", default="sd14", help="sd14, emoji (embedded), or a folder in the diffusers layout")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses where to compute."""
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option for commands that only read: what trains or measures does so in float32."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
 
 
 def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float) -> None:
@@ -89,8 +99,9 @@ def parser() -> argparse.ArgumentParser:
     sub = add("demo", demo, "erase a concept from the embedded model, and measure and show what became of the others")
     sub.add_argument("--target", default="red heart", help="what to erase")
     sub.add_argument("--images", type=number(int, 1, 100), default=2, help="images per concept that are judged")
+    add_device(sub)
     add_sampling(sub, 20, 4.0)
-    sub.set_defaults(sampler="dpm", model="emoji", device="cpu")
+    sub.set_defaults(sampler="dpm", model="emoji")
     sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture")
 
     sub = add("train", train, "train a gate that erases a concept")
@@ -116,13 +127,14 @@ def parser() -> argparse.ArgumentParser:
     out = "the picture (default: images/generated.png); of --prompts a folder (default: images/generated)"
     sub.add_argument("--out", type=Path, help=out)
     add_model(sub)
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    add_dtype(sub)
     add_sampling(sub, 50, 7.5)
 
     sub = add("inspect", inspect, "show which tokens of a prompt open a gate")
     sub.add_argument("gates", nargs="+", type=Path, help="gate files")
     sub.add_argument("--prompt", required=True, help="the prompt to read")
     add_model(sub)
+    add_dtype(sub)
 
     add_measuring(add)
     return top
@@ -689,7 +701,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
-    model = open_model(args, ("text_encoder", "unet"))
+    model = open_model(args, ("text_encoder", "unet"), args.dtype)
     gates = load_gates(args.gates, model)
     with torch.no_grad():
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
@@ -718,10 +730,8 @@ def demo(args: argparse.Namespace) -> dict:
     check_picture(args.out)
     check_writable(args.out)
     gate_file = args.out.with_suffix(".safetensors")
-    train_args = parser().parse_args(
-        ["train", "--target", args.target, "--model", "emoji", "--seed", str(args.seed), "--out", str(gate_file)]
-    )
-    trained = train(train_args)
+    options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
+    trained = train(parser().parse_args(["train", "--target", args.target, *options]))
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 

@@ -868,29 +868,33 @@ class Hook:
     """What `attach` hangs on every `to_k` and `to_v`: evaluates the gates once per context and adds each its share.
 
     A context is known again by being the same tensor, kept alive here so that no other takes its place in memory, at
-    the same version, so that writing into it counts. Where that cannot be told (inference mode keeps no versions), or
+    the same version, so that writing into it counts. Tensors made in inference mode keep no versions: with these a
+    context is known again until a projection asks a second time, which begins another pass through the U-Net. Where
     gradients are wanted, nothing is remembered.
     """
 
     def __init__(self, gates: ResAG):
         self.gates = gates
         self.context: Tensor | None = None
-        self.versions: list[int] = []
+        self.versions: list[int | None] = []
+        self.asked: set[str] = set()  # the projections that have had their share of these corrections
         self.corrections: dict[str, Tensor] = {}
 
-    def read(self, context: Tensor) -> dict[str, Tensor]:
-        """R_l(E) of every projection, of a context E [B, T, d]."""
-        if torch.is_grad_enabled() or context.is_inference():
-            return self.gates.corrections(context.to(self.gates.w_qs))
-        versions = [t._version for t in (context, *self.gates.parameters())]
-        if context is not self.context or versions != self.versions:
-            self.context, self.versions = context, versions
+    def read(self, name: str, context: Tensor) -> Tensor:
+        """R_l(E) [B, T, d_l] of projection `name`, of a context E [B, T, d]."""
+        if torch.is_grad_enabled():
+            return self.gates.corrections(context.to(self.gates.w_qs))[name]
+        versions = [None if t.is_inference() else t._version for t in (context, *self.gates.parameters())]
+        again = None in versions and name in self.asked
+        if context is not self.context or versions != self.versions or again:
+            self.context, self.versions, self.asked = context, versions, set()
             self.corrections = self.gates.corrections(context.to(self.gates.w_qs))
-        return self.corrections
+        self.asked.add(name)
+        return self.corrections[name]
 
     def on(self, name: str) -> Callable:
         """The forward hook of projection `name`: W_l E becomes W_l E + R_l(E)."""
-        return lambda module, inputs, output: output + self.read(inputs[0])[name].to(output)
+        return lambda module, inputs, output: output + self.read(name, inputs[0]).to(output)
 
 
 def attach(unet: nn.Module, gates: ResAG) -> None:

@@ -77,8 +77,9 @@ def cmmd(before: Tensor, after: Tensor, sigma: float = 10.0) -> float:
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         # k(x, y) = exp(-|x - y|^2 / (2 sigma^2));   float64: all distances are tiny beside sigma
-        return torch.exp(-torch.cdist(x.double(), y.double()).square() / (2 * sigma**2)).mean()
+        return torch.exp(-torch.cdist(x, y).square() / (2 * sigma**2)).mean()
 
+    before, after = before.cpu().double(), after.cpu().double()  # Apple's graphics cards have no float64
     # MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)
     return 1000 * (kernel(before, before) + kernel(after, after) - 2 * kernel(before, after)).item()
 

@@ -72,10 +72,16 @@ def test_detach_restores_exactly(unet, gates):
     cpe.detach(unet)  # nothing there: nothing happens
 
 
-@torch.no_grad()
-def test_a_gate_is_evaluated_once_per_context(unet, gates, monkeypatch):
+@pytest.fixture
+def calls(gates, monkeypatch) -> list[int]:
+    """One entry for every evaluation of the gates."""
     calls, evaluate = [], gates.corrections
     monkeypatch.setattr(gates, "corrections", lambda E: calls.append(1) or evaluate(E))
+    return calls
+
+
+@torch.no_grad()
+def test_a_gate_is_evaluated_once_per_context(unet, gates, calls):
     cpe.attach(unet, gates)
     first = context()
     for _ in range(3):  # denoising steps
@@ -105,14 +111,73 @@ def test_a_new_context_never_gets_an_old_gate(unet, gates):
     assert equal(shut, unet.keys_values(E))
 
 
-def test_a_context_without_versions_is_read_every_time(unet, gates):
+@torch.inference_mode()
+def test_a_context_without_versions_is_read_once_in_every_pass(unet, gates, calls):
+    plain = {name: unet.keys_values(context(name)) for name in "ab"}
+    expected = {name: gates(context(name), plain[name]) for name in "ab"}
+    cpe.attach(unet, gates)
+    calls.clear()
+    E = context("a")
+    for passes in (1, 2, 3):
+        assert equal(unet.keys_values(E), expected["a"])
+        assert len(calls) == passes
+    E.copy_(context("b"))
+    assert equal(unet.keys_values(E), expected["b"])
+    assert len(calls) == 4
+    gates.lora_up.zero_()
+    assert equal(unet.keys_values(E), plain["b"])
+
+
+@torch.inference_mode()
+def test_a_pass_that_broke_off_does_not_count(unet, gates, monkeypatch):
+    expected = gates(context("b"), unet.keys_values(context("b")))
+    cpe.attach(unet, gates)
+    E, last = context("a"), unet.get_submodule(gates.names[-1])
+    with monkeypatch.context() as broken:
+        broken.setattr(last, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            unet.keys_values(E)
+    E.copy_(context("b"))
+    assert equal(unet.keys_values(E), expected)
+
+
+def test_gates_without_versions_are_read_once_in_every_pass(unet, gates):
     with torch.inference_mode():
-        expected = gates(context("b"), unet.keys_values(context("b")))
-        cpe.attach(unet, gates)
-        E = context("a")
-        unet.keys_values(E)
-        E.copy_(context("b"))
-        assert equal(unet.keys_values(E), expected)
+        made = open_gates(projections(unet))
+        cpe.attach(unet, made)
+    with torch.no_grad():
+        E = context()
+        first = unet.keys_values(E)
+        with torch.inference_mode():
+            made.lora_up.zero_()
+        shut = unet.keys_values(E)
+        cpe.detach(unet)
+        assert not equal(first, shut)
+        assert equal(shut, unet.keys_values(E))
+
+
+class Layer(torch.nn.Module):
+    """What attach looks for, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn2 = torch.nn.ModuleDict({name: torch.nn.Linear(32, 6, bias=False) for name in ("to_k", "to_v")})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_any_tree_of_modules_is_evaluated_once_in_a_pass(mode, monkeypatch):
+    tree = torch.nn.Sequential(Layer(), Layer())
+    gates = open_gates({f"{i}.attn2.{x}": tree[i].attn2[x].weight for i in (0, 1) for x in ("to_k", "to_v")})
+    calls, evaluate = [], gates.corrections
+    with mode():
+        E = context()
+        expected = [x(E) + evaluate(E)[f"{i}.attn2.{name}"] for i in (0, 1) for name, x in tree[i].attn2.items()]
+        monkeypatch.setattr(gates, "corrections", lambda E: calls.append(1) or evaluate(E))
+        cpe.attach(tree, gates)
+        for _ in range(2):
+            got = [projection(E) for layer in tree for projection in layer.attn2.values()]
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(calls) == (1 if mode is torch.no_grad else 2)
 
 
 def test_gradients_pass_through_attached_gates_again_and_again(unet, gates):
@@ -254,6 +319,20 @@ def test_a_context_gate_gives_diffusers_its_prompt_embeddings(pipe):
     cpe.attach(pipe.unet, gate.expand(objective.W))
     assert reference.difference(their_latents(pipe, prompt=PROMPT), gated) <= 1e-4
     cpe.detach(pipe.unet)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_in_diffusers_unet_gates_are_evaluated_once_in_a_pass(unet, gates, calls, mode):
+    theirs = reference.their_unet(reference.UNET, unet)
+    cpe.attach(theirs, gates)
+    with mode():
+        E, latents = context(), reference.draw("latents", 2, 4, 8, 8)
+        kv = gates(E, unet.keys_values(E))
+        calls.clear()
+        for t in (800, 400, 1):
+            assert reference.difference(unet(latents, t, kv), theirs(latents, t, E).sample) <= 1e-4
+    assert len(calls) == (1 if mode is torch.no_grad else 3)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

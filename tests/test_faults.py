@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_download import Handler, server  # noqa: F401  a fixture
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import bake as baking
 import commands
 import cpe
+import evaluate
 import weights
 from weights import UserError
 
@@ -428,13 +432,24 @@ def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # n
 # --- Devices and memory ------------------------------------------------------------------------------------------
 
 
+class NoDoubles(TorchDispatchMode):
+    """float64 is known on the CPU alone, as on Apple's machines."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.device.type != "cpu":
+                raise TypeError(f"{func} makes float64 on {tensor.device}")
+        return made
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device whose tensors have shapes and no numbers, and fail when mixed with the CPU's, as a GPU's do.
+    """A device whose tensors have shapes and no numbers, no float64, and fail when mixed with the CPU's, as a GPU's do.
 
     It stands in for hardware; what asks for a number gets 1.
     """
-    adamw = torch.optim.AdamW
+    adam, adamw = torch.optim.Adam, torch.optim.AdamW
 
     def to(
         module: torch.nn.Module, device: torch.device
@@ -447,8 +462,10 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 1)
     monkeypatch.setattr(torch.Tensor, "any", lambda self: False)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **more: adamw(*args, **{**more, "fused": False}))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    for name, optimizer in (("Adam", adam), ("AdamW", adamw)):
+        unfused = partial(lambda make, *args, **more: make(*args, **{**more, "fused": False}), optimizer)
+        monkeypatch.setattr(torch.optim, name, unfused)
+    with FakeTensorMode(allow_non_fake_inputs=True), NoDoubles():
         yield torch.device("meta")
 
 
@@ -508,6 +525,39 @@ def test_gates_are_trained_on_the_device_from_chance_of_the_cpu(model, elsewhere
     assert set(drawn_on) == {torch.device("cpu")}
 
 
+def test_a_text_encoder_is_baked_on_the_device(model, elsewhere):
+    model = moved(model, elsewhere)
+    objective = cpe.Objective({name: x for name, x in model.unet.state_dict().items() if "attn2" in name})
+    gate = cpe.ContextGate(16, r=2, k=2).to(elsewhere).requires_grad_(False)
+    tokens = (torch.randint(5, (n, 7)).to(elsewhere) for n in (3, 4))
+    recipe = baking.Recipe(layers=1, steps=5, targets=2, others=2)
+    baker = baking.Baker(model.text_encoder, gate, objective, *tokens, recipe)
+    assert sum(1 for _ in baker.steps()) == 5
+    assert {tensor.device for tensor in baker.tensors().values()} == {elsewhere}
+
+
+def test_images_on_the_device_are_compared(elsewhere):
+    assert evaluate.cmmd(torch.ones(3, 4, device=elsewhere), torch.ones(2, 4, device=elsewhere)) is not None
+
+
+def test_a_device_without_float64_is_told_from_one_that_has_it(elsewhere):
+    torch.ones(2).double()
+    with pytest.raises(TypeError, match="float64"):
+        torch.ones(2, device=elsewhere).double()
+
+
+def test_gates_are_inspected_in_the_precision_that_they_are_used_in(run, tiny_original, tmp_path):
+    assert run(train(tiny_original, Path("x.safetensors")))[0] == 0
+    tokens = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        arguments = ["--prompt", "a red heart", "--model", str(tiny_original), "--dtype", dtype, "--json", "x.json"]
+        assert run(["inspect", "x.safetensors", *arguments])[0] == 0
+        tokens[dtype] = json.loads(Path("x.json").read_text())["gates"][0]
+    assert tokens["bfloat16"] != tokens["float32"]
+    assert tokens["bfloat16"] == pytest.approx(tokens["float32"], abs=0.05)
+    assert tokens["float16"] == pytest.approx(tokens["float32"], abs=0.01)
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     if getattr(torch, device).is_available() if device == "cuda" else torch.backends.mps.is_available():
@@ -516,6 +566,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     assert code == 2
     assert f"the device {device} cannot be used" in said
     assert "here is cpu" in said
+    assert run(["demo", "--target", "cat", "--device", device]) == (code, said)
 
 
 def test_too_little_memory_says_what_to_try(run, tiny):
