@@ -5,7 +5,7 @@ import shlex
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 import bake
 import commands
