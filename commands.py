@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
-    from cpe import Objective, Prompts, ResAG, Trainer
+    from cpe import Objective, ResAG, Trainer
     from weights import Model
 
 HERE = Path(__file__).resolve().parent
@@ -295,20 +295,6 @@ def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
         )
 
 
-def read_prompts(preset: str) -> "Prompts":
-    """Templates and anchor words of a preset."""
-    import cpe
-    from weights import UserError
-
-    path = HERE / "prompts" / f"{preset}.txt"
-    try:
-        return cpe.parse_prompts(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}.") from error
-
-
 def slug(name: str, empty: str = "target") -> str:
     """A file name for a target: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder.
 
@@ -401,6 +387,7 @@ class Training:
         import dataclasses
 
         import cpe
+        from weights import read_prompts
 
         self.args, self.preset = args, args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
         recipe = cpe.PRESETS[self.preset]
@@ -481,7 +468,7 @@ def is_emoji(model: str) -> bool:
 def check_emoji_words(names: Sequence[str]) -> None:
     """UserError for a name with words that the embedded model has never seen."""
     from cpe import normalised
-    from weights import UserError
+    from weights import UserError, read_prompts
 
     prompts = read_prompts("emoji")
     words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
@@ -696,7 +683,7 @@ def inspect(args: argparse.Namespace) -> dict:
 def demo(args: argparse.Namespace) -> dict:
     """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others."""
     import evaluate
-    from weights import UserError, check_writable
+    from weights import UserError, check_writable, read_prompts
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
@@ -759,7 +746,7 @@ def demo(args: argparse.Namespace) -> dict:
 def compare(args: argparse.Namespace) -> dict:
     """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again."""
     import compare as table
-    from weights import UserError, check_writable, write_text
+    from weights import UserError, check_writable, read_prompts, write_text
 
     check_picture(args.out)
     for path in filter(None, (args.out, args.markdown)):
@@ -820,7 +807,7 @@ def bake(args: argparse.Namespace) -> dict:
 
     import bake as baking
     import cpe
-    from weights import UserError, check_writable, load_model, load_tensors, save_model
+    from weights import UserError, check_writable, load_model, load_tensors, read_prompts, save_model
 
     if os.path.exists(args.out):
         raise UserError(f"{args.out} exists already: choose another name, or remove it.")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder, Tokenizer
+from cpe import Prompts, parse_prompts
 from sampler import Schedule
 from unet import UNet
 from vae import VAE
@@ -955,6 +956,20 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
             raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
         save_tensors(target, state)
     write_text(folder / "config.json", json.dumps(part.config, indent=2))
+
+
+# --- Prompts -----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(preset: str) -> Prompts:
+    """Templates and anchor words of a preset, of prompts/<preset>.txt; UserError when the file is missing or spoilt."""
+    path = Path(__file__).with_name("prompts") / f"{preset}.txt"
+    try:
+        return parse_prompts(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
 
 
 # --- Cache of contexts -------------------------------------------------------------------------------------------

@@ -110,9 +110,9 @@ def test_a_finished_file_is_made_anew_when_what_it_was_made_of_is_not_the_same(
     command = ("train", "--targets", "targets.txt", *SHORT, "--model", str(tiny))
     assert run(*command)[0] == 0
     if changed == "prompts":
-        prompts = commands.read_prompts("emoji")
+        prompts = weights.read_prompts("emoji")
         prompts.general.append("sunset")
-        monkeypatch.setattr(commands, "read_prompts", lambda _: prompts)
+        monkeypatch.setattr(weights, "read_prompts", lambda _: prompts)
     elif changed == "layers":
         path = tiny / "unet/diffusion_pytorch_model.safetensors"
         tensors = weights.load_tensors(path)[0]
