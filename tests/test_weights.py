@@ -771,7 +771,7 @@ def test_a_twin_with_another_unet_shares_the_rest_and_leaves_the_first_alone(tin
         model.with_unet({"nothing.weight": before})
 
 
-def test_a_twin_with_another_text_encoder_says_so(tiny):
+def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):
     model = weights.load_model(str(tiny))
     name, unet = "text_model.final_layer_norm.bias", model.unet
     before, mark = model.text_encoder.state_dict()[name].clone(), model.fingerprint
@@ -780,3 +780,5 @@ def test_a_twin_with_another_text_encoder_says_so(tiny):
     assert torch.equal(model.text_encoder.state_dict()[name], before)
     assert twin.unet is unet
     assert model.fingerprint == mark != twin.fingerprint
+    saved = weights.save_model(model, tmp_path / "saved", text_encoder=twin.text_encoder.state_dict())
+    assert weights.load_model(saved).fingerprint == twin.fingerprint
