@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import cpe
 from clip import TextEncoder
-from cpe import ContextGate, Diverged, Objective, Prompts, ResAG
+from cpe import ContextGate, Diverged, Objective, Progress, Prompts, ResAG
 
 # --- What is erased, and what stays ------------------------------------------------------------------------------
 
@@ -49,9 +49,13 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     if not target:
         raise ValueError("its metadata does not say what it erases")
     surrogate, eta = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
-    aliases = json.loads(metadata.get("aliases", "[]"))
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases']}")
+    try:
+        aliases = json.loads(metadata.get("aliases", "[]"))
+        known = isinstance(aliases, list) and all(isinstance(alias, str) and alias.encode() for alias in aliases)
+    except (ValueError, RecursionError):  # no JSON, or halves of letters
+        known = False
+    if not known:
+        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases'][:80]}")
     return Concept([target, *aliases], surrogate, float(eta))
 
 
@@ -152,18 +156,11 @@ class Recipe:
     warmup: int = 10
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one step reports, as shares of the shift that the gates ask for."""
-
-    step: int
-    total: int
-    missing: float  # how much of it is not there yet, on prompts of targets
-    moved: float  # how far the others have moved
-
-
 class Baker:
-    """Trains the last layers: iterate over `steps()`, then take `state()`. A seed repeats a run on one machine.
+    """Trains the last layers: iterate over `steps()`, stop and go on wherever you like, then take `tensors()`.
+
+    A seed repeats a run on one machine. What a step reports are shares of the shift that the gates ask for: "missing",
+    how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
 
     `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
     shall stay as they are. What enters the last layers is computed once, and kept in half precision.
@@ -185,6 +182,7 @@ class Baker:
         self.targets, self.others = self.hidden_states(targets), self.hidden_states(others)
         self.kept = self.contexts(self.others)
         self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
+        self.done, self.optimizer = 0, self.new_optimizer()
         # How far the longest prompt reaches, and one token of padding beyond.
         self.length = 2 + int(max((rows != rows[:, -1:]).sum(dim=1).max() for rows in (targets, others)))
         before = self.contexts(self.targets).to(objective.M)
@@ -195,6 +193,15 @@ class Baker:
             lost = objective.energy(on_ellipsoid(self.tail.final_layer_norm, some, objective.M) - some)
         self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
         self.wanted = wanted.half()
+
+    @property
+    def total(self) -> int:
+        """Steps from the beginning to the end."""
+        return self.recipe.steps
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser before the first step."""
+        return torch.optim.Adam(self.tail.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
@@ -227,29 +234,59 @@ class Baker:
         shares = self.objective.energy(self.tail(hidden) - wanted).mean(dim=-1) / self.scale
         return shares[: len(rows)], shares[len(rows) :]
 
+    def update(self) -> dict[str, float]:
+        """One step of the optimiser; Diverged, with the layers as they were, when the loss is not finite."""
+        recipe, step = self.recipe, self.done
+        rows, others = self.draw()
+        # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
+        # what is cut off changes nothing before it.
+        missing, moved = self.misfits(rows, others, None if step % 4 == 0 else self.length)
+        loss = missing.mean() + recipe.keep * moved.mean()
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"the loss became {loss.item()} in step {step + 1}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        if not math.isfinite(nn.utils.clip_grad_norm_(self.tail.parameters(), 1.0).item()):
+            raise Diverged(f"the gradient overflowed in step {step + 1}")
+        rise = min(1.0, (step + 1) / (recipe.warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * rise * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+        self.optimizer.step()
+        self.errors[others] = moved.detach().cpu() + 1e-12
+        return {"missing": missing.mean().item(), "moved": moved.mean().item()}
+
     def steps(self) -> Iterator[Progress]:
-        """Train to the end, one Progress per step. Diverged when the loss is no longer finite."""
-        recipe, parameters = self.recipe, list(self.tail.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
-        for step in range(recipe.steps):
-            rows, others = self.draw()
-            # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
-            # what is cut off changes nothing before it.
-            missing, moved = self.misfits(rows, others, None if step % 4 == 0 else self.length)
-            loss = missing.mean() + recipe.keep * moved.mean()
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"the loss became {loss.item()} in step {step + 1}")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            rise = min(1.0, (step + 1) / (recipe.warmup + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rise * (1 + math.cos(math.pi * step / recipe.steps)) / 2
-            optimizer.step()
-            self.errors[others] = moved.detach().cpu() + 1e-12
-            yield Progress(step + 1, recipe.steps, missing.mean().item(), moved.mean().item())
+        """Train to the end, one Progress per step; the state may be saved between any two."""
+        while self.done < self.total:
+            losses = self.update()
+            self.done += 1
+            yield Progress(self.done, self.total, 1, "bake", losses)
 
     def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors for a safetensors file."""
+        state = {f"tail.{name}": t for name, t in self.tail.state_dict().items()} | cpe.moments(self.optimizer)
+        state |= {"errors": self.errors, "generator": self.generator.get_state(), "done": torch.tensor(self.done)}
+        return {name: t.detach().clone() for name, t in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
+        try:
+            self.tail.load_state_dict({n.removeprefix("tail."): t for n, t in state.items() if n.startswith("tail.")})
+            self.done = int(state["done"])
+            if not 0 <= self.done <= self.total:
+                raise ValueError(f"it has no step {self.done}")
+            errors = state["errors"].to(self.errors, copy=True)
+            if errors.shape != self.errors.shape or not (errors.isfinite() & (errors > 0)).all():
+                raise ValueError("its errors are not those of these prompts")
+            self.errors = errors
+            self.generator.set_state(state["generator"])
+            self.optimizer = self.new_optimizer()
+            if self.done:
+                cpe.load_moments(self.optimizer, state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"this state is of another run: {error}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
         """The text encoder's tensors, those that were trained replaced: what `weights.save_model` writes."""
         return self.tower.state_dict() | {name: t.detach() for name, t in self.tail.tensors().items()}
 

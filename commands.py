@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
-    from cpe import Objective, ResAG, Trainer
+    from bake import Baker, Concept
+    from cpe import Objective, Prompts, ResAG, Trainer
     from weights import Model
 
 HERE = Path(__file__).resolve().parent
@@ -148,6 +149,7 @@ def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--preset", choices=PRESET_NAMES, help="prompts to train on (default: celebrity, emoji for emoji)")
     sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
     sub.add_argument("--images", type=number(int, 0, 100), default=1, help="images per concept for the comparison")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     add_model(sub)
     add_sampling(sub, 20, 4.0)
     sub.set_defaults(sampler="dpm")
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = " (go on with --resume)" if args.command == "train" else ""
+        more = " (go on with --resume)" if args.command in ("train", "bake") else ""
         more = " (the same command goes on)" if getattr(args, "targets", None) else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
@@ -295,6 +297,13 @@ def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
         )
 
 
+def read_prompts(preset: str) -> "Prompts":
+    """`weights.read_prompts`; torch comes with that module, so it is imported only when a command needs it."""
+    import weights
+
+    return weights.read_prompts(preset)
+
+
 def slug(name: str, empty: str = "target") -> str:
     """A file name for a target: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder.
 
@@ -387,7 +396,6 @@ class Training:
         import dataclasses
 
         import cpe
-        from weights import read_prompts
 
         self.args, self.preset = args, args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
         recipe = cpe.PRESETS[self.preset]
@@ -410,14 +418,8 @@ class Training:
 
     @cached_property
     def inputs(self) -> str:
-        """16 hexadecimal digits of what else decides on the gates: the preset's prompts, the layers' weights."""
-        import dataclasses
-
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.prompts)).encode())
-        for name, weight in self.model.cross_attention().items():
-            digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
+        """What else decides on the gates."""
+        return digest_inputs(self.prompts, self.model.cross_attention())
 
     def settings(self, names: Sequence[str]) -> dict:
         """All that the gates of a target depend on: who has the same settings has the same gates."""
@@ -441,6 +443,17 @@ class Training:
         """Drop what only encodes: no target comes after. Half a gigabyte in SD 1.4, and the anchors."""
         self.kept.clear()
         self.model.__dict__.pop("text_encoder", None)
+
+
+def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
+    """16 hexadecimal digits of a preset's prompts and of some weights."""
+    import dataclasses
+
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(prompts)).encode())
+    for name, weight in tensors.items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def check_names(names: Sequence[str], shared: Training) -> list[str]:
@@ -468,7 +481,7 @@ def is_emoji(model: str) -> bool:
 def check_emoji_words(names: Sequence[str]) -> None:
     """UserError for a name with words that the embedded model has never seen."""
     from cpe import normalised
-    from weights import UserError, read_prompts
+    from weights import UserError
 
     prompts = read_prompts("emoji")
     words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
@@ -520,28 +533,34 @@ def between_steps() -> Iterator[list[int]]:
             signal.signal(number, signal.default_int_handler)
 
 
+def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
+    """Go on where the state of the same run was saved; UserError if it is of another, or damaged."""
+    from weights import UserError, load_tensors
+
+    try:
+        tensors, metadata = load_tensors(state)
+    except UserError as error:
+        raise UserError(f"{error}, or begin anew without --resume") from error
+    if metadata.get("run") != run:
+        raise UserError(f"{state} is of a run with other settings: use the same, or begin anew without --resume.")
+    try:
+        trainer.load_state(tensors)
+    except ValueError as error:
+        raise UserError(f"{state}: {error}. Begin anew without --resume.") from error
+
+
 def run_trainer(
-    trainer: "Trainer", state: Path, run: str, resume: bool = False, text: str = "training"
+    trainer: "Trainer | Baker", state: Path, run: str, resume: bool = False, text: str = "training"
 ) -> dict[str, float]:
     """Train to the end, saving the state every few seconds; returns the last value of every loss."""
     import cpe
-    from weights import UserError, load_tensors, save_tensors
+    from weights import UserError, save_tensors
 
     if resume and os.path.exists(state):
-        try:
-            tensors, metadata = load_tensors(state)
-        except UserError as error:
-            raise UserError(f"{error}, or train without --resume") from error
-        if metadata.get("run") != run:
-            raise UserError(f"{state} is of a run with other settings: use the same, or train without --resume.")
-        try:
-            trainer.load_state(tensors)
-        except ValueError as error:
-            raise UserError(f"{state}: {error}. Train without --resume.") from error
-    total, losses, saved = sum(phase.steps for phase in trainer.plan), {}, time.monotonic()
-    done = sum(p.steps for p in trainer.plan[: trainer.phase]) + trainer.step
-    progress = bar(None, total, text)
-    progress.update(done)
+        go_on(trainer, state, run)
+    losses, saved = {}, time.monotonic()
+    progress = bar(None, trainer.total, text)
+    progress.update(trainer.done)
     try:
         with between_steps() as asked:
             for report in trainer.steps():
@@ -556,7 +575,7 @@ def run_trainer(
                     raise KeyboardInterrupt
     except cpe.Diverged as error:
         save_tensors(state, trainer.state(), {"run": run})
-        advice = f"The last good state is in {state}; train again without --resume, with another --seed or --preset"
+        advice = f"The last good state is in {state}; begin anew without --resume, with another --seed or --preset"
         raise UserError(f"{error}. {advice}.") from error
     finally:
         progress.close()
@@ -577,13 +596,13 @@ def in_metadata(settings: dict) -> dict[str, str]:
 
 
 def run_name(settings: dict) -> str:
-    """Settings as the state of an unfinished training keeps them."""
+    """Settings as the state of an unfinished run keeps them."""
     return json.dumps(settings, sort_keys=True)
 
 
 def state_file(out: Path) -> Path:
-    """Where the state of an unfinished training lies, beside its gate file."""
-    return out.with_name(f"{out.stem}.state.safetensors")
+    """Where the state of an unfinished run lies: beside the gate file, or the folder, that it is to become."""
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}.state.safetensors")
 
 
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
@@ -683,7 +702,7 @@ def inspect(args: argparse.Namespace) -> dict:
 def demo(args: argparse.Namespace) -> dict:
     """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others."""
     import evaluate
-    from weights import UserError, check_writable, read_prompts
+    from weights import UserError, check_writable
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
@@ -746,7 +765,7 @@ def demo(args: argparse.Namespace) -> dict:
 def compare(args: argparse.Namespace) -> dict:
     """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again."""
     import compare as table
-    from weights import UserError, check_writable, read_prompts, write_text
+    from weights import UserError, check_writable, write_text
 
     check_picture(args.out)
     for path in filter(None, (args.out, args.markdown)):
@@ -773,9 +792,14 @@ def compare(args: argparse.Namespace) -> dict:
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget = table.QUICK if args.quick else table.Budget()
 
-    figures, pictures, total = {}, {}, len(scenarios) * (len(names) + 1)
+    figures, pictures, total, chosen = {}, {}, len(scenarios) * (len(names) + 1), [methods[name] for name in names]
+    if args.device == "cpu" and len(scenarios) > 1:
+        opened = args.model, args.clip, args.preset
+        with bar((), total, "comparing") as progress:
+            for done in table.side_by_side(world, opened, scenarios, chosen, budget, args.seed):
+                progress.update(done - progress.n)
     for scenario, method, row, images in bar(
-        table.run(world, scenarios, [methods[name] for name in names], budget, args.seed), total, "comparing"
+        table.run(world, scenarios, chosen, budget, args.seed), total, "comparing"
     ):
         figures.setdefault(scenario, {})[method] = row
         pictures.setdefault(scenario, []).append(images)
@@ -805,9 +829,7 @@ def bake(args: argparse.Namespace) -> dict:
     """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them."""
     import dataclasses
 
-    import bake as baking
-    import cpe
-    from weights import UserError, check_writable, load_model, load_tensors, read_prompts, save_model
+    from weights import UserError, check_writable, load_model, save_model
 
     if os.path.exists(args.out):
         raise UserError(f"{args.out} exists already: choose another name, or remove it.")
@@ -816,29 +838,77 @@ def bake(args: argparse.Namespace) -> dict:
     prompts = read_prompts(preset)
     model = open_model(args, ("text_encoder", "unet", "vae"))
     gates = load_gates(args.gates, model)
-    try:
-        concepts = [baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset]) for path in args.gates]
-    except ValueError as error:
-        raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
+    concepts = read_concepts(args.gates, preset)
+    baker = build_baker(args, model, gates, concepts, prompts)
+    settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
+    settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
+    settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
+    run_trainer(baker, state_file(args.out), run_name(settings), args.resume, "baking")
+    save_model(model, args.out, text_encoder=baker.tensors())
+    state_file(args.out).unlink(missing_ok=True)
+
+    figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
+    baked = load_model(args.out, model.dtype, model.device)
+    figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
+    print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
+    erased = ", ".join(name for concept in concepts for name in concept.names)
+    print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
+    again = f'python cpe.py generate "a picture of {concepts[0].names[0]}" --model {args.out}'
+    return figures | {"unreachable": baker.unreachable, "next": again}
+
+
+def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
+    """What each gate file erases; UserError if one does not say it."""
+    import bake as baking
+    import cpe
+    from weights import UserError, load_tensors
+
+    concepts = []
+    for path in paths:
+        try:
+            concepts.append(baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset]))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}.") from error
+    return concepts
+
+
+def build_baker(
+    args: argparse.Namespace, model: "Model", gates: "ResAG", concepts: "Sequence[Concept]", prompts: "Prompts"
+) -> "Baker":
+    """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained."""
+    import dataclasses
+
+    import bake as baking
+    import cpe
+    from weights import UserError
+
     objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe()
     recipe = dataclasses.replace(recipe, steps=max(1, round(recipe.steps * args.steps_scale)))
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)
-    texts = baking.training_prompts(concepts, prompts, args.seed)
+    try:
+        texts = baking.training_prompts(concepts, prompts, args.seed)
+    except ValueError as error:
+        raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
     targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
     gate = objective.context_gate(gates)
-    baker = baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
-    try:
-        with bar(baker.steps(), recipe.steps, "baking") as progress:
-            for report in progress:
-                progress.set_postfix(missing=f"{report.missing:.1%}", moved=f"{report.moved:.1e}", refresh=False)
-    except cpe.Diverged as error:
-        raise UserError(f"{error}: nothing was written. Try another --seed.") from error
-    save_model(model, args.out, text_encoder=baker.state())
+    return baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
 
-    erased = ", ".join(name for concept in concepts for name in concept.names)
+
+def losses_of_baking(
+    args: argparse.Namespace,
+    objective: "Objective",
+    model: "Model",
+    baked: "Model",
+    gates: "ResAG",
+    concepts: "Sequence[Concept]",
+    prompts: "Prompts",
+) -> dict[str, dict]:
+    """Print and return what baking loses: {target: {measure: {"gates", "baked"}}}."""
+    import bake as baking
+    import cpe
+
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
-    baked = load_model(args.out, model.dtype, model.device)
-    figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(recipe), "unreachable": baker.unreachable}
+    figures = {}
     print(f"\n{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
         rows = {}
@@ -850,10 +920,7 @@ def bake(args: argparse.Namespace) -> dict:
         for name, row in rows.items():
             print(f"{f'{concept.names[0]}: {name}':52}{row['gates']:10.2g}{row['baked']:10.2g}")
         figures[concept.names[0]] = rows
-    print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
-    print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
-    prompt = f"a picture of {concepts[0].names[0]}"
-    return figures | {"next": f'python cpe.py generate "{prompt}" --model {args.out}'}
+    return figures
 
 
 def image_changes(

@@ -18,10 +18,13 @@ benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attack
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +35,17 @@ import baselines
 import cpe
 import evaluate
 import variants
-from weights import Model, UserError, cache_folder, cached_contexts, load_clip, load_tensors, read_prompts, save_tensors
+from weights import (
+    Model,
+    UserError,
+    cache_folder,
+    cached_contexts,
+    load_clip,
+    load_model,
+    load_tensors,
+    read_prompts,
+    save_tensors,
+)
 
 VERSION = 1  # of the measurements: raise it when a change here makes kept figures wrong
 
@@ -331,6 +344,13 @@ def train_gates(
     return trainer.gates.requires_grad_(False), 0.0
 
 
+def untouched(world: World, scenario: Scenario, seed: int) -> Erased:
+    """The model as it is."""
+    return Erased(world.model, None, 0, 0)
+
+
+NONE = Method("none", untouched)
+
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
     "uce": {"padding": True, "templates": "kept", "s_p": 0.1},
     "rece": {"rounds": 3, "rho": 0.1, "s_p": 1.0},
@@ -384,6 +404,11 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     return named(parts)
 
 
+def cell_path(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> Path:
+    """The file that keeps a cell."""
+    return cache_folder() / "compare" / f"{key(world, scenario, method, budget, seed)}.safetensors"
+
+
 def named(parts: list) -> str:
     """A file name for whatever decides what is in the file."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
@@ -410,8 +435,7 @@ def measure(
     originals: Callable[[], Originals] | None = None,
 ) -> tuple[dict, Tensor]:
     """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk. `method` None: the model as it is."""
-    method = method or Method("none", lambda world, scenario, seed: Erased(world.model, None, 0, 0))
-    path = cache_folder() / "compare" / f"{key(world, scenario, method, budget, seed)}.safetensors"
+    method, path = method or NONE, cell_path(world, scenario, method or NONE, budget, seed)
     try:
         tensors, metadata = load_tensors(path)
         return json.loads(metadata["figures"]), tensors["images"]
@@ -593,6 +617,42 @@ def run(
             return made[0]
 
         columns = shown_columns(cases(world, scenario, budget))
-        for method in (None, *methods):
+        for method in (NONE, *methods):
             figures, pixels = measure(world, scenario, method, budget, seed, originals)
-            yield name, method.name if method else "none", figures, [pixels[i] for i in columns]
+            yield name, method.name, figures, [pixels[i] for i in columns]
+
+
+def fill(
+    model: str, clip: str | None, preset: str, scenario: Scenario, methods: list[str], budget: Budget, seed: int
+) -> None:
+    """Measure the cells of one scenario, on one core; they stay on disk, where `run` finds them."""
+    torch.set_num_threads(1)
+    known = METHODS | ABLATIONS
+    world = World(load_model(model), clip, preset)
+    for _ in run(world, {"": scenario}, [known[name] for name in methods], budget, seed):
+        pass
+
+
+def side_by_side(
+    world: World,
+    opened: tuple[str, str | None, str],
+    scenarios: dict[str, Scenario],
+    methods: Sequence[Method],
+    budget: Budget,
+    seed: int,
+) -> Iterator[int]:
+    """Measure scenarios in as many processes as torch has threads: networks this small gain little from threads.
+
+    `opened`: model, CLIP and preset, as `fill` opens the world anew in each process. Yields once a second how many
+    cells are on disk. An error in one process is raised here.
+    """
+    cores = min(torch.get_num_threads(), len(scenarios))
+    paths = [cell_path(world, s, m, budget, seed) for s in scenarios.values() for m in (NONE, *methods)]
+    longest_first = sorted(scenarios.values(), key=lambda scenario: -len(scenario.targets))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(fill, *opened, s, [m.name for m in methods], budget, seed) for s in longest_first]
+        while not all(job.done() for job in jobs):
+            yield sum(path.exists() for path in paths)
+            time.sleep(1)
+        for job in jobs:
+            job.result()

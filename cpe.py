@@ -26,7 +26,7 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -96,11 +96,11 @@ class ResAG(nn.Module):
 
         H itself is never formed: H v = A (E v) and H D = A (E D), the same numbers by associativity.
         """
-        q = features[..., : self.r]
+        q, rest = features.split([self.r, features.shape[-1] - self.r], dim=-1)
         # A = softmax(Q Q^T);   [H v | H D] = A [E v | E D]
-        mixed = torch.softmax(q @ q.mT, dim=-1) @ features[..., self.r :]
-        g = self.opening(mixed[..., :1])
-        return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * mixed[..., 1:]
+        logits, codes = (torch.softmax(q @ q.mT, dim=-1) @ rest).split([1, rest.shape[-1] - 1], dim=-1)
+        g = self.opening(logits)
+        return g.squeeze(-1), self.scale.view(-1, 1, 1, 1) * g * codes
 
     def opening(self, logits: Tensor) -> Tensor:
         """Gate values of logits H v, [N, B, T, 1]; variants.py puts other functions here."""
@@ -356,7 +356,7 @@ class Objective:
         ups = [run.unflatten(-1, W.shape[:2]).transpose(1, 2) for run, W in zip(runs, self.stacks, strict=True)]
         w = self.M.new_tensor(list(self.w.values())).split([len(W) for W in self.stacks])
         wU = [w_l[:, None, None] * U for w_l, U in zip(w, ups, strict=True)]
-        P = torch.cat([torch.einsum("Nnku,nud->Nnkd", *pair) for pair in zip(wU, self.stacks, strict=True)], dim=1)
+        P = torch.cat([Through.apply(*pair) for pair in zip(wU, self.stacks, strict=True)], dim=1)
         G = torch.cat([each @ U.mT for each, U in zip(wU, ups, strict=True)], dim=1)
         return P.flatten(1, 2), G
 
@@ -386,6 +386,27 @@ class Objective:
         return 2 * half - half.detach()
 
 
+class Through(torch.autograd.Function):
+    """U W of stacked layers, U [N, n, k, d_l] and frozen W [n, d_l, d]: the one product that reads every weight.
+
+    Its gradient (W g^T)^T reads W row by row; autograd's g W^T is the same but takes twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, U: Tensor, W: Tensor) -> Tensor:
+        """U W [N, n, k, d]."""
+        ctx.save_for_backward(W)
+        return torch.einsum("Nnku,nud->Nnkd", U, W)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """Gradient of U; W has none."""
+        (W,) = ctx.saved_tensors
+        N, n, k, d = gradient.shape
+        columns = gradient.permute(1, 3, 0, 2).reshape(n, d, N * k)
+        return (W @ columns).unflatten(-1, (N, k)).permute(2, 0, 3, 1), None
+
+
 def penalty(z: Tensor, G: Tensor) -> Tensor:
     """sum_l w_l |z_l U_l|^2 = z G z^T: how much the gates move a token; codes [N, B, T, L k] -> [N, B, T]."""
     z = z.unflatten(-1, (G.shape[1], G.shape[-1]))
@@ -397,8 +418,13 @@ def residual(x: Tensor, energy: Tensor, z: Tensor, P: Tensor, G: Tensor) -> Tens
 
     x [N or 1, B, T, d] and its `Objective.energy` [N or 1, B, T], codes z [N, B, T, L k].
     """
+    return misfit(energy, x @ P.unsqueeze(1).mT, z, G)
+
+
+def misfit(energy: Tensor, xP: Tensor, z: Tensor, G: Tensor) -> Tensor:
+    """As `residual`, of a shift that is known by its energy and by x P^T [N or 1, B, T, L k]."""
     #   x M x^T - 2 <x P^T, z> + z G z^T
-    return energy - 2 * ((x @ P.unsqueeze(1).mT) * z).sum(dim=-1) + penalty(z, G)
+    return energy - 2 * (xP * z).sum(dim=-1) + penalty(z, G)
 
 
 # --- Recipes and prompts -----------------------------------------------------------------------------------------
@@ -600,8 +626,25 @@ class Progress:
     step: int  # steps done, over all phases
     total: int
     stage: int  # 1..stages
-    kind: str  # "erase" or "attack"
+    kind: str  # "erase" or "attack"; of bake.Baker "bake"
     losses: dict[str, float]
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an Adam optimiser remembers of its parameters, {"optimizer.<parameter>.<name>": tensor}."""
+    kept = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": t for i, tensors in kept.items() for name, t in tensors.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Give a fresh Adam optimiser the `moments` among the tensors of `state`; KeyError or ValueError if they misfit."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        kept[i] = {name: state[f"optimizer.{i}.{name}"].clone() for name in shapes}
+        if any(kept[i][name].shape != shape for name, shape in shapes.items()):
+            raise ValueError("its optimiser has other shapes")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
 
 
 class Trainer:
@@ -629,11 +672,15 @@ class Trainer:
         first, second = torch.randint(count, (2, n), generator=self.generator)
         # Beta(1, 1) is uniform.
         beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype)
-        E = self.data.anchors
-        mixed = torch.lerp(E[second].to(self.shifts), E[first].to(self.shifts), beta[:, None, None].to(self.shifts))
+        E, mixed = self.data.anchors, self.shifts.new_empty(n + 1, *self.shifts.shape[1:])
+        # In place: these are the largest tensors of a step, and most of their cost is memory.
+        mixed[:n].copy_(E.index_select(0, second)).lerp_(
+            E.index_select(0, first).to(mixed), beta[:, None, None].to(mixed)
+        )
+        mixed[n:] = self.data.empty
         # beta (E_1 + n_1) + (1 - beta) (E_2 + n_2): two independent Gaussians are one
         sigma = ((beta * self.sigmas[first]) ** 2 + ((1 - beta) * self.sigmas[second]) ** 2).sqrt()
-        return torch.cat([mixed, self.data.empty]), F.pad(sigma, (0, 1))
+        return mixed, F.pad(sigma, (0, 1))
 
     def noisy_features(self, contexts: Tensor, sigma: Tensor, columns: Tensor) -> Tensor:
         """Features of contexts plus Gaussian noise n of deviation sigma, without drawing n in d dimensions.
@@ -650,15 +697,16 @@ class Trainer:
         """erase, adv and anchor losses [] of one drawn template, its J adversarial copies, and drawn anchors."""
         i = torch.randint(len(self.shifts), (1,), generator=self.generator)
         E, x = self.data.targets[i], self.shifts[i]
-        E, x = torch.cat([E, E + self.deltas]), torch.cat([x, x - self.deltas])
         anchors, sigma = self.draw_anchors()
-        columns = self.core.columns()
-        features = [E @ columns, self.noisy_features(anchors, sigma, columns[0, 0])[None]]
-        _, z = self.core.read(torch.cat(features, dim=1))
-        P, G = self.objective.products(self.gates)
-        misfit = residual(x, self.energies[i], z[:, : len(E)], P, G).mean(dim=(0, 2))  # [1 + J]
-        losses = {"erase": misfit[0], "anchor": penalty(z[:, len(E) :], G).mean()}
-        return losses | ({"adv": misfit[1:].mean()} if len(self.deltas) else {})
+        C, (P, G) = self.core.columns()[0, 0], self.objective.products(self.gates)
+        # (E + delta) C = E C + delta C and (x - delta) P^T = x P^T - delta P^T: deltas are read once for both
+        dC, dP = (self.deltas @ torch.cat([C, P[0].T], dim=1)).split([C.shape[1], P.shape[1]], dim=-1)
+        EC, xP = E @ C, x @ P[0].T
+        features = torch.cat([EC, EC + dC, self.noisy_features(anchors, sigma, C)])
+        erased, kept = self.core.read(features[None])[1].split([1 + len(dC), len(anchors)], dim=1)
+        missed = misfit(self.energies[i], torch.cat([xP, xP - dP])[None], erased, G).mean(dim=(0, 2))  # [1 + J]
+        losses = {"erase": missed[0], "anchor": penalty(kept, G).mean()}
+        return losses | ({"adv": missed[1:].mean()} if len(dC) else {})
 
     def attack_losses(self) -> dict[str, Tensor]:
         """attack loss []: how far the gated output of E_tar + delta is from the target's original output."""
@@ -709,17 +757,25 @@ class Trainer:
         self.optimizer.step()
         return {name: value.item() for name, value in losses.items()}
 
+    @property
+    def done(self) -> int:
+        """Steps done, over all phases."""
+        return sum(phase.steps for phase in self.plan[: self.phase]) + self.step
+
+    @property
+    def total(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.plan)
+
     def steps(self) -> Iterator[Progress]:
         """Train to the end, one Progress per step; the state may be saved between any two."""
-        total = sum(phase.steps for phase in self.plan)
         while self.phase < len(self.plan):
             phase = self.plan[self.phase]
             if self.step == 0 or self.optimizer is None:
                 self.begin()
             losses = self.update()
-            done = sum(p.steps for p in self.plan[: self.phase]) + self.step + 1
-            progress = Progress(done, total, self.phase // 2 + 1, phase.kind, losses)
             self.step += 1
+            progress = Progress(self.done, self.total, self.phase // 2 + 1, phase.kind, losses)
             if self.step == phase.steps:
                 self.deltas = self.deltas.detach()
                 self.phase, self.step = self.phase + 1, 0
@@ -731,8 +787,7 @@ class Trainer:
         state |= {"deltas": self.deltas, "generator": self.generator.get_state()}
         state["position"] = torch.tensor([self.phase, self.step])
         if self.step:
-            for i, moments in self.optimizer.state_dict()["state"].items():
-                state |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+            state |= moments(self.optimizer)
         return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -752,14 +807,7 @@ class Trainer:
             self.optimizer = None
             if self.step:
                 self.begin()
-                moments: dict[int, dict[str, Tensor]] = {}
-                for name in (n for n in state if n.startswith("optimizer.")):
-                    _, i, moment = name.split(".")
-                    moments.setdefault(int(i), {})[moment] = state[name].clone()
-                for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
-                    if any(moments[i][name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                        raise ValueError("its optimiser has other shapes")
-                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+                load_moments(self.optimizer, state)
         except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 

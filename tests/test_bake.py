@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny as reference
 import torch
+from safetensors.torch import load, save
 
 import bake
 import commands
@@ -86,6 +87,9 @@ def test_a_gate_file_says_what_it_erases():
     assert bake.read_concept(public, cpe.PRESETS["style"]) == bake.Concept(["claude monet"], "real photograph", 0.5)
     with pytest.raises(ValueError, match="what it erases"):
         bake.read_concept({}, cpe.PRESETS["style"])
+    for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
+        with pytest.raises(ValueError, match="no list of names"):
+            bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
 
 
 # --- The tail and its ellipsoid ------------------------------------------------------------------------------------
@@ -155,17 +159,71 @@ def test_what_is_cut_off_changes_nothing_before_it(model, objective):
 
 def test_the_loss_falls_and_a_seed_repeats_it(model, objective):
     first, second = (small_baker(model, objective, steps=150, lr=1e-2, keep=0.1) for _ in range(2))
-    losses = [p.missing + first.recipe.keep * p.moved for p in first.steps()]
+    losses = [p.losses["missing"] + first.recipe.keep * p.losses["moved"] for p in first.steps()]
     assert losses[-1] < 0.5 * losses[0]
     list(second.steps())
-    assert all(torch.equal(t, second.state()[name]) for name, t in first.state().items())
+    assert equal(first.state(), second.state())
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def stopped(baker: bake.Baker, step: int) -> dict[str, torch.Tensor]:
+    """The state after some steps."""
+    steps = baker.steps()
+    assert [next(steps).step for _ in range(step)] == list(range(1, step + 1))
+    return baker.state()
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 11, 12])
+def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(model, objective, step):
+    whole = stopped(small_baker(model, objective, steps=12), 12)
+    state = load(save(stopped(small_baker(model, objective, steps=12), step)))
+    kept = {name: t.clone() for name, t in state.items()}
+    resumed = small_baker(model, objective, steps=12)
+    stopped(resumed, 3)  # whatever it has done before
+    resumed.load_state(state)
+    assert equal(resumed.state(), state)
+    assert [p.step for p in resumed.steps()] == list(range(step + 1, 13))
+    assert equal(resumed.state(), whole)
+    assert equal(state, kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"done": torch.tensor(41)},
+        {"done": torch.tensor([0, 1])},
+        {"errors": torch.ones(3)},
+        {"errors": torch.tensor([1.0, 1.0, -1.0, 1.0])},
+        {"errors": torch.tensor([1.0, 1.0, torch.nan, 1.0])},
+        {"generator": torch.zeros(3, dtype=torch.uint8)},
+        {"optimizer.0.exp_avg": torch.zeros(3)},
+        {"optimizer.0.step": torch.zeros(3)},
+        {"tail.final_layer_norm.weight": torch.zeros(3)},
+        {"tail.layers.1.layer_norm1.weight": torch.zeros(16)},
+    ],
+)
+def test_a_state_of_another_run_is_refused(model, objective, change):
+    state = stopped(small_baker(model, objective), 2)
+    with pytest.raises(ValueError, match="another run"):
+        small_baker(model, objective).load_state(state | change)
+
+
+@pytest.mark.parametrize("name", ["done", "errors", "generator", "optimizer.0.step", "tail.final_layer_norm.weight"])
+def test_a_state_that_is_not_whole_is_refused(model, objective, name):
+    state = stopped(small_baker(model, objective), 2)
+    del state[name]
+    with pytest.raises(ValueError, match="another run"):
+        small_baker(model, objective).load_state(state)
 
 
 def test_only_the_named_layers_change(model, objective):
     baker = small_baker(model, objective)
     before = {name: t.clone() for name, t in model.text_encoder.state_dict().items()}
     list(baker.steps())
-    state = baker.state()
+    state = baker.tensors()
     assert state.keys() == before.keys()
     changed = {name for name, t in state.items() if not torch.equal(t, before[name])}
     trained = ("text_model.encoder.layers.1.", "text_model.final_layer_norm.")
@@ -181,9 +239,25 @@ def test_others_that_moved_most_are_drawn_most(model, objective):
 
 def test_a_loss_that_is_not_finite_stops_it(model, objective):
     baker = small_baker(model, objective)
+    before = stopped(baker, 2)
     baker.wanted[:] = torch.nan
-    with pytest.raises(cpe.Diverged, match="step 1"):
+    with pytest.raises(cpe.Diverged, match="step 3"):
         list(baker.steps())
+    assert equal(baker.state() | {"generator": before["generator"]}, before)
+
+
+def test_a_gradient_that_overflows_stops_before_it_reaches_the_layers(model, objective, monkeypatch):
+    baker = small_baker(model, objective)
+    before, misfits = stopped(baker, 2), baker.misfits
+
+    def steep(*rows):  # sqrt has the value 0 and an infinite slope at 0: the loss alone looks sound
+        missing, moved = misfits(*rows)
+        return missing, moved + (missing.sum() * 0).sqrt()
+
+    monkeypatch.setattr(baker, "misfits", steep)
+    with pytest.raises(cpe.Diverged, match="gradient overflowed in step 3"):
+        list(baker.steps())
+    assert equal(baker.state() | {"generator": before["generator"]}, before)
 
 
 @torch.no_grad()
@@ -247,6 +321,58 @@ def test_a_folder_that_is_there_is_left_alone(tiny, gate_files, tmp_path, capsys
     assert [p.name for p in out.iterdir()] == ["file"]
 
 
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """A function that has the next baking interrupted in its third step."""
+
+    def arm() -> None:
+        update = bake.Baker.update
+
+        def interrupted(self):
+            if self.done == 2:
+                monkeypatch.setattr(bake.Baker, "update", update)
+                signal.raise_signal(signal.SIGINT)
+            return update(self)
+
+        monkeypatch.setattr(bake.Baker, "update", interrupted)
+
+    return arm
+
+
+def text_encoder(folder: Path) -> bytes:
+    return (folder / "text_encoder" / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_bake_goes_on_and_ends_in_the_same_bytes(tiny, gate_files, tmp_path, capsys, ctrl_c):
+    place = tmp_path / "place"
+    whole, out = place / "whole", place / "baked.v1"
+    assert commands.main(arguments(tiny, gate_files, whole, "--images", "0")) == 0
+    ctrl_c()
+    assert commands.main(arguments(tiny, gate_files, out, "--images", "0")) == 130
+    assert "go on with --resume" in capsys.readouterr().err
+    assert {path.name for path in place.iterdir()} == {"whole", "baked.v1.state.safetensors"}
+    assert weights.load_tensors(place / "baked.v1.state.safetensors")[0]["done"] == 3
+    assert commands.main(arguments(tiny, gate_files, out, "--images", "0", "--resume")) == 0
+    assert {path.name for path in place.iterdir()} == {"whole", "baked.v1"}
+    assert text_encoder(whole) == text_encoder(out)
+
+
+def test_resume_refuses_a_state_of_other_settings_and_bake_without_it_begins_anew(
+    tiny, gate_files, tmp_path, capsys, ctrl_c
+):
+    out, whole = tmp_path / "baked", tmp_path / "whole"
+    ctrl_c()
+    assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 130
+    others = arguments(tiny, gate_files[1:], out), arguments(tiny, gate_files[:1], out, "--seed", "1")
+    for other in (*others, arguments(tiny, gate_files[:1], out, "--steps-scale", "0.02")):
+        assert commands.main([*other, "--images", "0", "--resume"]) == 2
+        assert "other settings: use the same, or begin anew without --resume" in capsys.readouterr().err
+    assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 0
+    assert commands.main(arguments(tiny, gate_files[:1], whole, "--images", "0")) == 0
+    assert text_encoder(whole) == text_encoder(out)
+    assert not commands.state_file(out).exists()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_bake_leaves_no_model(tiny, gate_files, tmp_path, stop):
     out = tmp_path / "place" / "baked"
@@ -266,7 +392,8 @@ def test_an_interrupted_bake_leaves_no_model(tiny, gate_files, tmp_path, stop):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
     assert "Traceback" not in errors
-    assert list(out.parent.iterdir()) == []
+    left = [commands.state_file(out)] if stop == signal.SIGINT else []
+    assert list(out.parent.iterdir()) == left
 
 
 # --- diffusers -----------------------------------------------------------------------------------------------------

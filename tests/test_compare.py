@@ -253,3 +253,19 @@ def test_gates_are_trained_once_for_all_cells_that_need_them(world, method, monk
         before, after = (model.encode(["a picture of a umbrella"]) for model in (world.model, again.model))
         assert again.gates is None
         assert not torch.equal(before, after)
+
+
+def test_scenarios_side_by_side_fill_the_cells_that_a_run_reads(world, tiny_original, monkeypatch):
+    scenarios = {name: compare.SCENARIOS[name] for name in ("object", "person")}
+    opened, methods = (str(tiny_original), None, "emoji"), [compare.METHODS["uce"]]
+    counts = list(compare.side_by_side(world, opened, scenarios, methods, SMALL, 0))
+    assert counts == sorted(counts)
+    monkeypatch.setattr(compare, "draw", lambda *args: pytest.fail("measured twice"))
+    found = list(compare.run(world, scenarios, methods, SMALL))
+    assert [(name, method) for name, method, *_ in found] == [(s, m) for s in scenarios for m in ("none", "uce")]
+
+
+def test_an_error_in_one_of_the_processes_is_raised(world, tmp_path):
+    opened = (str(tmp_path / "nothing"), None, "emoji")
+    with pytest.raises(weights.UserError, match="nothing"):
+        list(compare.side_by_side(world, opened, {"object": compare.SCENARIOS["object"]}, [], SMALL, 0))
