@@ -310,17 +310,10 @@ def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
 
 
 def read_prompts(preset: str) -> "Prompts":
-    """Templates and anchor words of a preset."""
-    import cpe
-    from weights import UserError
+    """`weights.read_prompts`; torch comes with that module, so it is imported only when a command needs it."""
+    import weights
 
-    path = HERE / "prompts" / f"{preset}.txt"
-    try:
-        return cpe.parse_prompts(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}.") from error
+    return weights.read_prompts(preset)
 
 
 def slug(name: str, empty: str = "target") -> str:

@@ -43,6 +43,7 @@ from weights import (
     load_clip,
     load_model,
     load_tensors,
+    read_prompts,
     save_tensors,
 )
 
@@ -125,11 +126,9 @@ class World:
     """A model, its judge, and the concepts and styles that it knows."""
 
     def __init__(self, model: Model, clip: str | None = None, preset: str = "emoji"):
-        import commands  # reads the prompt files; it imports this module only inside a command
-
-        self.model, self.read_prompts = model, commands.read_prompts
+        self.model = model
         self.clip, self.tokenizer = load_clip(clip) if clip else (model.clip, model.tokenizer)
-        self.concepts = self.read_prompts(preset).domain
+        self.concepts = read_prompts(preset).domain
         self.styles = ("noto", "twemoji", "fluent", "blob") if preset.startswith("emoji") else ()
         self.objective = cpe.Objective(model.cross_attention())
         self.colours = ("white", "blue", "yellow", "green", "pink")
@@ -163,7 +162,7 @@ class World:
 
     def listed(self, scenario: Scenario) -> cpe.Prompts:
         """The preset's templates and anchor words without targets, aliases and what is held out."""
-        prompts = self.read_prompts(scenario.preset)
+        prompts = read_prompts(scenario.preset)
         return cpe.anchor_words(prompts, [*scenario.targets, *scenario.aliases, *self.held_out])
 
     def names(self, scenario: Scenario, target: str) -> list[str]:

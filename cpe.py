@@ -293,9 +293,8 @@ def spectral_norm(matrix: Tensor, tolerance: float = 1e-8, most: int = 1000) -> 
         w = w - alphas[-1] * v
         betas.append(w.norm().item())
         if step % 10 == 0 or betas[-1] == 0:
-            T = torch.tensor(alphas, dtype=torch.float64).diag() + torch.tensor(betas[1:-1], dtype=torch.float64).diag(
-                1
-            )
+            diagonal, beside = (torch.tensor(x, dtype=torch.float64) for x in (alphas, betas[1:-1]))
+            T = diagonal.diag() + beside.diag(1)
             # M^T M and T share their largest eigenvalue, which T approaches from below
             previous, norm = norm, max(0.0, torch.linalg.eigvalsh(T, UPLO="U")[-1].item()) ** 0.5
             if betas[-1] == 0 or norm - previous <= tolerance * norm:

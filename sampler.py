@@ -73,7 +73,7 @@ def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: 
     alphas = schedule.alphas_cumprod.to(latents.device)
     stride = schedule.length // steps
     for t in schedule.timesteps(steps):
-        a_t, a_s = alphas[t], alphas[max(t - stride, 0)]
+        a_t, a_s = alphas[t], alphas[max(t - stride, 0)]  # the last step ends at a_0, not 1: set_alpha_to_one is false
         noise = predict(latents, t)
         # x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t);   x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps
         clean = (latents - (1 - a_t).sqrt() * noise) / a_t.sqrt()

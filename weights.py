@@ -23,7 +23,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder, Tokenizer
+from cpe import Prompts, parse_prompts
 from sampler import Schedule
 from unet import UNet
 from vae import VAE
@@ -291,7 +292,7 @@ class Part:
                 shape, want = entry.get_shape(), list(expected[name].shape)
                 if shape != want and shape != [*want, 1, 1]:  # LDM writes some linear layers as 1x1 convolutions
                     bad.append(f"{keys[name]} is {shape}, not {want}")
-                elif "F" not in entry.get_dtype():
+                elif "F" not in entry.get_dtype():  # F32, BF16 and their like; not I64, BOOL
                     bad.append(f"{keys[name]} holds {entry.get_dtype()}, not floating-point numbers")
         problems = {
             "missing": sorted(expected.keys() - keys.keys()),
@@ -679,6 +680,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"the tokenizer in {folder} could not be read ({error}): get its two files again") from error
 
 
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hexadecimal digits of SHA-256 over named tensors [...]: names, shapes, and values rounded to half precision.
+
+    So files in any layout and both precisions of one model agree, and no edit escapes, as it would a sample.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.to("cpu", torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
 # --- The model ---------------------------------------------------------------------------------------------------
 
 
@@ -776,10 +789,8 @@ class Model:
 
     def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
         """The same model with tensors of its text encoder replaced, and a fingerprint of its own; KeyError as above."""
-        twin, digest = self.edited("text_encoder", changed), hashlib.sha256(self.fingerprint.encode())
-        for name, tensor in sorted(changed.items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        twin.fingerprint = digest.hexdigest()
+        twin = self.edited("text_encoder", changed)
+        twin.fingerprint = fingerprint_of(sorted(twin.text_encoder.state_dict().items()))  # as when saved and loaded
         return twin
 
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
@@ -816,19 +827,14 @@ class Model:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that tell text encoders apart: what gates were trained for, what was cached with it.
 
-        SHA-256 of every tensor's name, shape and values, rounded to half precision: files in any layout and both
-        precisions of one model agree, and no edit escapes, as it would a sample. Takes half a second for SD 1.4.
-        The U-Net stays out: its fine-tunes share the text encoder, and gates carry over to them.
+        See `fingerprint_of`; takes half a second for SD 1.4. The U-Net stays out: its fine-tunes share the text
+        encoder, and gates carry over to them.
         """
         part = self.part("text_encoder")
         expected = part.empty().state_dict()
         part.check(expected, part.keys())
-        digest = hashlib.sha256()
         in_order = {name: expected[name] for name in sorted(expected)}
-        for name, one in part.stream(in_order, torch.float16, torch.device("cpu")):
-            digest.update(f"{name} {list(one.shape)}\n".encode())
-            digest.update(one.contiguous().numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(part.stream(in_order, torch.float16, torch.device("cpu")))
 
 
 def load_model(
@@ -955,6 +961,20 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
             raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
         save_tensors(target, state)
     write_text(folder / "config.json", json.dumps(part.config, indent=2))
+
+
+# --- Prompts -----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(preset: str) -> Prompts:
+    """Templates and anchor words of a preset, of prompts/<preset>.txt; UserError when the file is missing or spoilt."""
+    path = Path(__file__).with_name("prompts") / f"{preset}.txt"
+    try:
+        return parse_prompts(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
 
 
 # --- Cache of contexts -------------------------------------------------------------------------------------------

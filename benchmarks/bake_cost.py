@@ -23,7 +23,7 @@ import bake
 import commands
 import cpe
 from clip import TextEncoder
-from weights import SD14_CONFIGS
+from weights import SD14_CONFIGS, read_prompts
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     gate = cpe.ContextGate(d, k=32).initialise(torch.Generator().manual_seed(0)).requires_grad_(False)
     torch.nn.init.normal_(gate.inner.lora_up, std=0.01)
 
-    prompts = commands.read_prompts(args.preset)
+    prompts = read_prompts(args.preset)
     others = 2 * (1 + 4 * len([*prompts.general, *prompts.domain]))
     total = max(300, 2 * len(prompts.templates)) + others  # of one concept, without aliases; as in training_prompts
     eos = 49407

@@ -9,7 +9,6 @@ becomes depends on the prompt before it, so nothing shorter gives the same conte
 import sd14
 import torch
 
-import commands
 import cpe
 import weights
 from clip import TextEncoder
@@ -28,7 +27,7 @@ def asked() -> tuple[int, int]:
 
         return encode
 
-    prompts = commands.read_prompts("celebrity")
+    prompts = weights.read_prompts("celebrity")
     cpe.prepare(cpe.PRESETS["celebrity"], prompts, ["Brad Pitt"], count("always"), count("cached"))
     return sum(counts.values()), counts["always"]
 

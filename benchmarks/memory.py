@@ -65,7 +65,7 @@ def fill_cache(folder: Path) -> list[Path]:
     """Random contexts for everything that `prepare` asks of the cache; returns the files, the newest last."""
     model = weights.load_model(folder, parts=("text_encoder",))
     model.encode = lambda prompts: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
-    prompts = commands.read_prompts("celebrity")
+    prompts = weights.read_prompts("celebrity")
     cpe.prepare(
         cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: weights.cached_contexts(model, asked)
     )

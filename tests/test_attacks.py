@@ -1,10 +1,12 @@
 """Attacks on an erased model: each lowers what it minimises, finds known optima, and leaves its victim as it was."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT, normal
 from torch import Tensor
 
 import attacks
@@ -13,7 +15,7 @@ import cpe
 import weights
 from attacks import ATTACKS, Found, Misfit, Victim
 
-ROOT = Path(__file__).resolve().parent.parent
+random = partial(normal, dtype=torch.float32)
 TARGET, TEMPLATES = "red heart", ["a picture of a {}", "{} emoji"]
 # What makes the searches quick enough for a test.
 QUICK = {
@@ -21,11 +23,6 @@ QUICK = {
     "inversion": {"steps": 2, "images": 2, "sampling_steps": 2},
     "tokens": {"steps": 2, "images": 2, "sampling_steps": 2},
 }
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def context_gate(seed: int) -> cpe.ContextGate:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import normal
 from torch import Tensor
 
 import baselines
@@ -37,11 +38,6 @@ def erase(name: str, model: weights.Model, targets: list[str] = TARGETS, seed: i
     return ERASERS[name](model, targets, SURROGATE, KEPT, seed, **{**QUICK.get(name, {}), **options})
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def assert_minimum(objective: Callable[[Tensor], Tensor], solution: Tensor) -> None:
     """The gradient of an objective vanishes at the solution, and every step away from it is worse."""
     x = solution.clone().requires_grad_()
@@ -49,7 +45,7 @@ def assert_minimum(objective: Callable[[Tensor], Tensor], solution: Tensor) -> N
     (elsewhere,) = torch.autograd.grad(objective(x + 1), x)
     assert gradient.norm() < 1e-9 * elsewhere.norm()
     for seed in range(5):
-        assert objective(solution + 1e-2 * random(*solution.shape, seed=seed)) > objective(solution)
+        assert objective(solution + 1e-2 * normal(*solution.shape, seed=seed)) > objective(solution)
 
 
 # --- Every eraser ------------------------------------------------------------------------------------------------
@@ -94,13 +90,13 @@ def test_edited_weights_make_a_plain_unet(model: weights.Model, tmp_path: Path) 
 
 
 def test_refit_is_the_optimum() -> None:
-    W, X, Y = random(5, 8), random(6, 8, seed=1), random(6, 5, seed=2)
+    W, X, Y = normal(5, 8), normal(6, 8, seed=1), normal(6, 5, seed=2)
     V = baselines.refit(W, Y.T @ X, X.T @ X, 0.3)
     assert_minimum(lambda V: (X @ V.T - Y).square().sum() + 0.3 * (V - W).square().sum(), V)
 
 
 def test_move_is_the_optimum_of_uce() -> None:
-    W, C, G, P = random(5, 8), random(3, 8, seed=1), random(3, 8, seed=2), random(4, 8, seed=3)
+    W, C, G, P = normal(5, 8), normal(3, 8, seed=1), normal(3, 8, seed=2), normal(4, 8, seed=3)
 
     def objective(V: Tensor) -> Tensor:
         erased, kept = C @ V.T - G @ W.T, P @ (V - W).T
@@ -148,9 +144,9 @@ def test_uce_keeps_what_weighs_enough(model: weights.Model) -> None:
 
 
 def test_revival_is_the_optimum() -> None:
-    original = {"a": random(5, 8), "b": random(6, 8, seed=1)}
-    edited = {"a": random(5, 8, seed=2), "b": random(6, 8, seed=3)}
-    C = random(4, 8, seed=4)
+    original = {"a": normal(5, 8), "b": normal(6, 8, seed=1)}
+    edited = {"a": normal(5, 8, seed=2), "b": normal(6, 8, seed=3)}
+    C = normal(4, 8, seed=4)
 
     def objective(X: Tensor) -> Tensor:
         misfit = sum((X @ edited[key].T - C @ W.T).square().sum() for key, W in original.items())
@@ -182,7 +178,7 @@ def test_rece_without_rounds_is_uce(model: weights.Model) -> None:
 
 def speed_parts() -> tuple[Tensor, ...]:
     """W, C, G, R, C2 in 12 dimensions: 2 tokens to erase, 5 that stay, 3 that must stay exactly."""
-    return tuple(random(n, 12, seed=seed) for seed, n in enumerate((6, 2, 2, 5, 3)))
+    return tuple(normal(n, 12, seed=seed) for seed, n in enumerate((6, 2, 2, 5, 3)))
 
 
 def test_null_edit_is_blind_to_what_stays() -> None:
@@ -208,7 +204,7 @@ def test_null_edit_is_the_optimum() -> None:
 
 def test_null_edit_where_all_must_stay() -> None:
     W, C, G, R, _ = speed_parts()
-    everything = random(40, 12, seed=20)
+    everything = normal(40, 12, seed=20)
     assert torch.equal(baselines.null_edit(W, G.T @ C, C.T @ C, everything, R), W)
     # Rows of C2 inside R's span make a singular system.
     V = baselines.null_edit(W, G.T @ C, C.T @ C, R, R[:2], threshold=1e-9)
@@ -226,8 +222,8 @@ def test_speed_keeps_preserved_prompts(model: weights.Model) -> None:
 
 
 def test_influential_tokens_mean_what_they_meant() -> None:
-    W = torch.cat([random(6, 7), torch.zeros(6, 1, dtype=torch.float64)], dim=1)  # does not read the last coordinate
-    kept, erase = random(10, 8, seed=1), random(6, 8, seed=2)
+    W = torch.cat([normal(6, 7), torch.zeros(6, 1, dtype=torch.float64)], dim=1)  # does not read the last coordinate
+    kept, erase = normal(10, 8, seed=1), normal(6, 8, seed=2)
     R = baselines.influential(W, kept, erase, 3, torch.Generator().manual_seed(0))
     influence = (kept @ erase.T).norm(dim=1)
     chosen = kept[influence >= influence.mean()]
@@ -237,7 +233,7 @@ def test_influential_tokens_mean_what_they_meant() -> None:
 
 
 def test_centroids_find_clusters() -> None:
-    x = torch.cat([random(10, 2, seed=i) / 100 + offset for i, offset in enumerate((0.0, 5.0, 9.0))])
+    x = torch.cat([normal(10, 2, seed=i) / 100 + offset for i, offset in enumerate((0.0, 5.0, 9.0))])
     centres = baselines.centroids(x, 3, torch.Generator().manual_seed(3)).mean(1).sort().values
     torch.testing.assert_close(centres, torch.tensor([0.0, 5.0, 9.0]).double(), rtol=0, atol=0.05)
 
@@ -258,9 +254,9 @@ def test_folded_lora_is_its_corrections(model: weights.Model) -> None:
     d = next(iter(names.values())).shape[1]
     lora = baselines.LoRA({name: len(W) for name, W in names.items()}, d, r=1, k=3, alpha=2.0).double()
     with torch.no_grad():
-        lora.lora_down.copy_(random(*lora.lora_down.shape))
-        lora.lora_up.copy_(random(*lora.lora_up.shape, seed=1))
-        E = random(2, 7, d, seed=2)
+        lora.lora_down.copy_(normal(*lora.lora_down.shape))
+        lora.lora_up.copy_(normal(*lora.lora_up.shape, seed=1))
+        E = normal(2, 7, d, seed=2)
         changed = lora(E, {name: E @ W.T for name, W in names.items()})
     folded = lora.fold(baselines.projections(model))
     for name, expected in changed.items():
@@ -272,7 +268,7 @@ def test_lora_matches_a_gate_held_open(model: weights.Model) -> None:
     trainer = baselines.lora_trainer(model, TARGETS, SURROGATE, KEPT, 0, RECIPE, ["{}"])
     objective, lora = trainer.objective, trainer.core
     with torch.no_grad():
-        lora.lora_up.copy_(random(*lora.lora_up.shape))
+        lora.lora_up.copy_(normal(*lora.lora_up.shape))
         E, x = trainer.data.targets, trainer.shifts
         _, z = lora.read(E @ lora.columns())
         loss = cpe.residual(x, objective.energy(x), z, *objective.products(lora)).mean()
@@ -292,7 +288,7 @@ def test_esd_lowers_its_loss(model: weights.Model) -> None:
 
 
 def test_predict_is_the_unet(model: weights.Model) -> None:
-    E, x = model.encode(["cat"]), random(1, 4, 4, 4).float()
+    E, x = model.encode(["cat"]), normal(1, 4, 4, 4).float()
     expected = model.unet(x, 500, model.unet.keys_values(E))
     assert torch.equal(baselines.predict(model.unet, {}, x, 500, E), expected)
     edited = erase("uce", model)
@@ -315,7 +311,7 @@ def test_tokens_around_a_concept(model: weights.Model) -> None:
 
 
 def test_attention_maps_are_what_the_unet_attends_to(model: weights.Model) -> None:
-    E, x = model.encode(["cat"]), random(1, 4, 4, 4).float()
+    E, x = model.encode(["cat"]), normal(1, 4, 4, 4).float()
     seen = {}
     layer = next(iter(model.unet.cross_attentions().values()))
     hook = layer.to_out[0].register_forward_pre_hook(lambda _, inputs: seen.update(y=inputs[0]))
@@ -328,7 +324,7 @@ def test_attention_maps_are_what_the_unet_attends_to(model: weights.Model) -> No
 
 def test_mace_masks_and_loss(model: weights.Model) -> None:
     generator = torch.Generator().manual_seed(0)
-    images = random(3, 4, 4, 4).float()
+    images = normal(3, 4, 4, 4).float()
     masks = baselines.own_masks(model, images, model.encode(["a cat"]), (2, 3), (200,), generator)
     assert masks.shape == (3, 4, 4)
     assert set(masks.flatten().tolist()) == {0.0, 1.0}

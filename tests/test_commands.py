@@ -12,27 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import ROOT
 
 import commands
 import cpe
 import weights
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def run(tiny, tmp_path, monkeypatch, capsys):
-    """Run a command on the tiny model in an empty folder; returns its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str]:
-        model = [] if "--model" in arguments else ["--model", str(tiny)]
-        code = commands.main([*arguments, *model])
-        streams = capsys.readouterr()
-        return code, streams.out + streams.err
-
-    return call
-
 
 TRAIN = ("train", "--target", "red heart", "--preset", "emoji", "--steps-scale", "0.02")
 

@@ -7,17 +7,16 @@ import math
 import zlib
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
+from tiny import ROOT, normal
 from torch import Tensor
 
 import cpe
 from cpe import ContextGate, Data, Objective, Prompts, Recipe, ResAG, Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 OFFICIAL = ROOT.parent / "shared" / "official_gates"
 OFFICIAL_FILES = sorted(OFFICIAL.glob("*.safetensors"))
 
@@ -32,11 +31,6 @@ RECIPE = Recipe(
     "a person", eta=0.3, lam=10.0, r=3, k=2, stages=3, first_steps=5, later_steps=3, attack_steps=4, deltas=3,
     anchors=4, first_lr=1e-2, later_lr=5e-3, attack_lr=1e-1, warmup=1,
 )  # fmt: skip
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Seeded Gaussian numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def cross_attention(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

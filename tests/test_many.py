@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT, contents
 
 import commands
 import cpe
@@ -16,27 +17,10 @@ import many
 import weights
 from weights import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--preset", "emoji", "--steps-scale", "0.004")
 STEPS = sum(phase.steps for phase in cpe.phases(cpe.PRESETS["emoji"].scaled(0.004)))  # of one target
 TARGETS = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
 FILES = ["dog-face.safetensors", "red-heart.safetensors", "two-hearts.safetensors"]
-
-
-@pytest.fixture
-def run(tiny_original, tmp_path, monkeypatch, capsys):
-    """Run a command on the tiny model in an empty folder; returns its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: str) -> tuple[int, str]:
-        model = [] if "--model" in arguments else ["--model", str(tiny_original)]
-        code = commands.main([*arguments, *model])
-        streams = capsys.readouterr()
-        return code, streams.out + streams.err
-
-    return call
 
 
 @pytest.fixture
@@ -54,11 +38,6 @@ def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
     """Make this process one of those that torchrun starts."""
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank)):
         monkeypatch.setenv(name, str(value))
-
-
-def contents(folder: str | Path) -> dict[str, bytes]:
-    """The bytes of all files of a folder, hidden ones too."""
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -131,9 +110,9 @@ def test_a_finished_file_is_made_anew_when_what_it_was_made_of_is_not_the_same(
     command = ("train", "--targets", "targets.txt", *SHORT, "--model", str(tiny))
     assert run(*command)[0] == 0
     if changed == "prompts":
-        prompts = commands.read_prompts("emoji")
+        prompts = weights.read_prompts("emoji")
         prompts.general.append("sunset")
-        monkeypatch.setattr(commands, "read_prompts", lambda _: prompts)
+        monkeypatch.setattr(weights, "read_prompts", lambda _: prompts)
     elif changed == "layers":
         path = tiny / "unet/diffusion_pytorch_model.safetensors"
         tensors = weights.load_tensors(path)[0]

@@ -5,12 +5,13 @@ import shlex
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from tiny import ROOT
 
 import bake
 import commands
 import compare
 import cpe
+import weights
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
@@ -29,7 +30,7 @@ def shortened(arguments: list[str]) -> list[str]:
     return [command, *rest, *more]
 
 
-def few_prompts(preset: str, read=commands.read_prompts) -> cpe.Prompts:
+def few_prompts(preset: str, read=weights.read_prompts) -> cpe.Prompts:
     """The prompts of a preset, but few: encoding them is what takes time."""
     prompts = read(preset)
     domain = [word for i, word in enumerate(prompts.domain) if i % 5 == 0 or word in NEEDED]
@@ -49,7 +50,8 @@ def workplace(tmp_path, monkeypatch):
     quick = {name: method for name, method in compare.METHODS.items() if name not in ("esd", "mace")}
     monkeypatch.setattr(compare, "METHODS", quick)
     monkeypatch.setattr(bake, "Recipe", partial(bake.Recipe, steps=2))
-    monkeypatch.setattr(commands, "read_prompts", few_prompts)
+    for module in (weights, compare):
+        monkeypatch.setattr(module, "read_prompts", few_prompts)
     monkeypatch.setattr(compare, "ABLATIONS", dict(list(compare.ABLATIONS.items())[:1]))
     monkeypatch.setattr(compare, "ABLATION_SCENARIOS", {"object": compare.SCENARIOS["object"]})
     return tmp_path

@@ -1,15 +1,28 @@
-"""Tiny configs, weights that any machine draws alike, and the references: what several test files share."""
+"""What several test files share: tiny configs and models, weights that any machine draws alike, the references.
+
+Fixtures are in conftest.py. Where a test takes the fixture `tiny`, this module is imported under another name.
+"""
 
 import importlib
+import json
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- Configs -----------------------------------------------------------------------------------------------------
+
+# For comparisons of one network with the references: small, but with every kind of block.
 TEXT = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -51,16 +64,7 @@ VAE = {
     "norm_num_groups": 8,
 }
 
-# The sizes of Stable Diffusion 1.4.
-SD14_TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-}
+SD14_TEXT, SD14_UNET, SD14_VAE = (weights.SD14_CONFIGS[part] for part in ("text_encoder", "unet", "vae"))
 VIT_LARGE = {  # openai/clip-vit-large-patch14, whose text tower is SD 1.4's
     "text_config": SD14_TEXT,
     "vision_config": {
@@ -73,31 +77,75 @@ VIT_LARGE = {  # openai/clip-vit-large-patch14, whose text tower is SD 1.4's
     },
     "projection_dim": 768,
 }
-SD14_UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
+
+# The parts of the tiny model on disk: the least that a model can be made of.
+ON_DISK_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_act": "quick_gelu",
 }
-SD14_VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
+ON_DISK_TEXT = {**ON_DISK_TOWER, "vocab_size": len(weights.read_json(ROOT / "emoji/tokenizer/vocab.json"))}
+ON_DISK = {
+    "text_encoder": ON_DISK_TEXT,
+    "unet": {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "sample_size": 4,
+    },
+    "vae": {
+        "block_out_channels": [4, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    },
+    "clip": {
+        "text_config": ON_DISK_TEXT,
+        "vision_config": {**ON_DISK_TOWER, "image_size": 16, "patch_size": 8},
+        "projection_dim": 8,
+    },
 }
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+
+# --- Models and files --------------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path) -> Path:
+    """The tiny model in the diffusers layout: everything about it is real but the quality of its pictures."""
+    (folder / "tokenizer").mkdir(parents=True)
+    for file in weights.TOKENIZER:
+        shutil.copy(ROOT / "emoji" / "tokenizer" / file, folder / "tokenizer")
+    for part, config in ON_DISK.items():
+        build, stem = weights.PARTS[part]
+        torch.manual_seed(len(str(config)))
+        weights.write_text(folder / part / "config.json", json.dumps(config))
+        weights.save_tensors(folder / part / f"{stem}.safetensors", build(config).state_dict())
+    weights.write_text(folder / weights.SCHEDULER, json.dumps(weights.SD14_CONFIGS["scheduler"]))
+    return folder
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder and its folders, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers, of torch's own generator: other machines may draw others."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def draw(name: str, *shape: int) -> Tensor:
@@ -128,6 +176,9 @@ def tokens(vocab_size: int, length: int = 9) -> Tensor:
     return torch.tensor([row + [eos] * (length - len(row)) for row in rows])
 
 
+# --- The references ----------------------------------------------------------------------------------------------
+
+
 def reference(library: str, *names: str) -> list:
     """Objects of diffusers or transformers; the test is skipped where the extra `oracle` is not installed."""
     with warnings.catch_warnings():
@@ -148,7 +199,7 @@ def copied(ours: nn.Module, theirs: nn.Module) -> nn.Module:
 def their_text(config: dict, ours: nn.Module) -> nn.Module:
     """transformers' CLIPTextModel with our weights."""
     model, make = reference("transformers", "CLIPTextModel", "CLIPTextConfig")
-    return copied(ours, model(make(**config, hidden_act="quick_gelu")))
+    return copied(ours, model(make(**{"hidden_act": "quick_gelu", **config})))
 
 
 def their_clip(config: dict, ours: nn.Module) -> nn.Module:
