@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tiny import write_model
 
 import commands
 
+# Ctrl-C counts even where the tests were started in the background, with a shell that told them to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
 
 

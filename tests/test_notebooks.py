@@ -14,7 +14,7 @@ from tiny import ROOT
 NOTEBOOKS = sorted((ROOT / "theory").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
-os.environ.setdefault("CPE_THEORY_BUDGET", "0.25")  # before lab.py is imported
+os.environ.setdefault("CPE_THEORY_BUDGET", "0.5")  # before lab.py is imported
 sys.path.insert(0, str(ROOT / "theory"))
 
 

@@ -52,6 +52,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(bake, "Recipe", partial(bake.Recipe, steps=2))
     for module in (weights, compare):
         monkeypatch.setattr(module, "read_prompts", few_prompts)
+    monkeypatch.setattr(compare, "side_by_side", lambda *all: ())  # other processes would know none of this
     monkeypatch.setattr(compare, "ABLATIONS", dict(list(compare.ABLATIONS.items())[:1]))
     monkeypatch.setattr(compare, "ABLATION_SCENARIOS", {"object": compare.SCENARIOS["object"]})
     return tmp_path
