@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from cpe import Objective, Prompts, ResAG, Trainer
     from weights import Model
 
-HERE = Path(__file__).resolve().parent
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
 
@@ -311,9 +310,9 @@ def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
 def read_prompts(preset: str) -> "Prompts":
     """Templates and anchor words of a preset."""
     import cpe
-    from weights import UserError
+    from weights import UserError, shipped
 
-    path = HERE / "prompts" / f"{preset}.txt"
+    path = shipped("prompts") / f"{preset}.txt"
     try:
         return cpe.parse_prompts(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -486,7 +485,10 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
 
 def is_emoji(model: str) -> bool:
     """Whether --model names the embedded model, or its folder."""
-    return model == "emoji" or Path(model).resolve() == HERE / "emoji"
+    from weights import shipped
+
+    path = Path(model).resolve()
+    return model == "emoji" or (path.name == "emoji" and path == shipped("emoji"))
 
 
 def check_emoji_words(names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import shutil
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -830,6 +831,17 @@ class Model:
         return digest.hexdigest()[:16]
 
 
+def shipped(name: str) -> Path:
+    """A folder that comes with the program: beside the modules in a clone, else where pip puts it; or UserError."""
+    places = (Path(__file__).resolve().parent, Path(sysconfig.get_path("data"), "share", "cpe"))
+    for place in places:
+        if (place / name).is_dir():
+            return place / name
+    raise UserError(
+        f"{places[0]} has no folder {name}/: run from a clone of the repository, or install it anew with pip"
+    )
+
+
 def load_model(
     name: str | Path = "sd14",
     dtype: torch.dtype = torch.float32,
@@ -852,7 +864,7 @@ def load_model(
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
     elif name == "emoji":
-        path = Path(__file__).with_name("emoji")
+        path = shipped("emoji")
     else:
         path = Path(os.path.expanduser(name))
         refuse_pickles(path)
