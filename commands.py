@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from cpe import Objective, Prompts, ResAG, Trainer
     from weights import Model
 
-HERE = Path(__file__).resolve().parent
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
 
@@ -487,7 +486,10 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
 
 def is_emoji(model: str) -> bool:
     """Whether --model names the embedded model, or its folder."""
-    return model == "emoji" or Path(model).resolve() == HERE / "emoji"
+    from weights import shipped
+
+    path = Path(model).resolve()
+    return model == "emoji" or (path.name == "emoji" and path == shipped("emoji"))
 
 
 def check_emoji_words(names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import shutil
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -837,6 +838,17 @@ class Model:
         return fingerprint_of(part.stream(in_order, torch.float16, torch.device("cpu")))
 
 
+def shipped(name: str) -> Path:
+    """A folder that comes with the program: beside the modules in a clone, else where pip puts it; or UserError."""
+    places = (Path(__file__).resolve().parent, Path(sysconfig.get_path("data"), "share", "cpe"))
+    for place in places:
+        if (place / name).is_dir():
+            return place / name
+    raise UserError(
+        f"{places[0]} has no folder {name}/: run from a clone of the repository, or install it anew with pip"
+    )
+
+
 def load_model(
     name: str | Path = "sd14",
     dtype: torch.dtype = torch.float32,
@@ -859,7 +871,7 @@ def load_model(
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
     elif name == "emoji":
-        path = Path(__file__).with_name("emoji")
+        path = shipped("emoji")
     else:
         path = Path(os.path.expanduser(name))
         refuse_pickles(path)
@@ -968,7 +980,7 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
 
 def read_prompts(preset: str) -> Prompts:
     """Templates and anchor words of a preset, of prompts/<preset>.txt; UserError when the file is missing or spoilt."""
-    path = Path(__file__).with_name("prompts") / f"{preset}.txt"
+    path = shipped("prompts") / f"{preset}.txt"
     try:
         return parse_prompts(path.read_text(encoding="utf-8"))
     except OSError as error:

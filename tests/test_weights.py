@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny as reference
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -782,3 +783,25 @@ def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):
     assert model.fingerprint == mark != twin.fingerprint
     saved = weights.save_model(model, tmp_path / "saved", text_encoder=twin.text_encoder.state_dict())
     assert weights.load_model(saved).fingerprint == twin.fingerprint
+
+
+# --- What comes with the program -----------------------------------------------------------------------------------
+
+
+def test_prompts_and_the_embedded_model_are_found_in_a_clone_and_where_pip_puts_them(tmp_path, monkeypatch):
+    assert weights.shipped("prompts") == ROOT / "prompts"
+    monkeypatch.setattr(weights, "__file__", str(tmp_path / "site-packages" / "weights.py"))
+    monkeypatch.setattr(weights.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="run from a clone of the repository"):
+        load_model("emoji")
+    folder = tmp_path / "share" / "cpe" / "emoji"
+    folder.mkdir(parents=True)
+    assert weights.shipped("emoji") == folder
+
+
+def test_pip_installs_every_module_and_all_that_comes_with_the_program():
+    tomllib = pytest.importorskip("tomllib")
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(installed["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    folders = {f"emoji/{part}": "*" for part in (*weights.PARTS, "scheduler", "tokenizer")} | {"prompts": "*.txt"}
+    assert installed["data-files"] == {f"share/cpe/{name}": [f"{name}/{files}"] for name, files in folders.items()}
