@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import tiny as reference
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import ROOT
 
 import weights
 from weights import UserError, load_model
