@@ -253,3 +253,10 @@ def test_gates_are_trained_once_for_all_cells_that_need_them(world, method, monk
         before, after = (model.encode(["a picture of a umbrella"]) for model in (world.model, again.model))
         assert again.gates is None
         assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "celebrity"], ["--preset", "style", "--target", "noto style"]])
+def test_a_preset_whose_scenarios_cannot_be_judged_is_refused(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["compare", *arguments]) == 2
+    assert "--preset goes with --target, and styles are judged" in capsys.readouterr().err
