@@ -44,6 +44,8 @@ class Tokenizer:
             raise ValueError(f"{vocab}: not a CLIP vocabulary (no {BOS} or {EOS} in it)")
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"{merges}: not a list of BPE merges (two words a line)")
+        if unknown := [pair for pair in pairs if "".join(pair) not in table]:  # the library panics at some of these
+            raise ValueError(f"{merges}: it merges {unknown[0]} into a word that {vocab} does not have")
         bpe = models.BPE(table, pairs, unk_token=EOS, end_of_word_suffix="</w>")
         self.bpe = tokenizers.Tokenizer(bpe)
         self.bpe.normalizer = normalizers.Sequence(

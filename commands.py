@@ -788,6 +788,8 @@ def compare(args: argparse.Namespace) -> dict:
     names = args.eraser or (["cpe", "uce"] if args.quick else list(methods))
     if unknown := [name for name in names if name not in methods]:
         raise UserError(f"unknown eraser {unknown[0]!r}: choose among {', '.join(methods)}.")
+    if args.preset == "style" or (args.preset != "emoji" and not args.target):
+        raise UserError("--preset goes with --target, and styles are judged on the embedded model alone: emoji-style.")
     if args.target:
         prompts = read_prompts(args.preset)
         styles = [word for word in prompts.general if word.endswith(" style")]

@@ -92,6 +92,10 @@ def test_tokenizer_refuses_other_files(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
     with pytest.raises(ValueError, match="not a list of BPE merges"):
         clip.Tokenizer(FOLDER / "vocab.json", tmp_path / "merges.txt")
+    longest = max(json.loads((FOLDER / "vocab.json").read_text(encoding="utf-8")), key=len)
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{longest} a\n")  # which the library panics at
+    with pytest.raises(ValueError, match=r"into a word that .* does not have"):
+        clip.Tokenizer(FOLDER / "vocab.json", tmp_path / "merges.txt")
 
 
 def test_sd14_text_encoder_has_the_official_size():

@@ -269,3 +269,10 @@ def test_an_error_in_one_of_the_processes_is_raised(world, tmp_path):
     opened = (str(tmp_path / "nothing"), None, "emoji")
     with pytest.raises(weights.UserError, match="nothing"):
         list(compare.side_by_side(world, opened, {"object": compare.SCENARIOS["object"]}, [], SMALL, 0))
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "celebrity"], ["--preset", "style", "--target", "noto style"]])
+def test_a_preset_whose_scenarios_cannot_be_judged_is_refused(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["compare", *arguments]) == 2
+    assert "--preset goes with --target, and styles are judged" in capsys.readouterr().err
