@@ -106,6 +106,7 @@ class Tail(nn.Module):
         self.final_layer_norm = copy.deepcopy(body.final_layer_norm)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """What the whole tower says, from the states [P, T, d] that enter its last layers: [P, T, d]."""
         for layer in self.layers:
             hidden = layer(hidden)
         return self.final_layer_norm(hidden)
@@ -223,7 +224,7 @@ class Baker:
         return torch.cat([self.tail(batch.to(self.objective.M)).half() for batch in hidden.split(32)])
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Rows of a step: prompts of targets, and others, half of these at random and half where errors are large."""
+        """Rows of a step: prompts of targets [P], and others [Q], half at random and half where errors are large."""
         recipe, generator = self.recipe, self.generator
         rows = torch.randperm(len(self.targets), generator=generator)[: recipe.targets]
         count = min(recipe.others, len(self.others))

@@ -209,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        more = " (go on with --resume)" if args.command in ("train", "bake") else ""
+        unfinished = args.command == "train" or (args.command == "bake" and not os.path.exists(args.out))
+        more = " (go on with --resume)" if unfinished else ""
         more = " (the same command goes on)" if getattr(args, "targets", None) else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -429,13 +429,13 @@ class Originals:
 def measure(
     world: World,
     scenario: Scenario,
-    method: Method | None,
+    method: Method,
     budget: Budget = Budget(),
     seed: int = 0,
     originals: Callable[[], Originals] | None = None,
 ) -> tuple[dict, Tensor]:
-    """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk. `method` None: the model as it is."""
-    method, path = method or NONE, cell_path(world, scenario, method or NONE, budget, seed)
+    """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk."""
+    path = cell_path(world, scenario, method, budget, seed)
     try:
         tensors, metadata = load_tensors(path)
         return json.loads(metadata["figures"]), tensors["images"]
@@ -644,15 +644,19 @@ def side_by_side(
     """Measure scenarios in as many processes as torch has threads: networks this small gain little from threads.
 
     `opened`: model, CLIP and preset, as `fill` opens the world anew in each process. Yields once a second how many
-    cells are on disk. An error in one process is raised here.
+    cells are on disk. An error in one process is raised here, once those at work have finished their scenario.
     """
     cores = min(torch.get_num_threads(), len(scenarios))
     paths = [cell_path(world, s, m, budget, seed) for s in scenarios.values() for m in (NONE, *methods)]
     longest_first = sorted(scenarios.values(), key=lambda scenario: -len(scenario.targets))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(fill, *opened, s, [m.name for m in methods], budget, seed) for s in longest_first]
-        while not all(job.done() for job in jobs):
-            yield sum(path.exists() for path in paths)
-            time.sleep(1)
-        for job in jobs:
-            job.result()
+        left = set(jobs)
+        try:
+            while left:
+                done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+                for job in done:
+                    job.result()
+                yield sum(path.exists() for path in paths)
+        finally:  # after an error or Ctrl-C nothing new begins
+            pool.shutdown(wait=False, cancel_futures=True)

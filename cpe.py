@@ -392,14 +392,14 @@ class Through(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, U: Tensor, W: Tensor) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, U: Tensor, W: Tensor) -> Tensor:
         """U W [N, n, k, d]."""
         ctx.save_for_backward(W)
         return torch.einsum("Nnku,nud->Nnkd", U, W)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        """Gradient of U; W has none."""
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        """Gradient of U [N, n, k, d_l], from that of U W; W has none."""
         (W,) = ctx.saved_tensors
         N, n, k, d = gradient.shape
         columns = gradient.permute(1, 3, 0, 2).reshape(n, d, N * k)
@@ -630,7 +630,7 @@ class Progress:
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an Adam optimiser remembers of its parameters, {"optimizer.<parameter>.<name>": tensor}."""
+    """What Adam remembers, {"optimizer.<i>.<name>": tensor}, shaped as parameter i; "step" is a number."""
     kept = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": t for i, tensors in kept.items() for name, t in tensors.items()}
 

@@ -314,7 +314,8 @@ class Training:
         with safe_open(self.path, "pt") as file:
             state, progress = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         self.network.load_state_dict(part_of(state, "network."))
-        self.average = part_of(state, "average.")
+        average = part_of(state, "average.")
+        self.average = {name: average[name] for name in self.average}  # a file has an order of its own
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part_of(state, "optimizer.").items():
             i, moment = name.split(".")
@@ -463,6 +464,7 @@ def train_clip(recipe: Recipe) -> None:
     model, pictures, chance = clip.CLIP(clip_config()), Pictures(), random.Random()
 
     def loss(size: int) -> Tensor:
+        """Of a batch of `size` pictures and captions: contrastive, and how well each tower sees colours."""
         indices, captions, colour_named = clip_batch(size, chance)
         images, texts = image_features(model, pictures(*indices)), text_features(model, captions)
         # no temperature below 0.01, as in the paper
@@ -520,6 +522,7 @@ def train_vae(recipe: Recipe) -> None:
     pictures, model = Pictures(), vae.VAE(vae_config())
 
     def loss(size: int) -> Tensor:
+        """Of a batch of `size` pictures."""
         x = any_pictures(pictures, size)
         with fast_training():
             mean, logvar = (each.float() for each in model.encode(x))
@@ -680,6 +683,7 @@ def train_unet(recipe: Recipe) -> None:
     weights = snr.clamp(max=5) / snr
 
     def loss(size: int) -> Tensor:
+        """Of a batch of `size` latents, each noised to a timestep of its own."""
         clean, context = data(size)
         noise = torch.randn_like(clean)
         # One timestep in each of `size` equal parts of 0..999: less variance than independent ones.
