@@ -442,6 +442,7 @@ class Recipe:
     first_steps: int = 1800  # erasing, first stage
     later_steps: int = 450  # erasing, every later stage
     attack_steps: int = 450  # attack, after every stage but the last
+    templates: int = 1  # drawn per erasing step; the paper draws one
     deltas: int = 16  # adversarial embeddings per attack
     anchors: int = 32  # mixed anchors per step; the empty prompt comes on top
     nearest: int = 50  # domain words nearest to the target that serve as anchors
@@ -472,11 +473,12 @@ PRESETS = {
     "object": Recipe("an object", eta=0.3, lam=1e5),
     # Ours, not the paper's. The embedded model has another scale: at lambda = 1e5 its gates never open, and rank 1
     # cannot erase enough. Its surrogate must be a thing it can draw: "an object" is six unknown pieces of words to it.
-    # And lambda must rise: at its full weight at once it shuts the gate on some templates before it has learnt to open,
-    # and where a sigmoid is shut no gradient opens it again. benchmarks/tune.py repeats the search.
+    # And lambda must rise, and a step see several templates: with one at a time, and lambda at its full weight at
+    # once, the gate is shut on some templates before it has learnt to open, and where a sigmoid is shut no gradient
+    # opens it again. benchmarks/tune.py repeats the search.
     "emoji": Recipe(
-        "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=2000, later_steps=500, attack_steps=100,
-        first_lr=3e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5,
+        "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=2000, later_steps=500, attack_steps=100, templates=8,
+        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5,
     ),
 }  # fmt: skip
 PRESETS["emoji-style"] = replace(PRESETS["emoji"], surrogate="noto style")
@@ -693,19 +695,21 @@ class Trainer:
         return contexts @ columns + noise @ (Q.mT @ columns)
 
     def erase_losses(self) -> dict[str, Tensor]:
-        """erase, adv and anchor losses [] of one drawn template, its J adversarial copies, and drawn anchors."""
-        i = torch.randint(len(self.shifts), (1,), generator=self.generator)
+        """erase, adv and anchor losses []: of drawn templates, of J adversarial copies of the first, of anchors."""
+        n, J = self.recipe.templates, len(self.deltas)
+        i = torch.randint(len(self.shifts), (n,), generator=self.generator)
         E, x = self.data.targets[i], self.shifts[i]
         anchors, sigma = self.draw_anchors()
         C, (P, G) = self.core.columns()[0, 0], self.objective.products(self.gates)
         # (E + delta) C = E C + delta C and (x - delta) P^T = x P^T - delta P^T: deltas are read once for both
         dC, dP = (self.deltas @ torch.cat([C, P[0].T], dim=1)).split([C.shape[1], P.shape[1]], dim=-1)
         EC, xP = E @ C, x @ P[0].T
-        features = torch.cat([EC, EC + dC, self.noisy_features(anchors, sigma, C)])
-        erased, kept = self.core.read(features[None])[1].split([1 + len(dC), len(anchors)], dim=1)
-        missed = misfit(self.energies[i], torch.cat([xP, xP - dP])[None], erased, G).mean(dim=(0, 2))  # [1 + J]
-        losses = {"erase": missed[0], "anchor": penalty(kept, G).mean()}
-        return losses | ({"adv": missed[1:].mean()} if len(dC) else {})
+        features = torch.cat([EC, EC[:1] + dC, self.noisy_features(anchors, sigma, C)])
+        erased, kept = self.core.read(features[None])[1].split([n + J, len(anchors)], dim=1)
+        energies = torch.cat([self.energies[i, 0], self.energies[i[0], 1:]])
+        missed = misfit(energies[None], torch.cat([xP, xP[:1] - dP])[None], erased, G).mean(dim=(0, 2))  # [n + J]
+        losses = {"erase": missed[:n].mean(), "anchor": penalty(kept, G).mean()}
+        return losses | ({"adv": missed[n:].mean()} if J else {})
 
     def attack_losses(self) -> dict[str, Tensor]:
         """attack loss []: how far the gated output of E_tar + delta is from the target's original output."""

@@ -1,11 +1,8 @@
 """The command line: what it writes, how it ends, and what it says when something is wrong."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -146,31 +143,6 @@ def test_a_target_cannot_leave_its_folder(name):
     assert file
     assert len(file.encode()) <= 80
     assert not set(file) & set("/\\\0.")
-
-
-def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path):
-    environment = {**os.environ, "CPE_CACHE": str(tmp_path / "cache")}
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import commands; commands.CHECKPOINT_SECONDS = 0; "
-
-    def start(out: str, *more: str) -> subprocess.Popen:
-        arguments = [*TRAIN[:-1], "0.04", "--model", str(tiny), "--out", str(tmp_path / out), *more]
-        command = [sys.executable, "-c", f"{code}commands.main({arguments!r})"]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-
-    assert start("whole.safetensors").wait(120) == 0
-    state = tmp_path / "killed.state.safetensors"
-    for _ in range(3):
-        process = start("killed.safetensors", "--resume")
-        begun = state.stat().st_mtime_ns if state.exists() else 0
-        while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > begun):
-            time.sleep(0.01)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "killed.safetensors").exists()
-    assert start("killed.safetensors", "--resume").wait(120) == 0
-    whole, killed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def test_resume_refuses_a_state_of_other_settings(run):

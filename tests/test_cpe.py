@@ -134,26 +134,28 @@ RANKS = pytest.mark.parametrize("k", [1, 4])
 
 @KINDS
 @RANKS
-def test_erase_adv_and_anchor_losses_are_their_definitions(kind, k):
+@pytest.mark.parametrize("templates", [1, 4])
+def test_erase_adv_and_anchor_losses_are_their_definitions(templates, kind, k):
     t = trainer(kind, k)
+    t.recipe = replace(t.recipe, templates=templates)
     t.deltas = normal(3, T, d, seed=8)
     t.begin()
     state = t.generator.get_state()
     losses = t.erase_losses()
 
-    # The same draws: a template; two anchors per mixture and its weight.
+    # The same draws: templates; two anchors per mixture and its weight.
     t.generator.set_state(state)
-    i = torch.randint(5, (1,), generator=t.generator).item()
+    i = torch.randint(5, (templates,), generator=t.generator)
     first, second = torch.randint(9, (2, 4), generator=t.generator)
     beta = torch.rand(4, generator=t.generator, dtype=torch.float64)[:, None, None]
-    E, sur, A = t.data.targets[i : i + 1], t.data.surrogates[i : i + 1], t.data.anchors.double()
+    E, sur, A = t.data.targets[i], t.data.surrogates[i], t.data.anchors.double()
     anchors = torch.cat([beta * A[first] + (1 - beta) * A[second], t.data.empty])
     x = 1.3 * (sur - E)
 
     loss, parameters = (lambda x, E: literal_loss(t.objective, t.gates, x, E)), list(t.gates.parameters())
     assert losses.keys() == {"erase", "adv", "anchor"}
     assert_same(losses["erase"], loss(x, E), parameters)
-    assert_same(losses["adv"], loss(x - t.deltas, E + t.deltas), parameters)
+    assert_same(losses["adv"], loss(x[:1] - t.deltas, E[:1] + t.deltas), parameters)
     assert_same(losses["anchor"], loss(torch.zeros_like(anchors), anchors), parameters)
 
 
