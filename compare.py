@@ -352,10 +352,12 @@ def untouched(world: World, scenario: Scenario, seed: int) -> Erased:
 NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
-    "uce": {"padding": True, "templates": "kept", "s_p": 0.1},
-    "rece": {"rounds": 3, "rho": 0.1, "s_p": 1.0},
-    "speed": {"threshold": 0.1, "templates": "all", "augment": 0},
-    "lora": {"k": 4, "lam": 100.0},
+    "cpe, context gate": {"k": 16, "lam": 300.0},
+    "uce": {"padding": False, "templates": "all", "s_p": 1.0},
+    "rece": {"rounds": 3, "templates": "kept", "s_p": 0.1},
+    "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
+    "mace": {"lr": 1e-5, "keep": 1.0, "lam": 10.0, "images": 4, "sampling_steps": 20},
+    "lora": {"k": 8, "lam": 10.0},
 }
 
 METHODS = {

@@ -451,6 +451,7 @@ class Recipe:
     attack_lr: float = 1e-2
     warmup: int = 5  # steps of rising learning rate, every stage
     noise: float = 1e-3  # of an anchor, as a share of its Frobenius norm
+    even: bool = False  # whether all templates weigh alike, however long their shifts; the paper's weigh as they are
     rise: float = 0.0  # share of the first stage in which lambda grows from 0, as the square of the steps; paper: none
 
     def scaled(self, factor: float) -> "Recipe":
@@ -481,7 +482,8 @@ PRESETS = {
         first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5,
     ),
 }  # fmt: skip
-PRESETS["emoji-style"] = replace(PRESETS["emoji"], surrogate="noto style")
+# A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone.
+PRESETS["emoji-style"] = replace(PRESETS["emoji"], surrogate="noto style", eta=1.0, lam=100, even=True)
 
 
 @dataclass(frozen=True)
@@ -708,7 +710,7 @@ class Trainer:
         erased, kept = self.core.read(features[None])[1].split([n + J, len(anchors)], dim=1)
         energies = torch.cat([self.energies[i, 0], self.energies[i[0], 1:]])
         missed = misfit(energies[None], torch.cat([xP, xP[:1] - dP])[None], erased, G).mean(dim=(0, 2))  # [n + J]
-        losses = {"erase": missed[:n].mean(), "anchor": penalty(kept, G).mean()}
+        losses = {"erase": (self.shares[i] * missed[:n]).mean(), "anchor": penalty(kept, G).mean()}
         return losses | ({"adv": missed[n:].mean()} if J else {})
 
     def attack_losses(self) -> dict[str, Tensor]:
@@ -735,6 +737,9 @@ class Trainer:
             self.energies = torch.stack(
                 [self.objective.energy(torch.cat([x[None], x - self.deltas])) for x in self.shifts]
             )
+            sizes = self.energies[:, 0].mean(dim=-1)
+            # what a template counts for: 1, or the mean energy of all shifts over its own
+            self.shares = sizes.mean() / sizes if self.recipe.even else torch.ones_like(sizes)
         self.optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=0.01, fused=True)
 
     def risen(self) -> float:

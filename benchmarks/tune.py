@@ -39,7 +39,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one
     "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
     "rece": product(rounds=[3, 1], templates=["", "kept"], s_p=[0.1, 1.0]),
     "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
-    "speed": product(threshold=[0.1, 0.01], templates=["", "all"], augment=[10, 0]),
+    "speed": product(threshold=[1.0, 0.1], templates=["", "all"], augment=[10, 0]),
     "esd": product(lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0], images=[8], sampling_steps=[20]),
     "lora": product(k=[4, 8], lam=[1.0, 10.0, 100.0, 1000.0]),
 }

@@ -193,6 +193,25 @@ def test_a_context_gate_is_the_resag_that_it_expands_to(k):
         torch.testing.assert_close(loss, literal_loss(objective, gates, x, E), rtol=1e-9, atol=0)
 
 
+def test_even_templates_count_alike_however_long_their_shifts():
+    t = trainer(even=True, templates=50)
+    t.shifts *= torch.arange(1, 6, dtype=torch.float64)[:, None, None]
+    with torch.no_grad():
+        t.gates.lora_up.zero_()  # gates that do nothing miss all of every shift: a template's energy
+    energies = t.objective.energy(t.shifts).mean(dim=-1)
+    assert energies.max() > 10 * energies.min()
+    t.begin()
+    torch.testing.assert_close(t.erase_losses()["erase"], energies.mean())
+
+    t.recipe = replace(t.recipe, even=False)
+    t.begin()
+    state = t.generator.get_state()
+    losses = t.erase_losses()
+    t.generator.set_state(state)
+    i = torch.randint(5, (50,), generator=t.generator)
+    torch.testing.assert_close(losses["erase"], energies[i].mean())
+
+
 def test_without_deltas_there_is_no_adversarial_loss():
     t = trainer()
     t.begin()
