@@ -708,7 +708,7 @@ class Trainer:
         EC, xP = E @ C, x @ P[0].T
         features = torch.cat([EC, EC[:1] + dC, self.noisy_features(anchors, sigma, C)])
         erased, kept = self.core.read(features[None])[1].split([n + J, len(anchors)], dim=1)
-        energies = torch.cat([self.energies[i, 0], self.energies[i[0], 1:]])
+        energies = torch.cat([self.energies[i, 0], self.energies[i[:1], 1:].squeeze(0)])
         missed = misfit(energies[None], torch.cat([xP, xP[:1] - dP])[None], erased, G).mean(dim=(0, 2))  # [n + J]
         losses = {"erase": (self.shares[i] * missed[:n]).mean(), "anchor": penalty(kept, G).mean()}
         return losses | ({"adv": missed[n:].mean()} if J else {})
