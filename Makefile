@@ -24,10 +24,11 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(BIN)/python:
+$(VENV)/venv.stamp:
 	$(PYTHON) -m venv $(VENV)
+	touch $@
 
-$(VENV)/core.stamp: requirements.txt | $(BIN)/python
+$(VENV)/core.stamp: requirements.txt | $(VENV)/venv.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 

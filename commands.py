@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("demo", demo, "erase a concept from the embedded model, and measure and show what became of the others")
     sub.add_argument("--target", default="red heart", help="what to erase")
-    sub.add_argument("--images", type=number(int, 1, 100), default=2, help="images per concept that are judged")
+    sub.add_argument("--images", type=number(int, 1, 100), default=4, help="images per concept that are judged")
     add_device(sub)
     add_sampling(sub, 20, 4.0)
     sub.set_defaults(sampler="dpm", model="emoji")
@@ -248,6 +249,11 @@ def memory_advice(args: argparse.Namespace) -> str:
 # --- Shared steps ------------------------------------------------------------------------------------------------
 
 
+def command(*words: object) -> str:
+    """A command to copy into a shell: `words` after `python cpe.py`, quoted where they need it."""
+    return shlex.join(["python", "cpe.py", *map(str, words)])
+
+
 def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
     """A progress bar on the terminal; of torchrun's processes only the first shows one."""
     from tqdm import tqdm
@@ -338,10 +344,14 @@ def check_picture(path: Path) -> None:
         raise UserError(f"{path}: pictures are written as PNG, choose a name that ends in .png.")
 
 
-def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[str] = ()) -> None:
-    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; with `labels`, the name of each row on its left."""
+def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[str] = (), settings: str = "") -> None:
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; with `labels`, the name of each row on its left.
+
+    `settings` are kept in the file, under "cpe", for `drawn_with`.
+    """
     import torch
     from PIL import Image, ImageDraw, ImageOps
+    from PIL.PngImagePlugin import PngInfo
 
     from weights import atomic
 
@@ -354,8 +364,21 @@ def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[
         image = ImageOps.expand(image, (margin, 0, 0, 0), "white")
         for i, label in enumerate(labels):
             ImageDraw.Draw(image).text((4, (i + 0.5) * height), label, "black", anchor="lm")
+    info = PngInfo()
+    if settings:
+        info.add_itxt("cpe", settings)
     with atomic(path) as temporary:
-        image.save(temporary, "PNG")
+        image.save(temporary, "PNG", pnginfo=info)
+
+
+def drawn_with(path: Path) -> str:
+    """The settings that `grid` kept in a PNG; "" if it is not there, damaged, or says none."""
+    from PIL import Image
+
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+        image.load()
+        return image.info.get("cpe", "")
+    return ""
 
 
 def draw(
@@ -479,18 +502,23 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
             raise UserError('the target is empty: say what to erase, for example --target "Brad Pitt".')
         if normalised(name) == normalised(shared.recipe.surrogate):
             raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
+    if not normalised(shared.recipe.surrogate):
+        raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
     if is_emoji(shared.args.model):
-        chosen = [shared.args.surrogate] if shared.args.surrogate else []
-        check_emoji_words([*names, *chosen])
+        check_emoji_words([*names, shared.recipe.surrogate])
     return names
 
 
 def is_emoji(model: str) -> bool:
-    """Whether --model names the embedded model, or its folder."""
-    from weights import shipped
+    """Whether --model names the embedded model, or a folder with its vocabulary and U-Net: a copy, or a baked one."""
+    from weights import UserError, read_json, shipped
 
-    path = Path(model).resolve()
-    return model == "emoji" or (path.name == "emoji" and path == shipped("emoji"))
+    files = (Path("tokenizer", "vocab.json"), Path("unet", "config.json"))
+    with suppress(UserError):  # there is no such folder: what is wrong with it is said when it is opened
+        return model == "emoji" or all(
+            read_json(Path(model, file)) == read_json(shipped("emoji") / file) for file in files
+        )
+    return False
 
 
 def check_emoji_words(names: Sequence[str]) -> None:
@@ -515,7 +543,8 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
     from weights import UserError
 
     try:
-        data = cpe.prepare(shared.recipe, shared.prompts, names, shared.model.encode, shared.anchors)
+        one = cpe.constant_direction(shared.model.text_encoder.text_model.final_layer_norm)
+        data = cpe.prepare(shared.recipe, shared.prompts, names, shared.model.encode, shared.anchors, one)
     except ValueError as error:
         raise UserError(f"prompts/{shared.preset}.txt: {error}.") from error
     if last:
@@ -573,6 +602,8 @@ def run_trainer(
 
     if resume and os.path.exists(state):
         go_on(trainer, state, run)
+    elif resume:
+        warnings.warn(f"there is no {state} to go on with: this run begins anew", stacklevel=2)
     losses, saved = {}, time.monotonic()
     progress = bar(None, trainer.total, text)
     progress.update(trainer.done)
@@ -653,7 +684,7 @@ def train(args: argparse.Namespace) -> dict:
     settings = shared.settings(names)
     figures = train_target(build_trainer(shared, names), settings, out, args.resume)
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
-    again = f'python cpe.py generate "a picture of {names[0]}" --gates {out} --before-after --model {args.model}'
+    again = command("generate", f"a picture of {names[0]}", "--gates", out, "--before-after", "--model", args.model)
     return figures | {"next": again}
 
 
@@ -687,10 +718,14 @@ def generate(args: argparse.Namespace) -> dict:
         figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
         for prompt, change in zip(args.prompts, figures["change"], strict=True):
             print(f"change  {change:.4f} of 2  {prompt}")
-    following = f'train --target "..." --model {args.model}'
+    return figures | {"next": after_drawing(args, args.prompts[0])}
+
+
+def after_drawing(args: argparse.Namespace, prompt: str) -> str:
+    """The command that follows `generate`."""
     if args.gates:
-        following = f'inspect {args.gates[0]} --prompt "{args.prompts[0]}" --model {args.model}'
-    return figures | {"next": f"python cpe.py {following}"}
+        return command("inspect", args.gates[0], "--prompt", prompt, "--model", args.model)
+    return command("train", "--target", "...", "--model", args.model)
 
 
 def inspect(args: argparse.Namespace) -> dict:
@@ -703,12 +738,15 @@ def inspect(args: argparse.Namespace) -> dict:
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
     tokens = ["<start>", *model.tokenizer.tokens(args.prompt)[: values.shape[1] - 2], "<end>"]
     width = max(map(len, tokens)) + 2
-    print(" " * width + "  ".join(gates.targets))
+    columns = [max(16, len(target)) for target in gates.targets]  # a number and ten blocks, or the name above them
+    print(" " * width + "  ".join(f"{target:{n}}" for target, n in zip(gates.targets, columns, strict=True)))
     for i, token in enumerate(tokens):
-        cells = [f"{v:.3f} {'█' * round(10 * v):10}" for v in values[:, i].tolist()]
+        cells = [
+            f"{f'{v:.3f} ' + '█' * round(10 * v):{n}}" for v, n in zip(values[:, i].tolist(), columns, strict=True)
+        ]
         print(f"{token:{width}}" + "  ".join(cells))
     figures = {"tokens": tokens, "targets": gates.targets, "gates": values[:, : len(tokens)].tolist()}
-    return figures | {"next": f'python cpe.py generate "{args.prompt}" --gates {args.gates[0]} --model {args.model}'}
+    return figures | {"next": command("generate", args.prompt, "--gates", args.gates[0], "--model", args.model)}
 
 
 # --- demo --------------------------------------------------------------------------------------------------------
@@ -727,7 +765,10 @@ def demo(args: argparse.Namespace) -> dict:
     check_writable(args.out)
     gate_file = args.out.with_suffix(".safetensors")
     options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
-    trained = train(parser().parse_args(["train", "--target", args.target, *options]))
+    try:
+        trained = train(parser().parse_args(["train", "--target", args.target, *options]))
+    finally:  # a minute's work: after Ctrl-C it begins anew
+        state_file(gate_file).unlink(missing_ok=True)
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
@@ -766,10 +807,8 @@ def demo(args: argparse.Namespace) -> dict:
     shown = [*first[:1], *[i for i, case in enumerate(cases) if case[1] == target][1:4], *first[1:]]
     grid([before[shown], after[shown]], args.out, scale=2)
     print(f"\nwrote   {gate_file} and {args.out} (above: before, below: after)")
-    return figures | {
-        "out": str(args.out),
-        "next": f'python cpe.py inspect {gate_file} --prompt "{texts[0]}" --model emoji',
-    }
+    following = command("inspect", gate_file, "--prompt", texts[0], "--model", "emoji")
+    return figures | {"out": str(args.out), "next": following}
 
 
 # --- compare -----------------------------------------------------------------------------------------------------
@@ -826,7 +865,7 @@ def compare(args: argparse.Namespace) -> dict:
     if args.markdown:
         write_text(args.markdown, table.markdown(figures))
         print(f"wrote   {args.markdown}")
-    following = "python benchmarks/tune.py" if args.ablations else "python cpe.py compare --ablations"
+    following = "python benchmarks/tune.py" if args.ablations else command("compare", "--ablations")
     return {"scenarios": figures, "model": world.fingerprint, "next": following}
 
 
@@ -868,7 +907,7 @@ def bake(args: argparse.Namespace) -> dict:
     print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
-    again = f'python cpe.py generate "a picture of {concepts[0].names[0]}" --model {args.out}'
+    again = command("generate", f"a picture of {concepts[0].names[0]}", "--model", args.out)
     return figures | {"unreachable": baker.unreachable, "next": again}
 
 

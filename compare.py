@@ -327,7 +327,10 @@ def train_gates(
 ) -> tuple[nn.Module, float]:
     """Gates of one target, from disk where a cell before has trained them; and the seconds that then were not spent."""
     names, prompts = world.names(scenario, target), world.listed(scenario)
-    data = cpe.prepare(recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked))
+    one = cpe.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
+    data = cpe.prepare(
+        recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked), one
+    )
     trainer = variants.trainer(world.objective, data, recipe, seed, kind)
     parts = [VERSION, world.fingerprint, names, dataclasses.asdict(prompts), dataclasses.asdict(recipe), kind, seed]
     path = cache_folder() / "compare" / f"gates-{named(parts)}.safetensors"
@@ -357,6 +360,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "rece": {"rounds": 3, "templates": "kept", "s_p": 0.1},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 1.0, "lam": 10.0, "images": 4, "sampling_steps": 20},
+    "esd": {"lr": 2e-4, "negative": 3.0, "images": 8, "sampling_steps": 20},
     "lora": {"k": 8, "lam": 10.0},
 }
 
@@ -400,8 +404,11 @@ def tuned(method: Method) -> dict:
 def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> str:
     """The name under which a cell is kept: of everything that decides its figures."""
     recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
+    if method.name.split(",")[0] not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
+        recipe = {"surrogate": recipe["surrogate"]}
     parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
-    parts += [world.concepts, dataclasses.asdict(world.listed(scenario)), dataclasses.asdict(bake.Recipe())]
+    parts += [world.concepts, dataclasses.asdict(world.listed(scenario))]
+    parts += [dataclasses.asdict(bake.Recipe())] if method.build is baked else []
     parts += [tuned(method), dataclasses.asdict(budget), seed]
     return named(parts)
 

@@ -14,6 +14,8 @@ becomes x-0.json, x-1.json, ... Errors are `weights.UserError` and name the line
 """
 
 import argparse
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -27,7 +29,7 @@ import torch
 
 import commands
 import cpe
-from weights import UserError, check_writable, load_tensors
+from weights import Model, UserError, check_writable, load_tensors
 
 # --- Processes ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +221,10 @@ def picture_names(prompts: Sequence[str]) -> list[str]:
 
 
 def generate(args: argparse.Namespace) -> dict:
-    """`generate --prompts`: one picture a prompt, all from --seed; with --before-after, below the one without gates."""
+    """`generate --prompts`: one picture a prompt, all from --seed; with --before-after, below the one without gates.
+
+    What an earlier run with the same settings has drawn is kept.
+    """
     process = this_process()
     separate(args, process)
     folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
@@ -229,15 +234,18 @@ def generate(args: argparse.Namespace) -> dict:
     gates = commands.load_gates(args.gates, model) if args.gates else None
     check_writable(folder / names[0])
     kinds = [None, gates] if args.before_after else [gates]
-    pictures = []
+    settings, pictures = drawing(args, model), []
     with stopped_by_torchrun(process):
         for i, ((number, prompt), name) in enumerate(mine, 1):
             with naming(f"{args.prompt_file}, line {number} ({prompt!r})", args):
-                text = f"{i} of {len(mine)}"
+                text, said = f"{i} of {len(mine)}", json.dumps(settings | {"prompt": prompt}, sort_keys=True)
+                picture = {"prompt": prompt, "out": str(folder / name), "seed": args.seed}
+                if commands.drawn_with(folder / name) == said:
+                    pictures.append(picture | {"kept": True})
+                    continue
                 # Alone in its batch: what else is in it moves the last bits of an image.
                 rows = [commands.draw(model, [prompt], [args.seed], kind, args, text) for kind in kinds]
-                commands.grid(rows, folder / name)
-            picture = {"prompt": prompt, "out": str(folder / name), "seed": args.seed}
+                commands.grid(rows, folder / name, settings=said)
             if len(rows) == 2:
                 picture["change"] = (rows[1] - rows[0]).abs().mean().item()
             pictures.append(picture)
@@ -245,5 +253,15 @@ def generate(args: argparse.Namespace) -> dict:
                 change = f"change {picture['change']:.4f} of 2, " if len(rows) == 2 else ""
                 print(f"wrote   {folder / name}: {change}{prompt}")
     if process.rank == 0:
-        print(f"drew    {len(pictures)} prompts into {folder}, each from seed {args.seed}{told(process)}")
-    return {"out": str(folder), "pictures": pictures}
+        kept = sum("kept" in picture for picture in pictures)
+        drew = f"drew    {len(pictures) - kept} prompts into {folder}, each from seed {args.seed}, kept {kept}"
+        print(f"{drew}{told(process)}")
+    return {"out": str(folder), "pictures": pictures, "next": commands.after_drawing(args, lines[0][1])}
+
+
+def drawing(args: argparse.Namespace, model: Model) -> dict:
+    """All that a picture depends on but its prompt: who has the same settings has the same picture."""
+    names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after")
+    files = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]
+    drawn = {name: getattr(args, name) for name in names} | {"device": args.device.split(":")[0]}
+    return drawn | {"fingerprint": model.fingerprint, "gates": files}

@@ -21,14 +21,26 @@ UNetFunction = Callable[[Tensor, int, dict[str, Tensor]], Tensor]
 class Schedule:
     """The noise schedule of a model, from its `scheduler/scheduler_config.json` (SD 1.4's values by default)."""
 
-    # What a config may say; a key that is absent has this value.
+    # What a config may say of the noise, the prediction, and where steps lie; a key that is absent has this value.
     FIXED = {
         "beta_schedule": "scaled_linear",
-        "prediction_type": "epsilon",
-        "set_alpha_to_one": False,
         "clip_sample": False,
-        "trained_betas": None,
+        "predict_epsilon": True,  # what prediction_type was before
+        "prediction_type": "epsilon",
         "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": False,
+        "sigma_max": None,
+        "sigma_min": None,
+        "thresholding": False,
+        "timestep_spacing": ("leading", "linspace"),  # DDIM's, DPM-Solver's: each has its own whatever the file says
+        "timestep_type": "discrete",
+        "trained_betas": None,
+        "use_beta_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_flow_sigmas": False,
+        "use_karras_sigmas": False,
+        "use_lu_lambdas": False,
+        "variance_type": (None, "fixed_large", "fixed_small"),  # not a U-Net that predicts it
     }
 
     def __init__(self, config: dict | None = None):
@@ -42,11 +54,16 @@ class Schedule:
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps."""
+        """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps.
+
+        The spacing that diffusers calls "leading": strides are whole, and what remains of the length is left out at
+        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0.
+        """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps must be between 1 and {self.length}, not {steps}")
         stride = self.length // steps
-        return [min(i * stride + self.offset, self.length - 1) for i in reversed(range(steps))]
+        offset = min(self.offset, self.length - 1 - (steps - 1) * stride)
+        return [i * stride + offset for i in reversed(range(steps))]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The forward process: clean latents [B, c, h, w] and noise mixed at timesteps [B]."""
@@ -113,12 +130,20 @@ METHODS = {"ddim": ddim, "dpm": dpm_solver}
 
 
 def check_steps(schedule: Schedule, steps: int, method: str) -> None:
-    """ValueError for an unknown method, or more steps than it can take: DPM-Solver's timesteps must all differ."""
+    """ValueError for an unknown method, or steps that it cannot take.
+
+    DPM-Solver's timesteps must all differ. DDIM's strides are whole: 600 of 1000 steps would each have stride 1, and
+    begin at timestep 600, where pure noise does not belong.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
     most = schedule.length - (method == "dpm")
     if not 1 <= steps <= most:
         raise ValueError(f"{method} takes steps between 1 and {most}, not {steps}")
+    half = schedule.length // 2
+    if method == "ddim" and half < steps < schedule.length:
+        first = schedule.timesteps(steps)[0]
+        raise ValueError(f"ddim takes up to {half} steps or {schedule.length}; {steps} would begin at timestep {first}")
 
 
 def sample(

@@ -11,6 +11,8 @@ Each is a `cpe.ResAG` that reads its features in another way; letters and shapes
 the paper's reviewers (`compare --ablations`); to erase something, use cpe.py.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,6 +71,8 @@ def trainer(objective: cpe.Objective, data: cpe.Data, recipe: cpe.Recipe, seed: 
     """A trainer of any kind: "resag" and "context" as in cpe.py, or one of `KINDS`."""
     if kind not in KINDS:
         return cpe.Trainer(objective, data, recipe, seed, kind)
+    if kind in ("hard", "mlp"):  # there is no sigmoid to sharpen
+        recipe = replace(recipe, margin=0.0)
     made = cpe.Trainer(objective, data, recipe, seed)
     gates = KINDS[kind](objective.widths, len(objective.M), recipe.r, recipe.k)
     made.gates = made.core = gates.initialise(made.generator)

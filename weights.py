@@ -24,7 +24,7 @@ import shutil
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -477,8 +477,50 @@ DIVISIBLE = {
 OPTIONAL = ("max_position_embeddings", "num_channels")
 # Sizes that old config.json files leave out, as diffusers fills them in.
 DEFAULTS: dict[type, dict[str, int]] = {UNet: {"norm_num_groups": 32}, VAE: {"norm_num_groups": 32}}
-# What the networks of a diffusers config may say that changes nothing here.
-HARMLESS = {"addition_embed_type_num_heads", "force_upcast", "sample_size", "scaling_factor"}
+
+# What the config of a network may say that changes nothing here: of diffusers,
+DIFFUSERS = {"addition_embed_type_num_heads", "force_upcast", "sample_size", "scaling_factor"}
+# and of transformers, whose older versions wrote every setting of every model into each.
+TRANSFORMERS = set(
+    """
+    add_cross_attention architectures begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id dropout dtype eos_token_id finetuning_task
+    gradient_checkpointing id2label initializer_factor initializer_range is_decoder is_encoder_decoder label2id
+    model_type num_labels output_attentions output_hidden_states pad_token_id prefix problem_type projection_dim
+    pruned_heads return_dict sep_token_id suppress_tokens task_specific_params tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
+
+    bad_words_ids diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
+    """.split()  # noqa: SIM905
+)
+HARMLESS: dict[type, set[str]] = {
+    TextEncoder: {"max_position_embeddings", *TRANSFORMERS},
+    UNet: DIFFUSERS,
+    VAE: DIFFUSERS,
+    CLIP: {
+        *("text_config", "text_config_dict", "vision_config", "vision_config_dict", "logit_scale_init_value"),
+        *TRANSFORMERS,
+    },
+}
+
+# What the config of a scheduler must say, as the defaults of the classes differ, and are not SD's.
+NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+# What it may leave out, with what diffusers then takes in its pipeline of SD; but see `check_schedule`.
+STEPPING = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+# What it may say that another solver obeys, or that concerns what `Schedule.FIXED` has turned off.
+OTHER_SOLVERS = set(
+    """
+    algorithm_type corrector_order denoise_final disable_corrector euler_at_final final_sigmas_type interpolation_type
+    lambda_min_clipped lower_order_final noise_sampler_seed predict_x0 predictor_order skip_prk_steps solver_order
+    solver_p solver_type tau_func tensor_format timestep_values
+
+    clip_sample_range dynamic_thresholding_ratio flow_shift sample_max_value shift_terminal time_shift_type
+    use_dynamic_shifting
+    """.split()  # noqa: SIM905
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -516,27 +558,44 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Path) -> No
     for key, only in fixed.items():
         value = config.get(key)
         allowed = only if isinstance(only, tuple) else (only,)
-        wrong = [v for v in (value if isinstance(value, list) else [value]) if v not in allowed]
+        wrong = [v for v in (value if isinstance(value, list) and value else [value]) if v not in allowed]
         if key in config and wrong:
             known = " or ".join(json.dumps(v) for v in allowed)
             raise UserError(f"{path}: {key} is {json.dumps(wrong[0])}, and only {known} is implemented")
 
 
+def check_known(config: dict[str, Any], known: Collection[str], path: Path) -> None:
+    """UserError for a key that we do not know: what a newer library added may change the model, unless it is null."""
+    odd = [k for k, v in config.items() if k not in known and not k.startswith("_") and v is not None]
+    if odd:
+        raise UserError(f"{path}: {odd[0]} is {json.dumps(config[odd[0]])}, a setting that is not implemented")
+
+
+def check_towers(config: dict[str, Any], path: Path) -> None:
+    """UserError unless the config of a CLIP describes two towers that we can build."""
+    for tower, more in (("text_config", ("vocab_size",)), ("vision_config", ("image_size", "patch_size"))):
+        part, again = config.get(tower), config.get(f"{tower}_dict") or {}  # old files say some of it twice
+        if not isinstance(part, dict):
+            raise UserError(f"{path} has no {tower}: give the folder of a CLIP model with both towers")
+        if not isinstance(again, dict) or any(part.get(key, value) != value for key, value in again.items()):
+            raise UserError(f"{path}: {tower}_dict says something else than {tower}: get the file again")
+        check_sizes(part, (*TOWER, *more, *(key for key in OPTIONAL if key in part)), path)
+        check_fixed(again | part, CLIP.FIXED, path)
+        check_known(again | part, {*TOWER, *more, *OPTIONAL, *CLIP.FIXED, *TRANSFORMERS}, path)
+
+
 def check_config(config: dict[str, Any], build: type, path: Path) -> dict[str, Any]:
     """The config with its defaults filled in; UserError that names the file and the key if we cannot build it."""
     if build is CLIP:
-        for tower, more in (("text_config", ("vocab_size",)), ("vision_config", ("image_size", "patch_size"))):
-            part = config.get(tower)
-            if not isinstance(part, dict):
-                raise UserError(f"{path} has no {tower}: give the folder of a CLIP model with both towers")
-            check_sizes(part, (*TOWER, *more, *(key for key in OPTIONAL if key in part)), path)
-            check_fixed(part, CLIP.FIXED, path)
+        check_towers(config, path)
     config = DEFAULTS.get(build, {}) | config
     check_sizes(config, (*SIZES[build], *(key for key in OPTIONAL if key in config)), path)
     for key in ("scaling_factor", "logit_scale_init_value"):
         if key in config and not (type(config[key]) in (int, float) and 0 < config[key] < math.inf):
             raise UserError(f"{path}: {key} is {config[key]!r}, where a positive number is needed")
-    check_fixed(config, build.FIXED if build is not CLIP else {}, path)
+    fixed = build.FIXED if build is not CLIP else {}
+    check_fixed(config, fixed, path)
+    check_known(config, {*SIZES[build], *fixed, *HARMLESS[build]}, path)
     if build in (UNet, VAE):
         types = [config.get(key) for key in ("down_block_types", "up_block_types")]
         channels = config["block_out_channels"]
@@ -547,30 +606,33 @@ def check_config(config: dict[str, Any], build: type, path: Path) -> dict[str, A
                 f"{path}: sample_size {config['sample_size']} cannot be halved {len(channels) - 1} times, or "
                 f"block_out_channels begins with an odd number: {channels[0]}"
             )
-        # A key that a newer library added may change the architecture: null means that it does not.
-        known = build.FIXED.keys() | set(SIZES[build]) | HARMLESS
-        odd = [k for k, v in config.items() if k not in known and not k.startswith("_") and v is not None]
-        if odd:
-            raise UserError(f"{path}: {odd[0]} is {json.dumps(config[odd[0]])}, a setting that is not implemented")
     return config
 
 
-def check_schedule(config: dict[str, Any], path: Path) -> None:
-    """UserError unless this is a noise schedule we have; what defines it must be there, as defaults differ."""
-    for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+def check_schedule(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config with `STEPPING` filled in; UserError unless it is of a noise schedule that we have.
+
+    `NOISE` must be there. So must be set_alpha_to_one of a DDIM scheduler: that class takes it to be true, and the
+    pipeline lets it. Which solver the file is of does not matter, as we have our own.
+    """
+    ddim = str(config.get("_class_name")).startswith("DDIM")
+    for key in (*NOISE, *(["set_alpha_to_one"] if ddim else [])):
         if key not in config:
             raise UserError(f"{path} does not say {key}: it is not the config of a scheduler, or not a whole one")
+    config = STEPPING | config
     check_fixed(config, Schedule.FIXED, path)
+    check_known(config, {*NOISE, *STEPPING, *Schedule.FIXED, *OTHER_SOLVERS}, path)
     check_sizes(config, ("num_train_timesteps",), path)
     betas = (config["beta_start"], config["beta_end"])
     if any(type(beta) not in (int, float) for beta in betas) or not 0 < betas[0] < betas[1] < 1:
         raise UserError(f"{path}: beta_start and beta_end are {betas[0]!r} and {betas[1]!r}, not 0 < start < end < 1")
-    offset = config.get("steps_offset", 1)
+    offset = config["steps_offset"]
     if type(offset) is not int or not 0 <= offset < config["num_train_timesteps"]:
         raise UserError(f"{path}: steps_offset is {offset!r}, not a number of steps")
     alphas = torch.cat([torch.ones(1), Schedule(config).alphas_cumprod])
     if not ((alphas.diff() < 0).all() and alphas[-1] > 0):
         raise UserError(f"{path}: with these betas, a step adds no noise at all, or the last leaves no image at all")
+    return config
 
 
 def check_agreement(parts: Mapping[str, Part], name: str) -> None:
@@ -629,7 +691,8 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     """The folder of a Hugging Face repository in the local cache, with the wanted files in it.
 
     What the cache has is not asked for again; the rest is downloaded, with progress. A connection that breaks is taken
-    up where it broke; a run that ended early keeps its finished files. UserError says what to do without a network.
+    up where it broke. A run that ended early keeps its finished files, and the next begins anew with the file that was
+    under way: huggingface_hub keeps no part of it. UserError says what to do without a network.
     """
     try:
         import huggingface_hub as hub
@@ -772,8 +835,7 @@ class Model:
         """The noise schedule."""
         path = self.path / SCHEDULER
         config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
-        check_schedule(config, path)
-        return Schedule(config)
+        return Schedule(check_schedule(config, path))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -840,7 +902,8 @@ class Model:
 
 def shipped(name: str) -> Path:
     """A folder that comes with the program: beside the modules in a clone, else where pip puts it; or UserError."""
-    places = (Path(__file__).resolve().parent, Path(sysconfig.get_path("data"), "share", "cpe"))
+    installed = (sysconfig.get_path("data"), sysconfig.get_path("data", sysconfig.get_preferred_scheme("user")))
+    places = (Path(__file__).resolve().parent, *(Path(data, "share", "cpe") for data in installed))
     for place in places:
         if (place / name).is_dir():
             return place / name

@@ -34,7 +34,54 @@ TEXTS = [
     "",
     "   ",
     "\x00\x1f",
+    "ﬁne ½ ① ™ Ａ k㎝ Ⅷ Σίσυφος ς",  # what NFKC would replace; a final sigma
 ]
+
+# The first merges of the vocabulary of OpenAI's CLIP, and so of SD 1.4 ...
+MERGES = """
+i n | t h | a n | r e | a r | e r | th e</w> | in g</w> | o u | o n | s t | o r | e n | o n</w> | a l | a t | e r</w> |
+i t | i n</w> | t o</w> | r o | i s</w> | l e | i c | a t</w> | an d</w> | e d</w> | o f</w> | c h | o r</w> | e s</w> |
+i l | e l | s t</w> | a c | o m | a m | l o | a n</w> | a y</w> | s h | r i | l i | t i | f or</w> | n e | ð Ł | r a |
+h a | d e | o l | v e</w> | s i | u r | a l</w> | s e | ' s</w> | u n | d i
+"""
+# ... and the ids of TEXTS in a vocabulary of only these, as transformers 5.24 has them: of bytes, and of whole words
+# where the merges suffice (320, 539 and 536 are "a", "of" and "at" as everybody's SD 1.4 has them). Printed by
+# CLIPTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"], of the folder that `beginning` is.
+IDS = """
+320 79 71 78 531 539 320 66 536 | 320 79 71 78 531 539 320 66 536 | 83 86 334 82 79 546 542 537 75 512 542 |
+72 339 568 86 324 6 563 513 68 344 6 75 331 328 6 332 67 525 6 339 88 78 340 6 323 513 68 344 6 81 324 72 339 568 |
+274 66 527 338 267 272 273 67 78 70 338 537 273 271 273 275 88 68 516 338 |
+66 64 69 127 358 77 64 127 107 563 127 98 77 70 522 81 127 114 332 127 102 67 529 327 66 64 69 127 358 328 136 485 522
+514 65 84 331 522 559 82 82 324 522 559 127 253 324 |
+558 238 365 320 66 536 558 239 102 158 222 235 558 248 478 558 229 104 558 229 371 558 239 235 558 237 121 256 |
+140 118 140 122 141 230 140 118 140 364 163 234 360 166 111 254 168 244 239 168 251 368 149 224 148 115 148 358
+138 111 138 105 139 226 138 365 156 117 226 156 116 245 156 116 351 156 97 373 156 97 379 156 97 357 156 98 491 156 97
+355 156 98 478 |
+78 67 323 79 569 66 83 84 527 72 525 281 263 320 8 267 314 321 60 13 13 269 257 322 257 158 222 498 323 270 324 318 325
+258 326 287 327 259 276 276 271 260 320 261 321 |
+572 320 571 66 536 572 | 77 525 65 515 64 74 519 82 79 546 324 158 222 489 89 517 334 | | | 188 475 |
+171 105 223 77 324 126 377 158 239 510 158 226 351 171 121 479 330 159 236 507 158 227 371 139 225 138 107 139 225 139
+227 139 228 138 123 139 480 139 480
+"""
+STORED = [[int(word) for word in row.split()] for row in IDS.split("|")]
+
+
+def write_vocabulary(folder, merges):
+    """The two files of a CLIP vocabulary that has these merges, numbered as OpenAI's."""
+    symbols = list(pre_tokenizers.ByteLevel.alphabet())
+    # The bytes that print stand for themselves and come first; the others are numbered from U+0100.
+    symbols.sort(key=lambda c: (ord(c) >= 256, ord(c)))
+    symbols += [f"{c}</w>" for c in symbols]
+    symbols += [pair.replace(" ", "") for pair in merges] + [clip.BOS, clip.EOS]
+    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory):
+    """A folder with the beginning of the official vocabulary."""
+    return write_vocabulary(tmp_path_factory.mktemp("beginning"), [pair.strip() for pair in MERGES.split("|")])
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +116,11 @@ def test_tokenizer_composes_accents(tokenizer):
 def test_tokenizer_splits_contractions_and_digits(tokenizer):
     assert tokenizer.ids("it's") == tokenizer.ids("it") + tokenizer.ids("'s")
     assert tokenizer.ids("2024") == [i for digit in "2024" for i in tokenizer.ids(digit)]
+
+
+@pytest.mark.parametrize(("text", "ids"), list(zip(TEXTS, STORED, strict=True)))
+def test_tokenizer_gives_the_stored_ids(beginning, text, ids):
+    assert clip.Tokenizer(beginning / "vocab.json", beginning / "merges.txt").ids(text) == ids
 
 
 def test_tokens_are_readable(tokenizer):
@@ -147,6 +199,13 @@ def test_tokenizer_equals_transformers(tokenizer, theirs, text):
 
 
 @pytest.mark.oracle
+def test_the_stored_ids_are_those_of_transformers(beginning):
+    (make,) = tiny.reference("transformers", "CLIPTokenizer")
+    theirs = make.from_pretrained(beginning)
+    assert [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS] == STORED
+
+
+@pytest.mark.oracle
 @given(st.text(max_size=30))
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_tokenizer_equals_transformers_on_any_text(tokenizer, theirs, text):
@@ -170,15 +229,7 @@ def official(tmp_path_factory):
         pytest.skip("needs the official vocabulary: pip install --no-deps open_clip_torch")
     packed = package.locate_file("open_clip/bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(Path(packed).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    symbols = list(pre_tokenizers.ByteLevel.alphabet())
-    # The bytes that print stand for themselves and come first; the others are numbered from U+0100.
-    symbols.sort(key=lambda c: (ord(c) >= 256, ord(c)))
-    symbols += [f"{c}</w>" for c in symbols]
-    symbols += [pair.replace(" ", "") for pair in merges] + [clip.BOS, clip.EOS]
-    folder = tmp_path_factory.mktemp("official")
-    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    return folder
+    return write_vocabulary(tmp_path_factory.mktemp("official"), merges)
 
 
 @pytest.mark.oracle

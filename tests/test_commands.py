@@ -1,8 +1,11 @@
 """The command line: what it writes, how it ends, and what it says when something is wrong."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,20 +16,24 @@ from tiny import ROOT
 
 import commands
 import cpe
+import unet
 import weights
 
 TRAIN = ("train", "--target", "red heart", "--preset", "emoji", "--steps-scale", "0.02")
 
 
-def test_train_writes_one_gate_file_and_says_what_is_next(run, tmp_path):
+def test_train_writes_one_gate_file_and_says_what_is_next(run, tmp_path, tiny_original):
     code, said = run(*TRAIN, "--json", "figures.json")
     assert code == 0
     assert "wrote   gates/red-heart.safetensors" in said
     assert "python cpe.py generate" in said
     assert [p.name for p in (tmp_path / "gates").iterdir()] == ["red-heart.safetensors"]
     tensors, metadata = weights.load_tensors("gates/red-heart.safetensors")
-    assert metadata["prompts"] == "red heart"
-    assert metadata["rank"] == "4"
+    recipe = cpe.PRESETS["emoji"]
+    expected = {"prompts": "red heart", "rank": "4", "alpha": "1.0", "version": "1", "target": "red heart"}
+    expected |= {"surrogate": recipe.surrogate, "eta": str(recipe.eta), "lam": str(recipe.lam), "seed": "0"}
+    assert expected.items() <= metadata.items()
+    assert metadata["fingerprint"] == weights.load_model(tiny_original).fingerprint
     assert cpe.from_tensors(tensors).concepts == 1
     figures = json.loads(Path("figures.json").read_text())
     assert set(figures["losses"]) == {"erase", "adv", "anchor", "attack"}
@@ -77,6 +84,50 @@ def test_gates_change_the_image(run):
     assert json.loads(Path("figures.json").read_text())["change"][0] > 0
 
 
+def test_gates_of_another_text_encoder_are_used_with_a_warning(run, tiny):
+    run(*TRAIN)
+    draw = ("generate", "a cat", "--gates", "gates/red-heart.safetensors", "--steps", "1")
+    with warnings.catch_warnings(record=True) as said:
+        assert run(*draw)[0] == 0
+    assert not said
+    path = tiny / "text_encoder" / "model.safetensors"
+    tensors, metadata = weights.load_tensors(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, path, metadata)
+    with pytest.warns(UserWarning, match="gates/red-heart.safetensors was trained for another model"):
+        assert run(*draw, "--model", str(tiny))[0] == 0
+
+
+def test_the_next_command_can_be_copied_into_a_shell(run):
+    for prompt in ('say "hi" $HOME', "it's"):
+        said = run("generate", prompt, "--steps", "1", "--out", "a picture.png")[1]
+        assert shlex.split(said.split("next ")[1])[:5] == ["python", "cpe.py", "train", "--target", "..."]
+        run(*TRAIN, "--out", "g 0.safetensors")
+        said = run("generate", prompt, "--gates", "g 0.safetensors", "--steps", "1")[1]
+        assert shlex.split(said.split("next ")[1])[2:6] == ["inspect", "g 0.safetensors", "--prompt", prompt]
+
+
+def test_train_never_builds_the_unet(run, monkeypatch):
+    real = weights.Part.load
+
+    def load(part: weights.Part, *more):
+        assert part.build is not unet.UNet
+        return real(part, *more)
+
+    monkeypatch.setattr(weights.Part, "load", load)
+    assert run(*TRAIN)[0] == 0
+
+
+def test_inspect_prints_a_column_for_every_gate(run):
+    run(*TRAIN, "--out", "first.safetensors")
+    run("train", "--target", "two hearts", *TRAIN[3:], "--out", "second.safetensors")
+    said = run("inspect", "first.safetensors", "second.safetensors", "--prompt", "a red heart")[1].splitlines()
+    column = said[0].index("two hearts")
+    numbers = [line for line in said[1:] if "0." in line and "took" not in line]
+    assert len(numbers) == 5
+    assert all(line[column : column + 2] == "0." for line in numbers)
+
+
 def test_inspect_prints_a_gate_value_for_every_token(run):
     run(*TRAIN)
     code, said = run("inspect", "gates/red-heart.safetensors", "--prompt", "a red heart", "--json", "figures.json")
@@ -94,6 +145,7 @@ def test_inspect_prints_a_gate_value_for_every_token(run):
         (("train", "--target", "  "), "empty"),
         (("train", "--target", "…"), "empty"),
         (("train", "--target", "An  Object", "--preset", "object"), "surrogate"),
+        (("train", "--target", "x", "--preset", "object", "--surrogate", " \t"), "the surrogate is empty"),
         (("train", "--target", "x", "--model", "nowhere"), "there is no model"),
         (("train", "--target", "x", "--model", "model.ckpt"), "pickle"),
         (("train", "--target", "Brad Pitt", "--model", "emoji"), "never seen"),
@@ -152,6 +204,56 @@ def test_resume_refuses_a_state_of_other_settings(run):
     assert "other settings" in said
 
 
+def test_a_run_that_diverged_goes_on_from_its_last_good_state(run, monkeypatch):
+    assert run(*TRAIN, "--out", "whole.safetensors")[0] == 0
+    update = cpe.Trainer.update
+
+    def diverge(trainer: cpe.Trainer) -> dict[str, float]:
+        if trainer.done == 7:
+            raise cpe.Diverged("the loss became nan")
+        return update(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpe.Trainer, "update", diverge)
+        code, said = run(*TRAIN, "--out", "x.safetensors")
+    assert code == 2
+    assert "the loss became nan. The last good state is in x.state.safetensors" in said
+    assert not Path("x.safetensors").exists()
+    assert run(*TRAIN, "--out", "x.safetensors", "--resume")[0] == 0
+    assert Path("x.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+
+
+def test_a_file_that_cannot_grow_is_named_and_nothing_is_left(run, tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))  # as on a full disk
+    try:
+        code, said = run(*TRAIN, "--out", "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "the disk is full: make room" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_says_when_there_is_nothing_to_go_on_with(run):
+    with pytest.warns(UserWarning, match=r"there is no x.state.safetensors to go on with: this run begins anew"):
+        assert run(*TRAIN, "--out", "x.safetensors", "--resume")[0] == 0
+
+
+def test_a_demo_that_is_interrupted_leaves_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(trainer, state, *_):
+        weights.save_tensors(state, trainer.state(), {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_trainer", interrupted)
+    assert commands.main(["demo"]) == 130
+    assert "nothing half-written is left" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_help_does_not_import_torch():
     check = "import sys; import commands; commands.parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
@@ -166,6 +268,22 @@ def test_the_embedded_model_refuses_names_it_has_never_seen(arguments, capsys):
     assert "has never seen 'Brad Pitt'" in capsys.readouterr().err
     assert commands.main(["train", "--target", "red heart", "--surrogate", "a person of note", *arguments]) == 2
     assert "has never seen 'a person of note'" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_embedded_model_is_known_as_one(tmp_path, capsys):
+    shutil.copytree(ROOT / "emoji", tmp_path / "mine", ignore=shutil.ignore_patterns("build"))
+    assert commands.main(["train", "--target", "Brad Pitt", "--model", str(tmp_path / "mine")]) == 2
+    assert "has never seen 'Brad Pitt'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_erases_its_target_and_keeps_the_others(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["demo", "--json", "figures.json"]) == 0
+    groups = json.loads(Path("figures.json").read_text())["groups"]
+    assert groups["erased"]["after"] <= 0.05
+    for name in ("nearest", "others"):
+        assert groups[name]["after"] >= groups[name]["before"] - 0.02
 
 
 @pytest.mark.parametrize("command", [["generate", "a cat"], ["demo"], ["compare"]])

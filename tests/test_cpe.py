@@ -21,10 +21,12 @@ OFFICIAL = ROOT.parent / "shared" / "official_gates"
 OFFICIAL_FILES = sorted(OFFICIAL.glob("*.safetensors"))
 
 T, d = 7, 12  # tokens, width of the context
-LAYERS = {
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn2": 6,
-    "mid_block.attentions.0.transformer_blocks.0.attn2": 10,
-    "up_blocks.1.attentions.2.transformer_blocks.0.attn2": 4,
+SD14 = {"down_blocks.0": [4, 4], "down_blocks.1": [6, 6], "down_blocks.2": [10, 10]}  # widths; 4 stands for 320, ...
+SD14 |= {"up_blocks.1": [10, 10, 10], "up_blocks.2": [6, 6, 6], "up_blocks.3": [4, 4, 4], "mid_block": [10]}
+LAYERS = {  # the sixteen of SD 1.4: thirty-two projections
+    f"{block}.attentions.{i}.transformer_blocks.0.attn2": width
+    for block, widths in SD14.items()
+    for i, width in enumerate(widths)
 }
 WIDTHS = {f"{path}.{p}": width for path, width in LAYERS.items() for p in ("to_k", "to_v")}
 RECIPE = Recipe(
@@ -34,7 +36,7 @@ RECIPE = Recipe(
 
 
 def cross_attention(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Random weights of three cross-attention layers with different widths."""
+    """Random weights of SD 1.4's cross-attention layers, each much narrower."""
     tensors = {}
     for i, (path, width) in enumerate(LAYERS.items()):
         tensors[f"{path}.to_q.weight"] = normal(width, width, seed=10 * i, dtype=dtype)
@@ -555,7 +557,7 @@ def test_layers_weigh_what_an_error_there_can_move():
         assert objective.a[f"{path}.to_k"] == pytest.approx(norm(o @ v) * norm(q) / 77, rel=1e-4)
         assert objective.a[f"{path}.to_v"] == pytest.approx(norm(o), rel=1e-4)
     assert objective.widths == WIDTHS
-    literal = sum(objective.a[n] / len(W) / 6 * W.T @ W for n, W in objective.W.items())
+    literal = sum(objective.a[n] / len(W) / 32 * W.T @ W for n, W in objective.W.items())
     torch.testing.assert_close(objective.M, literal)
 
 
@@ -833,6 +835,55 @@ def test_a_state_of_another_run_is_refused():
             fresh("resag").load_state({name: tensor for name, tensor in state.items() if name != missing})
     with pytest.raises(ValueError, match="another run"):
         fresh("resag").load_state(state | {"position": torch.tensor([50, 1])})
+
+
+def test_all_outputs_of_a_layer_norm_agree_in_one_direction():
+    norm = torch.nn.LayerNorm(d).double()
+    assert cpe.constant_direction(norm) is None  # no bias: they lie around 0
+    with torch.no_grad():
+        norm.weight.copy_(normal(d, seed=1))
+        norm.bias.copy_(normal(d, seed=2))
+        E = norm(normal(5, T, d, seed=3))
+    torch.testing.assert_close(E @ cpe.constant_direction(norm), torch.ones(5, T, dtype=E.dtype))
+
+
+@pytest.mark.parametrize("kind", ["resag", "context"])
+def test_a_margin_moves_the_bend_of_the_gate_and_nothing_else(kind):
+    norm = torch.nn.LayerNorm(d).double()
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.1 * normal(d, seed=1))
+        norm.bias.copy_(normal(d, seed=2))
+        contexts = Data(*(norm(E.double()).detach() for E in (data().targets, data().surrogates, data().anchors)), None)
+    contexts.one = cpe.constant_direction(norm)
+    made = Trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), kind=kind)
+    randomised(made.gates)
+    made.core.scaler.data.copy_(contexts.targets.mean(dim=(0, 1))[:, None])  # open on the target
+    made.begin()
+    g, z = made.core.read(contexts.targets @ made.core.columns())
+    up = made.core.lora_up.clone()
+    made.sharpen()
+
+    energy = made.objective.energy(made.shifts)
+    logits, shares = torch.logit(g[0]), energy / energy.sum()
+    by_logit = sorted(zip(logits.flatten().tolist(), shares.flatten().tolist(), strict=True))
+    m = next(l for i, (l, _) in enumerate(by_logit) if sum(share for _, share in by_logit[: i + 1]) >= 0.2)
+    assert m > 0
+    new = torch.sigmoid(4 * (logits - 0.6 * m) / (0.4 * m))
+    sharp, codes = made.core.read(contexts.targets @ made.core.columns())
+    torch.testing.assert_close(sharp[0], new)
+    torch.testing.assert_close(made.core.lora_up, up * (shares * g[0]).sum() / (shares * new).sum())
+    torch.testing.assert_close(codes / sharp[..., None], z / g[..., None])
+
+
+def test_a_margin_is_made_at_the_end_of_training_alone(monkeypatch):
+    monkeypatch.setattr(Trainer, "sharpen", lambda self: calls.append(self.done))
+    calls: list[int] = []
+    made = trainer(margin=0.5)
+    assert len(list(made.steps())) == made.total
+    assert calls == [made.total]
+    calls.clear()
+    list(trainer().steps())
+    assert not calls
 
 
 @pytest.mark.parametrize("stop", [0, 1, 6, 10])

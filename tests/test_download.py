@@ -1,6 +1,7 @@
 """weights.py against a server: Stable Diffusion 1.4 is found in the cache, else downloaded; all on this machine."""
 
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -145,6 +146,19 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server, tiny):
     server.cut, server.stays_down = 3 * 512, False
     assert load_model("sd14").fingerprint == load_model(tiny).fingerprint
     assert [ranges for _, _, ranges in server.requests if ranges] == [f"bytes={3 * 512}-"]
+
+
+def test_downloads_show_how_far_they_are(server, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    load_model("sd14")
+    shown = sys.stderr.getvalue()
+    for file in server.downloads:
+        assert re.search(rf"{re.escape(Path(file).name)}: 100%", shown)
 
 
 def test_a_download_that_failed_keeps_what_was_finished(server, tiny):

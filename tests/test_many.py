@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import ROOT, contents
 
 import commands
@@ -260,6 +261,12 @@ PICTURES = ["0001-a-cat.png", "0002-a-dog.png", "0003-a-cat.png", "0004-prompt.p
 DRAW = ("--steps", "2", "--seed", "5")
 
 
+def pixels(path: str) -> bytes:
+    """The pixels of a picture, whatever else its file says."""
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
 def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
     Path("prompts.txt").write_text(PROMPTS)
     code, said = run("generate", "--prompts", "prompts.txt", *DRAW, "--json", "figures.json")
@@ -268,10 +275,29 @@ def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
     pictures = contents("images/generated")
     assert list(pictures) == PICTURES
     assert run("generate", "a dog", *DRAW, "--out", "alone.png")[0] == 0
-    assert pictures["0002-a-dog.png"] == Path("alone.png").read_bytes()
+    assert pixels("images/generated/0002-a-dog.png") == pixels("alone.png")
     assert pictures["0001-a-cat.png"] == pictures["0003-a-cat.png"]
+    assert "next    python cpe.py train --target ... --model" in said
     figures = json.loads(Path("figures.json").read_text())
     assert [each["prompt"] for each in figures["pictures"]] == ["a cat", "a dog", "a cat", "???"]
+
+
+def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, train):
+    train("gates")
+    Path("prompts.txt").write_text("a cat\na dog\na “cat”\n", encoding="utf-8")
+    draw = ("generate", "--prompts", "prompts.txt", *DRAW)
+    run(*draw)
+    first = contents("images/generated")
+    assert "drew    0 prompts into images/generated, each from seed 5, kept 3" in run(*draw)[1]
+    Path("images/generated/0001-a-cat.png").unlink()
+    Path("images/generated/0002-a-dog.png").write_bytes(first["0002-a-dog.png"][:-30])
+    assert ", kept 1\n" in run(*draw)[1]
+    assert contents("images/generated") == first
+    gates = ("--gates", f"gates/{FILES[0]}")
+    for other in (("--seed", "6"), ("--steps", "3"), ("--guidance", "2"), ("--sampler", "dpm"), gates):
+        assert ", kept 0\n" in run(*draw, *other)[1]
+    (Path("gates") / FILES[1]).replace(Path("gates") / FILES[0])  # another gate under the same name
+    assert ", kept 0\n" in run(*draw, *gates)[1]
 
 
 def test_gates_act_on_every_prompt_of_a_file(run, train):
@@ -283,7 +309,7 @@ def test_gates_act_on_every_prompt_of_a_file(run, train):
     assert said.count("change ") == 2
     assert all("change" in each for each in json.loads(Path("figures.json").read_text())["pictures"])
     assert run(*command[:1], "a dog", *command[3:], "--out", "alone.png")[0] == 0
-    assert contents("images/generated")["0002-a-dog.png"] == Path("alone.png").read_bytes()
+    assert pixels("images/generated/0002-a-dog.png") == pixels("alone.png")
 
 
 def test_a_prompt_that_cannot_be_drawn_is_named(run, monkeypatch):

@@ -28,6 +28,14 @@ def change(folder: Path, part: str, **values: object) -> None:
     weights.write_text(path, json.dumps(weights.read_json(path) | values))
 
 
+def change_clip(folder: Path, tower: str, **values: object) -> None:
+    change(folder, "clip", **{tower: weights.read_json(folder / "clip/config.json")[tower] | values})
+
+
+def write_scheduler(folder: Path, config: dict) -> None:
+    weights.write_text(folder / weights.SCHEDULER, json.dumps(config))
+
+
 def test_every_part_loads_with_the_dtype_asked_for(tiny):
     model = load_model(tiny, torch.bfloat16)
     for part in (model.text_encoder, model.unet, model.vae, model.clip):
@@ -325,12 +333,63 @@ def test_a_setting_nobody_knows_is_refused_unless_it_is_null(tiny):
 
 
 def test_clip_checks_both_towers(tiny):
-    path = tiny / "clip/config.json"
-    config = weights.read_json(path)
-    config["vision_config"]["hidden_act"] = "gelu"
-    path.write_text(json.dumps(config))
+    change_clip(tiny, "vision_config", hidden_act="gelu")
     with pytest.raises(UserError, match='hidden_act is "gelu", and only "quick_gelu"'):
         _ = load_model(tiny).clip
+
+
+@pytest.mark.parametrize("key", ["use_rope", "num_key_value_heads", "new_setting"])
+@pytest.mark.parametrize("where", ["text_encoder", "clip", "text_config", "vision_config"])
+def test_a_setting_of_clip_that_nobody_knows_is_refused(tiny, where, key):
+    part = "text_encoder" if where == "text_encoder" else "clip"
+    if where == part:
+        change(tiny, part, **{key: 1})
+    else:
+        change_clip(tiny, where, **{key: 1})
+    with pytest.raises(UserError, match=rf"{part}/config\.json: {key} is 1, a setting that is not implemented"):
+        load_model(tiny, parts=(part,))
+
+
+# What transformers around 4.21 wrote into the config of every network, those of openai/clip-vit-* among them.
+DUMP = {
+    **{"_name_or_path": "", "add_cross_attention": False, "architectures": None, "attention_dropout": 0.0},
+    **{"bad_words_ids": None, "bos_token_id": 0, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None},
+    **{"decoder_start_token_id": None, "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0},
+    **{"early_stopping": False, "encoder_no_repeat_ngram_size": 0, "eos_token_id": 2, "finetuning_task": None},
+    **{"exponential_decay_length_penalty": None, "forced_bos_token_id": None, "forced_eos_token_id": None},
+    **{"hidden_act": "quick_gelu", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "initializer_factor": 1.0},
+    **{"initializer_range": 0.02, "is_decoder": False, "is_encoder_decoder": False, "layer_norm_eps": 1e-05},
+    **{"label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20, "min_length": 0},
+    **{"model_type": "clip_text_model", "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1},
+    **{"num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False, "output_scores": False},
+    **{"pad_token_id": 1, "prefix": None, "problem_type": None, "projection_dim": 768, "pruned_heads": {}},
+    **{"remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict": True, "sep_token_id": None},
+    **{"return_dict_in_generate": False, "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False},
+    **{"tie_encoder_decoder": False, "tie_word_embeddings": True, "tokenizer_class": None, "top_k": 50, "top_p": 1.0},
+    **{"torch_dtype": None, "torchscript": False, "transformers_version": "4.21.0.dev0", "typical_p": 1.0},
+    **{"use_bfloat16": False},
+}
+
+
+def test_configs_of_old_transformers_open(tiny):
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    change(tiny, "text_encoder", **DUMP, max_position_embeddings=77)
+    for tower in ("text_config", "vision_config"):
+        stated = {key: weights.read_json(tiny / "clip/config.json")[tower][key] for key in sizes}
+        change_clip(tiny, tower, **DUMP)
+        change(tiny, "clip", **{f"{tower}_dict": {**stated, "projection_dim": 768}})
+    change(tiny, "clip", initializer_factor=1.0, logit_scale_init_value=2.6592, torch_dtype="float32")
+    assert load_model(tiny, parts=("text_encoder", "clip")).clip is not None
+
+
+@pytest.mark.parametrize("again", [{"num_attention_heads": 4}, {"use_rope": True}, {"hidden_act": "gelu"}, [1]])
+def test_a_clip_that_contradicts_itself_is_refused(tiny, again):
+    """transformers would believe text_config_dict."""
+    config = weights.read_json(tiny / "clip/config.json")
+    del config["text_config"]["hidden_act"]
+    (tiny / "clip/config.json").write_text(json.dumps({**config, "text_config_dict": again}))
+    with pytest.raises(UserError, match=r"text_config_dict says|use_rope|hidden_act"):
+        load_model(tiny, parts=("clip",))
 
 
 def test_parts_that_do_not_fit_together_are_named(tiny):
@@ -365,20 +424,79 @@ def test_parts_that_are_not_asked_for_need_not_be_there(tiny):
         ("beta_start", 0.5),
         ("beta_start", True),
         ("beta_schedule", None),
+        ("clip_sample", True),
+        ("predict_epsilon", False),
+        ("rescale_betas_zero_snr", True),
+        ("set_alpha_to_one", True),
+        ("sigma_max", 14.6),
+        ("thresholding", True),
+        ("timestep_spacing", "trailing"),
+        ("timestep_type", "continuous"),
+        ("trained_betas", [0.1, 0.2]),
+        ("trained_betas", []),
+        ("use_flow_sigmas", True),
+        ("use_karras_sigmas", True),
+        ("variance_type", "learned_range"),
+        ("original_inference_steps", 50),  # of LCM, whose U-Nets are distilled
+        ("new_setting", False),
     ],
 )
 def test_another_schedule_is_refused(tiny, key, value):
-    config = weights.SD14_CONFIGS["scheduler"] | {key: value}
-    (tiny / "scheduler/scheduler_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=key):
+    write_scheduler(tiny, weights.SD14_CONFIGS["scheduler"] | {key: value})
+    with pytest.raises(UserError, match=key) as error:
         _ = load_model(tiny).schedule
+    assert weights.SCHEDULER in str(error.value)
+
+
+# As they are published or as diffusers writes them; see also those that it writes now, below.
+PNDM = {**reference.BETAS, "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "skip_prk_steps": True}
+SCHEDULERS = {
+    "SD 1.4": PNDM
+    | {"_diffusers_version": "0.7.0.dev0", "set_alpha_to_one": False, "steps_offset": 1}
+    | {"trained_betas": None, "clip_sample": False},
+    "SD 1.4 at first": PNDM | {"_diffusers_version": "0.2.2"},
+    "SD 1.5": PNDM
+    | {"prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1}
+    | {"timestep_spacing": "leading", "trained_betas": None},
+    "DPM-Solver": PNDM
+    | {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}
+    | {"dynamic_thresholding_ratio": 0.995, "euler_at_final": False, "final_sigmas_type": "zero", "flow_shift": 1.0}
+    | {"lambda_min_clipped": -float("inf"), "lower_order_final": True, "prediction_type": "epsilon"}
+    | {"sample_max_value": 1.0, "solver_order": 2, "solver_type": "midpoint", "steps_offset": 1, "thresholding": False}
+    | {"timestep_spacing": "linspace", "use_karras_sigmas": False, "use_lu_lambdas": False, "variance_type": None},
+    "Euler": PNDM
+    | {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "steps_offset": 1}
+    | {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading", "timestep_type": "discrete"}
+    | {"sigma_max": None, "sigma_min": None, "_use_default_values": ["sigma_min"], "use_karras_sigmas": False},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_stable_diffusion_open(tiny, name):
+    expected = load_model(tiny).schedule
+    write_scheduler(tiny, SCHEDULERS[name])
+    schedule = load_model(tiny).schedule
+    assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
+    assert schedule.timesteps(50) == expected.timesteps(50)
 
 
 def test_a_schedule_is_not_guessed(tiny):
-    path = tiny / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({"beta_start": 0.00085, "beta_schedule": "scaled_linear"}))
+    write_scheduler(tiny, {"beta_start": 0.00085, "beta_schedule": "scaled_linear"})
     with pytest.raises(UserError, match="does not say beta_end"):
         _ = load_model(tiny).schedule
+    config = {**PNDM, "_class_name": "DDIMScheduler"}  # which takes set_alpha_to_one to be true unless it is told
+    write_scheduler(tiny, config)
+    with pytest.raises(UserError, match="does not say set_alpha_to_one"):
+        _ = load_model(tiny).schedule
+    write_scheduler(tiny, config | {"set_alpha_to_one": False})
+    assert load_model(tiny).schedule.config.items() >= weights.STEPPING.items()
+
+
+def test_a_model_saved_says_all_of_its_schedule(tiny, tmp_path):
+    write_scheduler(tiny, PNDM)
+    folder = weights.save_model(load_model(tiny), tmp_path / "saved")
+    said = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    assert weights.read_json(folder / weights.SCHEDULER).items() >= said.items()
 
 
 def test_a_model_without_clip_says_so(tiny):
@@ -734,6 +852,53 @@ def test_a_folder_that_diffusers_wrote_loads(tiny, tmp_path, variant):
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers with numpy 2
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
+        *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+        *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+    ],
+)
+def test_schedulers_that_diffusers_writes_open(tiny, name):
+    """Made new for SD, and turned from the PNDM of SD 1.4, as most in circulation are: then they keep its settings."""
+    make, pndm = reference.reference("diffusers", name, "PNDMScheduler")
+    expected = load_model(tiny).schedule.alphas_cumprod
+    told = {key: False for key in ("clip_sample", "set_alpha_to_one") if key in make().config}
+    for scheduler in (make(**reference.BETAS, **told), make.from_config(pndm.from_config(SCHEDULERS["SD 1.4"]).config)):
+        scheduler.save_pretrained(tiny / "scheduler")
+        assert weights.read_json(tiny / weights.SCHEDULER)["_class_name"] == name
+        assert torch.equal(load_model(tiny).schedule.alphas_cumprod, expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler"])
+def test_what_a_scheduler_leaves_out_is_what_diffusers_takes(tiny, tmp_path, name):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    folder = weights.save_model(load_model(tiny), tmp_path / "ours")
+    index = weights.read_json(folder / "model_index.json")
+    weights.write_text(folder / "model_index.json", json.dumps(index | {"scheduler": ["diffusers", name]}))
+    write_scheduler(folder, {**PNDM, "_class_name": name, **({"set_alpha_to_one": False} if "DDIM" in name else {})})
+    theirs = pipeline.from_pretrained(folder, local_files_only=True).scheduler.config
+    ours = load_model(folder).schedule.config
+    assert {key: theirs.get(key, False) for key in weights.STEPPING} == {key: ours[key] for key in weights.STEPPING}
+
+
+@pytest.mark.oracle
+def test_clips_that_transformers_writes_open(tiny):
+    make, text = reference.reference("transformers", "CLIPConfig", "CLIPTextConfig")
+    make(**weights.read_json(tiny / "clip/config.json")).save_pretrained(tiny / "clip")
+    text(**weights.read_json(tiny / "text_encoder/config.json")).save_pretrained(tiny / "text_encoder")
+    for part in ("clip", "text_encoder"):  # not what differs from the defaults: everything
+        config = weights.read_json(tiny / part / "config.json")
+        whole = (make if part == "clip" else text)(**config).to_dict()
+        weights.write_text(tiny / part / "config.json", json.dumps(whole, default=str))
+    assert load_model(tiny, parts=("text_encoder", "clip")).clip is not None
+
+
+@pytest.mark.oracle
 def test_a_folder_we_wrote_loads_in_diffusers(tiny, tmp_path):
     (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
     model = load_model(tiny)
@@ -790,13 +955,15 @@ def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):
 
 def test_prompts_and_the_embedded_model_are_found_in_a_clone_and_where_pip_puts_them(tmp_path, monkeypatch):
     assert weights.shipped("prompts") == ROOT / "prompts"
+    user = weights.sysconfig.get_preferred_scheme("user")  # of pip install --user
     monkeypatch.setattr(weights, "__file__", str(tmp_path / "site-packages" / "weights.py"))
-    monkeypatch.setattr(weights.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(weights.sysconfig, "get_path", lambda name, scheme="all": str(tmp_path / scheme / name))
     with pytest.raises(UserError, match="run from a clone of the repository"):
         load_model("emoji")
-    folder = tmp_path / "share" / "cpe" / "emoji"
-    folder.mkdir(parents=True)
-    assert weights.shipped("emoji") == folder
+    for scheme in (user, "all"):
+        folder = tmp_path / scheme / "data" / "share" / "cpe" / "emoji"
+        folder.mkdir(parents=True)
+        assert weights.shipped("emoji") == folder
 
 
 def test_pip_installs_every_module_and_all_that_comes_with_the_program():
