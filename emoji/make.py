@@ -1,12 +1,15 @@
 """Build the embedded model: Stable Diffusion in miniature, trained on emoji in four styles.
 
     python emoji/make.py all            # data, tokenizer, CLIP, VAE, U-Net, export, evaluate; resumes by itself
+    python emoji/make.py all --out emoji/build/new     # the same from nothing, in a folder of its own
     python emoji/make.py unet --samples 2000000        # continue the U-Net alone, then: export, evaluate
 
 Order: icons are rendered in several placements; CLIP learns which caption belongs to which picture; the VAE learns
 to compress pictures eightfold; the U-Net learns to denoise latents under the context of a frozen copy of CLIP's text
 tower, taken when its own training begins: CLIP itself is then only a judge, and may be trained on.
-Everything intermediate lies in `emoji/build/` (ignored by git); `export` writes float16 weights beside this file.
+The model lies in `--out`, this folder unless told otherwise, and everything intermediate in its `build/` (here ignored
+by git). What is there is used: training goes on from a checkpoint in `build/`, else from exported weights, else it
+starts at random ones; tokenizer and text encoder are made where there is none. `export` writes float16 weights.
 
 Shapes: B pictures, 3 colours in [-1, 1], 64 x 64 pixels; latents [B, 16, 8, 8]; T tokens, d = 192 their width.
 Icons are one array [concepts, styles, placements, 64, 64, RGBA]. Needs resvg-py, Pillow and npm, only to build.
@@ -19,6 +22,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -47,8 +51,10 @@ import clip  # noqa: E402
 import sampler  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
+from weights import UserError  # noqa: E402
 
-BUILD = HERE / "build"
+OUT = HERE  # where the model lies: --out
+BUILD = OUT / "build"  # and what it is made from
 SIZE = 64  # pixels
 LENGTH = 24  # tokens CLIP is trained on: the tower is causal and read at EOS, so the padding after it changes nothing
 
@@ -157,7 +163,7 @@ class Pictures:
     """The rendered icons; indexing composes them over backgrounds."""
 
     def __init__(self):
-        self.icons = load_file(BUILD / "icons.safetensors")["icons"]
+        self.icons = load_file(found(BUILD / "icons.safetensors", "data"))["icons"]
         self.colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
 
     def __call__(self, concept: Tensor, style: Tensor, placement: Tensor, colour: Tensor) -> Tensor:
@@ -209,7 +215,7 @@ def make_tokenizer() -> None:
         clip.BOS,
         clip.EOS,
     ]
-    folder = HERE / "tokenizer"
+    folder = OUT / "tokenizer"
     folder.mkdir(exist_ok=True)
     special = {"bos_token": clip.BOS, "eos_token": clip.EOS, "unk_token": clip.EOS, "pad_token": clip.EOS}
     settings = {"model_max_length": 77, "do_lower_case": True, "add_prefix_space": False}
@@ -222,10 +228,19 @@ def make_tokenizer() -> None:
 @cache
 def tokenizer() -> clip.Tokenizer:
     """The tokenizer that `make_tokenizer` wrote."""
-    return clip.Tokenizer(HERE / "tokenizer" / "vocab.json", HERE / "tokenizer" / "merges.txt")
+    files = (OUT / "tokenizer" / name for name in ("vocab.json", "merges.txt"))
+    return clip.Tokenizer(*(found(file, "tokenizer") for file in files))
 
 
 # Files.
+
+
+def found(path: Path, step: str) -> Path:
+    """`path` itself; UserError that names the step which writes it when there is none."""
+    if not path.exists():
+        where = "" if OUT == HERE else f" --out {shlex.quote(str(OUT))}"
+        raise UserError(f"{path} does not exist: run `python emoji/make.py {step}{where}` first")
+    return path
 
 
 def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -290,9 +305,13 @@ CHECKPOINT_SECONDS = 120
 
 
 class Training:
-    """A network, its optimiser and averaged weights, kept in build/; iterating trains to the budget."""
+    """A network, its optimiser, averaged weights and random numbers, kept in build/; iterating trains to the budget.
 
-    def __init__(self, name: str, network: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe):
+    The loss takes the size of a batch and the generator that it must draw everything from: a training that was
+    stopped goes on with the numbers it would have drawn.
+    """
+
+    def __init__(self, name: str, network: nn.Module, loss: Callable[[int, torch.Generator], Tensor], recipe: Recipe):
         self.name, self.network, self.loss, self.recipe = name, network, loss, recipe
         # fused: one pass over memory instead of a dozen
         self.optimizer = torch.optim.AdamW(
@@ -300,14 +319,16 @@ class Training:
         )
         self.average = {key: value.clone() for key, value in network.state_dict().items()}
         self.seen, self.seconds = 0, 0.0
+        self.chance = torch.Generator().manual_seed(2)  # 0 draws the first weights, 1 what is measured on
         self.path = BUILD / f"{name}.safetensors"
-        exported = HERE / EXPORTED[name]
+        exported = OUT / EXPORTED[name]
         if self.path.exists():
             self.load()
         elif exported.exists():
             # No checkpoint, but weights that were trained before: a far better start than chance.
             network.load_state_dict({key: value.float() for key, value in load_file(exported).items()})
             self.average = {key: value.clone() for key, value in network.state_dict().items()}
+            self.chance.seed()  # not once more the batches that these weights began with
 
     def load(self) -> None:
         """Continue from the last checkpoint."""
@@ -317,11 +338,19 @@ class Training:
         average = part_of(state, "average.")
         self.average = {name: average[name] for name in self.average}  # a file has an order of its own
         moments: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.network.parameters())
         for name, tensor in part_of(state, "optimizer.").items():
             i, moment = name.split(".")
+            if moment != "step":
+                # The fused step pairs numbers by their place in memory, and files know no channels_last.
+                tensor = torch.empty_like(parameters[int(i)]).copy_(tensor)
             moments.setdefault(int(i), {})[moment] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.seen, self.seconds = int(progress["seen"]), float(progress["seconds"])
+        if "chance" in state:
+            self.chance.set_state(state["chance"])
+        else:  # a checkpoint of before they were kept
+            self.chance.seed()
 
     def freeze(self, *parts: str) -> None:
         """Keep parts that later stages were built on at their averaged weights."""
@@ -335,13 +364,14 @@ class Training:
         state |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        state["chance"] = self.chance.get_state()
         save(state, self.path, {"seen": str(self.seen), "seconds": str(self.seconds)})
 
     def step(self) -> float:
         """One step of AdamW and of the average; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.seen)
-        value = self.loss(self.recipe.batch)
+        value = self.loss(self.recipe.batch, self.chance)
         self.optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -375,7 +405,7 @@ class Training:
 
 def text_config() -> dict:
     """Configuration of the text tower, SD's layout in miniature."""
-    words = len(json.loads((HERE / "tokenizer" / "vocab.json").read_text()))
+    words = len(json.loads(found(OUT / "tokenizer" / "vocab.json", "tokenizer").read_text(encoding="utf-8")))
     ids = {
         "bos_token_id": words - 2,
         "eos_token_id": words - 1,
@@ -461,11 +491,12 @@ def image_features(model: clip.CLIP, pictures: Tensor) -> Tensor:
 def train_clip(recipe: Recipe) -> None:
     """Contrastive training: the caption of a picture against all others of the batch, and the reverse."""
     torch.manual_seed(0)
-    model, pictures, chance = clip.CLIP(clip_config()), Pictures(), random.Random()
+    model, pictures = clip.CLIP(clip_config()), Pictures()
 
-    def loss(size: int) -> Tensor:
+    def loss(size: int, chance: torch.Generator) -> Tensor:
         """Of a batch of `size` pictures and captions: contrastive, and how well each tower sees colours."""
-        indices, captions, colour_named = clip_batch(size, chance)
+        seed = int(torch.randint(2**62, (), generator=chance))
+        indices, captions, colour_named = clip_batch(size, random.Random(seed))
         images, texts = image_features(model, pictures(*indices)), text_features(model, captions)
         # no temperature below 0.01, as in the paper
         scale = model.logit_scale.clamp(max=math.log(100)).exp()
@@ -505,10 +536,10 @@ def vae_config(scaling_factor: float = 1.0) -> dict:
     }
 
 
-def any_pictures(pictures: Pictures, size: int) -> Tensor:
+def any_pictures(pictures: Pictures, size: int, chance: torch.Generator) -> Tensor:
     """A batch [size, 3, 64, 64] of random training pictures."""
     ends = (len(concepts()), len(STYLES), TRAINED, len(COLOURS))
-    return pictures(*(torch.randint(end, (size,)) for end in ends))
+    return pictures(*(torch.randint(end, (size,), generator=chance) for end in ends))
 
 
 def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -521,12 +552,13 @@ def train_vae(recipe: Recipe) -> None:
     torch.manual_seed(0)
     pictures, model = Pictures(), vae.VAE(vae_config())
 
-    def loss(size: int) -> Tensor:
+    def loss(size: int, chance: torch.Generator) -> Tensor:
         """Of a batch of `size` pictures."""
-        x = any_pictures(pictures, size)
+        x = any_pictures(pictures, size, chance)
         with fast_training():
             mean, logvar = (each.float() for each in model.encode(x))
-            y = model.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
+            noise = torch.randn(mean.shape, generator=chance)
+            y = model.decode(mean + (logvar / 2).exp() * noise).float()
         outlines = sum((a - b).abs().mean() for a, b in zip(gradients(x), gradients(y), strict=True))
         # KL(N(m, v) || N(0, 1)) = (m^2 + v - 1 - log v) / 2
         divergence = (mean**2 + logvar.exp() - 1 - logvar).mean() / 2
@@ -544,9 +576,9 @@ def train_vae(recipe: Recipe) -> None:
 @torch.no_grad()
 def psnr(model: vae.VAE, pictures: Pictures, count: int = 208) -> float:
     """Mean PSNR in dB over pictures in held-out placements; the range of colours is 2."""
-    torch.manual_seed(1)
+    chance = torch.Generator().manual_seed(1)
     ends = ((0, len(concepts())), (0, len(STYLES)), (TRAINED, TRAINED + HELD_OUT), (0, len(COLOURS)))
-    x = pictures(*(torch.randint(*end, (count,)) for end in ends))
+    x = pictures(*(torch.randint(*end, (count,), generator=chance) for end in ends))
     y = torch.cat([model.decode(model.encode(part)[0]) for part in x.split(52)]).clamp(-1, 1)
     # PSNR = 10 log10(2^2 / MSE)
     return (10 * (4 / (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
@@ -633,7 +665,7 @@ class Latents:
     """Random training batches for the U-Net, from the two caches."""
 
     def __init__(self):
-        encoder = HERE / "text_encoder" / "model.safetensors"
+        encoder = OUT / "text_encoder" / "model.safetensors"
         caches = {"latents": (cache_latents, None), "contexts": (cache_contexts, encoder)}
         for name, (make, source) in caches.items():
             path = BUILD / f"{name}.safetensors"
@@ -644,13 +676,13 @@ class Latents:
         cached = load_file(BUILD / "contexts.safetensors")
         self.contexts, self.empty = cached["contexts"], cached["empty"]
 
-    def __call__(self, size: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scaled latents [B, 16, 8, 8] and contexts [B, 77, d]; one caption in ten is empty, for guidance."""
-        c, s, p, k = (torch.randint(n, (size,)) for n in self.latents.shape[:4])
-        template = torch.randint(self.contexts.shape[1], (size,))
-        say_style, say_colour = torch.rand(2, size) < 0.8
+        ends = (*self.latents.shape[:4], self.contexts.shape[1])
+        c, s, p, k, template = (torch.randint(end, (size,), generator=chance) for end in ends)
+        say_style, say_colour = torch.rand(2, size, generator=chance) < 0.8
         context = self.contexts[c, template, (s + 1) * say_style, (k + 1) * say_colour]
-        context = torch.where(torch.rand(size, 1, 1) < 0.1, self.empty, context)
+        context = torch.where(torch.rand(size, 1, 1, generator=chance) < 0.1, self.empty, context)
         return self.latents[c, s, p, k].float(), context.float()
 
 
@@ -682,19 +714,18 @@ def train_unet(recipe: Recipe) -> None:
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     weights = snr.clamp(max=5) / snr
 
-    def loss(size: int) -> Tensor:
+    def loss(size: int, chance: torch.Generator) -> Tensor:
         """Of a batch of `size` latents, each noised to a timestep of its own."""
-        clean, context = data(size)
-        noise = torch.randn_like(clean)
+        clean, context = data(size, chance)
+        noise = torch.randn(clean.shape, generator=chance)
         # One timestep in each of `size` equal parts of 0..999: less variance than independent ones.
-        t = ((torch.arange(size) + torch.rand(size)) * schedule.length / size).long()
+        t = ((torch.arange(size) + torch.rand(size, generator=chance)) * schedule.length / size).long()
         noisy = schedule.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
         with fast_training():
             predicted = model(noisy, t, model.keys_values(context))
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (weights[t] * error).mean()
 
-    torch.seed()
     training = Training("unet", model, loss, recipe)
     for line in training:
         print(line, flush=True)
@@ -710,14 +741,15 @@ def trained(name: str, network: nn.Module) -> nn.Module:
     if checkpoint.exists():
         state = part_of(load_file(checkpoint), "average.")
     else:
-        state = {key: value.float() for key, value in load_file(HERE / EXPORTED[name]).items()}
+        file = found(OUT / EXPORTED[name], name)
+        state = {key: value.float() for key, value in load_file(file).items()}
     network.load_state_dict(state)
     return network.eval()
 
 
 def text_encoder() -> clip.TextEncoder:
     """The text encoder that conditions the U-Net: CLIP's tower, frozen once it is exported; CLIP may train on."""
-    path = HERE / "text_encoder" / "model.safetensors"
+    path = OUT / "text_encoder" / "model.safetensors"
     if not path.exists():
         tower = trained("clip", clip.CLIP(clip_config())).text_model
         encoder = clip.TextEncoder(text_config())
@@ -728,8 +760,8 @@ def text_encoder() -> clip.TextEncoder:
 
 def write_model(folder: str, network: nn.Module, config: dict, file: str = "diffusion_pytorch_model") -> None:
     """One part of the model: config.json and float16 safetensors."""
-    write_json(HERE / folder / "config.json", config)
-    save({k: v.half() for k, v in network.state_dict().items()}, HERE / folder / f"{file}.safetensors")
+    write_json(OUT / folder / "config.json", config)
+    save({k: v.half() for k, v in network.state_dict().items()}, OUT / folder / f"{file}.safetensors")
 
 
 def export_unet() -> None:
@@ -739,11 +771,12 @@ def export_unet() -> None:
 
 def export() -> None:
     """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
-    scale = load_file(BUILD / "latents.safetensors")["scale"].item()
+    # The scale of latents is known once they are cached for the U-Net.
+    scale = load_file(found(BUILD / "latents.safetensors", "unet"))["scale"].item()
     text_encoder()
     write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
-    write_json(HERE / "scheduler" / "scheduler_config.json", schedule_config())
+    write_json(OUT / "scheduler" / "scheduler_config.json", schedule_config())
     parts = {
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -754,7 +787,7 @@ def export() -> None:
         "feature_extractor": [None, None],
     }
     index = {"_class_name": "StableDiffusionPipeline"} | parts | {"requires_safety_checker": False}
-    write_json(HERE / "model_index.json", index)
+    write_json(OUT / "model_index.json", index)
     if (BUILD / "unet.safetensors").exists():
         export_unet()
 
@@ -793,11 +826,11 @@ def background(pictures: Tensor) -> Tensor:
 
 def zero_shot_renders(model: clip.CLIP, pictures: Pictures) -> dict[str, float]:
     """Accuracy on real renders in a held-out placement: every concept in every style, random colours."""
-    torch.manual_seed(1)
+    chance = torch.Generator().manual_seed(1)
     c = torch.arange(len(concepts())).repeat_interleave(len(STYLES))
     s = torch.arange(len(STYLES)).repeat(len(concepts()))
-    k, judge = torch.randint(len(COLOURS), c.shape), Judge(model)
-    p = torch.randint(TRAINED, TRAINED + HELD_OUT, c.shape)
+    k, judge = torch.randint(len(COLOURS), c.shape, generator=chance), Judge(model)
+    p = torch.randint(TRAINED, TRAINED + HELD_OUT, c.shape, generator=chance)
     guesses = [judge(pictures(*part)) for part in zip(*(x.split(104) for x in (c, s, p, k)), strict=True)]
     return rates(tuple(torch.cat(x) for x in zip(*guesses, strict=True)), (c, s, k))
 
@@ -835,9 +868,10 @@ def context_distances(encoder: clip.TextEncoder) -> dict[str, float]:
 
 def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
     """A part of the model from its exported files, in float32."""
-    network = kind(json.loads((HERE / folder / "config.json").read_text()))
-    tensors = load_file(HERE / folder / f"{file}.safetensors")
-    network.load_state_dict({key: value.float() for key, value in tensors.items()})
+    step = "unet" if folder == "unet" else "export"
+    config, tensors = (found(OUT / folder / name, step) for name in ("config.json", f"{file}.safetensors"))
+    network = kind(json.loads(config.read_text()))
+    network.load_state_dict({key: value.float() for key, value in load_file(tensors).items()})
     return network.eval()
 
 
@@ -903,17 +937,18 @@ def evaluate(json_file: Path | None) -> None:
 def both(names: tuple[str, ...]) -> None:
     """Train several networks side by side, one core each: no time is lost waiting for one another."""
     one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-    jobs = [subprocess.Popen([sys.executable, __file__, name, "--threads", "1"], env=one_core) for name in names]
+    command, rest = [sys.executable, __file__], ["--threads", "1", "--out", str(OUT)]
+    jobs = [subprocess.Popen([*command, name, *rest], env=one_core) for name in names]
     codes = [job.wait() for job in jobs]
     if any(codes):
-        raise RuntimeError(f"training failed: {names}")
+        raise UserError(f"training of {' or '.join(names)} failed: why stands above; the same command goes on")
 
 
 def everything(samples: int | None) -> None:
-    """From nothing to the evaluated model; what an earlier run has done is not done again."""
+    """From what there is to the evaluated model: what an earlier run has done is not done again."""
     if not (BUILD / "icons.safetensors").exists():
         make_data()
-    if not (HERE / "tokenizer" / "vocab.json").exists():
+    if not (OUT / "tokenizer" / "vocab.json").exists():
         make_tokenizer()
     both(("clip", "vae"))
     train("unet", samples)
@@ -927,8 +962,18 @@ def train(name: str, samples: int | None) -> None:
     {"clip": train_clip, "vae": train_vae, "unet": train_unet}[name](recipe)
 
 
-def main() -> None:
-    """Read the command line."""
+def work_in(out: Path) -> None:
+    """Read and write the model in `out`, what it is made from in its `build/`; UserError if that can be no folder."""
+    global OUT, BUILD
+    OUT, BUILD = out, out / "build"
+    try:
+        BUILD.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be a folder ({error.strerror}): give another one") from error
+
+
+def main() -> int:
+    """Read the command line; exit code 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description="Build the embedded model.")
     commands = ("data", "tokenizer", "clip", "vae", "unet", "export", "evaluate", "all")
     parser.add_argument("command", choices=commands, help="a step, or all of them in this order")
@@ -936,10 +981,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="cores to use (other work on the same ones: give 1)"
     )
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="folder of the model, read and written; an empty one: from nothing"
+    )
     parser.add_argument("--json", type=Path, help="where evaluate writes its figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    BUILD.mkdir(exist_ok=True)
     steps = {
         "data": make_data,
         "tokenizer": make_tokenizer,
@@ -947,8 +994,14 @@ def main() -> None:
         "evaluate": lambda: evaluate(arguments.json),
         "all": lambda: everything(arguments.samples),
     }
-    steps.get(arguments.command, lambda: train(arguments.command, arguments.samples))()
+    try:
+        work_in(arguments.out.resolve())
+        steps.get(arguments.command, lambda: train(arguments.command, arguments.samples))()
+    except UserError as error:
+        print(f"make.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,36 +1,77 @@
-"""emoji/make.py: a training that was stopped goes on as if it never had been, and CLIP cannot overlook colours."""
+"""emoji/make.py: stopped trainings go on as if they never had been, from nothing is from nothing, CLIP sees colours."""
 
 import importlib.util
+import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import ROOT
 from torch import nn
+
+NAMES = ["banana", "pizza", "rocket", "ghost", "cat", "dog", "tree", "key"]  # CLIP's batches of colours hold 8 or more
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """The program as a module, whose checkpoints go to a folder of the test."""
+    """The program as a module, beside nothing but eight names: all that it reads and writes is the test's own."""
     spec = importlib.util.spec_from_file_location("make", ROOT / "emoji" / "make.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "make", module)  # dataclasses look their module up there
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "BUILD", tmp_path)
-    monkeypatch.setitem(module.EXPORTED, "small", "nothing.safetensors")
+    here = tmp_path / "emoji"
+    here.mkdir()
+    (here / "concepts.txt").write_text("\n".join(NAMES))
+    monkeypatch.setattr(module, "HERE", here)
+    module.work_in(here)
     return module
 
 
+@pytest.fixture
+def data(make, monkeypatch):
+    """Noise for icons, a tokenizer of eight names, little to measure on; recipes whose rate depends on no budget."""
+    monkeypatch.setattr(make, "package_file", lambda *_: {})
+    monkeypatch.setattr(make, "UNET_TEMPLATES", ("{}",))
+    monkeypatch.setattr(make, "CACHED", 1)
+    monkeypatch.setattr(make, "psnr", partial(make.psnr, count=4))
+    batches, rest = {"clip": 8, "vae": 2, "unet": 4}, (1e-3, 0.01, (0.9, 0.99), 0.9, 1.0 - 1e-9, 1)
+    recipes = {name: make.Recipe(2 * size, size, *rest) for name, size in batches.items()}
+    monkeypatch.setattr(make, "RECIPES", recipes)
+
+    def noise() -> None:
+        shape = (len(NAMES), len(make.STYLES), make.TRAINED + make.HELD_OUT, make.SIZE, make.SIZE, 4)
+        icons = torch.randint(256, shape, generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+        make.save({"icons": icons}, make.BUILD / "icons.safetensors")
+
+    monkeypatch.setattr(make, "make_data", noise)
+
+
+@pytest.fixture
+def ready(make, data):
+    """Everything that the trainings need, the U-Net's caches too."""
+    make.make_data()
+    make.make_tokenizer()
+    latents = torch.randn(len(NAMES), len(make.STYLES), make.CACHED, len(make.COLOURS), 16, 8, 8)
+    contexts = torch.randn(len(NAMES), 1, len(make.STYLES) + 1, len(make.COLOURS) + 1, 77, 192)
+    caches = {"contexts": contexts.half(), "empty": contexts[0, 0, 0, :1].half()}
+    make.save(caches, make.BUILD / "contexts.safetensors")
+    make.save({"latents": latents.half(), "scale": torch.tensor(1.0)}, make.BUILD / "latents.safetensors")
+
+
 def training(make, samples: int):
-    """A network whose parameters are not in alphabetical order, and have several shapes."""
+    """A network whose parameters are not in alphabetical order and have several shapes; some lie channels-last."""
     torch.manual_seed(0)
     network = nn.Sequential()
-    network.add_module("second", nn.Linear(3, 5))
-    network.add_module("first", nn.Linear(5, 2))
+    network.add_module("second", nn.Conv2d(3, 5, 3))
+    network.add_module("first", nn.Conv2d(5, 2, 1))
+    network.to(memory_format=torch.channels_last)
 
-    def loss(size: int) -> torch.Tensor:
-        return network(torch.ones(size, 3)).square().mean()
+    def loss(size: int, chance: torch.Generator) -> torch.Tensor:
+        return network(torch.randn(size, 3, 4, 4, generator=chance)).square().mean()
 
+    make.EXPORTED["small"] = "small/model.safetensors"
     recipe = make.Recipe(samples, 4, 1e-2, 0.01, (0.9, 0.99), 0.9, 1.0 - 1e-9, 1)
     return make.Training("small", network, loss, recipe)
 
@@ -47,6 +88,146 @@ def test_a_stopped_training_goes_on_to_the_same_weights(make):
         assert list(ours) == list(theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [path.name for path in make.BUILD.iterdir()] == ["small.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["clip", "vae", "unet"])
+def test_every_network_goes_on_to_the_same_weights(make, ready, name):
+    path = make.BUILD / f"{name}.safetensors"
+    size = make.RECIPES[name].batch
+    make.train(name, 3 * size)
+    whole = load_file(path)
+    for file in (path, make.OUT / make.EXPORTED[name]):
+        file.unlink(missing_ok=True)
+    make.train(name, size)
+    make.train(name, 3 * size)
+    resumed = load_file(path)
+    assert list(resumed) == list(whole)
+    assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
+
+
+def test_no_batch_comes_twice(make, ready, monkeypatch):
+    drawn, draw = [], make.any_pictures
+    monkeypatch.setattr(make, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(make, "any_pictures", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    make.train("vae", 8)  # a checkpoint, and so a measurement, after every step
+    make.train("vae", 12)
+    (make.BUILD / "vae.safetensors").rename(make.BUILD / "before.safetensors")
+    weights = make.part_of(load_file(make.BUILD / "before.safetensors"), "average.")
+    make.save(weights, make.OUT / make.EXPORTED["vae"])
+    make.train("vae", 2)  # on from exported weights, without a checkpoint
+    assert len(drawn) == 7
+    assert len({batch.numpy().tobytes() for batch in drawn}) == len(drawn)
+
+
+def test_a_checkpoint_without_random_numbers_begins_new_ones(make):
+    first = training(make, 4)
+    list(first)
+    tensors = load_file(first.path)
+    del tensors["chance"]
+    save_file(tensors, first.path, {"seen": "4", "seconds": "1.0"})
+    again = training(make, 8)
+    assert again.seen == 4
+    assert not torch.equal(again.chance.get_state(), training(make, 8).chance.get_state())
+
+
+def test_measuring_draws_from_no_common_stream(make, ready):
+    pictures, before = make.Pictures(), torch.get_rng_state()
+    judge, autoencoder = make.clip.CLIP(make.clip_config()), make.vae.VAE(make.vae_config())
+    torch.set_rng_state(before)
+    figures = make.psnr(autoencoder, pictures), make.zero_shot_renders(judge, pictures)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    assert figures == (make.psnr(autoencoder, pictures), make.zero_shot_renders(judge, pictures))
+
+
+def test_exported_weights_are_trained_on_and_an_empty_folder_begins_at_random(make, tmp_path):
+    at_random = training(make, 4).average
+    exported = {name: torch.full_like(tensor, 0.5).half() for name, tensor in at_random.items()}
+    make.save(exported, make.OUT / "small" / "model.safetensors")
+    assert all((tensor == 0.5).all() for tensor in training(make, 4).network.state_dict().values())
+    make.work_in(tmp_path / "elsewhere")
+    state = training(make, 4).network.state_dict()
+    assert all(torch.equal(state[name], at_random[name]) for name in at_random)
+
+
+class InThisProcess:
+    """In place of subprocess.Popen: runs make.py with the same arguments, in this module."""
+
+    def __init__(self, make, command: list[str], env: dict):
+        assert command[1] == make.__file__
+        with pytest.MonkeyPatch.context() as patch:
+            self.code = run(make, patch, *command[2:])
+
+    def wait(self) -> int:
+        return self.code
+
+
+def run(make, monkeypatch, *arguments: str) -> int:
+    """The command line; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["make.py", *arguments])
+    return make.main()
+
+
+def files(folder) -> dict[str, bytes]:
+    """Every file under a folder and its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def threads():
+    """The number of threads as it was."""
+    before = torch.get_num_threads()
+    yield str(before)
+    torch.set_num_threads(before)
+
+
+def test_from_nothing_the_whole_model_is_made_in_a_folder_of_its_own(
+    make, data, monkeypatch, tmp_path, threads, capsys
+):
+    before = {"concepts.txt": "\n".join(NAMES).encode()}
+    monkeypatch.setattr(make.subprocess, "Popen", lambda command, env: InThisProcess(make, command, env))
+    monkeypatch.setattr(make, "generate", lambda prompts, *_: torch.zeros(len(prompts), 3, make.SIZE, make.SIZE))
+    new = tmp_path / "new"
+    assert run(make, monkeypatch, "all", "--out", str(new), "--threads", threads) == 0
+    assert files(make.HERE) == before
+    parts = json.loads((new / "model_index.json").read_text())
+    assert all((new / part).is_dir() for part, (library, _) in dict(list(parts.items())[1:-1]).items() if library)
+    tower = make.part_of(load_file(new / "clip" / "model.safetensors"), "text_model.")
+    encoder = make.part_of(load_file(new / "text_encoder" / "model.safetensors"), "text_model.")
+    assert encoder.keys() == tower.keys()
+    assert all(torch.equal(encoder[name], tower[name]) for name in tower)
+    out = capsys.readouterr().out
+    assert all(f"{name} {recipe.samples} samples" in out for name, recipe in make.RECIPES.items())
+    trained = files(new)
+    assert run(make, monkeypatch, "all", "--out", str(new), "--threads", threads) == 0
+    assert "samples" not in capsys.readouterr().out  # the second time nothing is left to train
+    assert files(new) == trained
+
+
+@pytest.mark.parametrize(
+    ("command", "first"), [("export", "unet"), ("vae", "data"), ("clip", "tokenizer"), ("evaluate", "data")]
+)
+def test_a_step_too_early_names_the_one_to_run_first(make, monkeypatch, tmp_path, threads, capsys, command, first):
+    new = tmp_path / "new folder"
+    assert run(make, monkeypatch, command, "--out", str(new), "--threads", threads) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"run `python emoji/make.py {first} --out '{new}'` first" in error
+
+
+def test_after_the_vae_alone_export_says_what_is_missing(make, ready, monkeypatch, threads, capsys):
+    (make.BUILD / "latents.safetensors").unlink()
+    make.train("vae", 2)
+    before = files(make.OUT)
+    assert run(make, monkeypatch, "export", "--threads", threads, "--out", str(make.OUT)) == 2
+    assert capsys.readouterr().err.endswith("run `python emoji/make.py unet` first\n")
+    assert files(make.OUT) == before
+
+
+def test_a_file_can_be_no_folder_of_a_model(make, monkeypatch, tmp_path, threads, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(make, monkeypatch, "export", "--out", str(tmp_path / "file"), "--threads", threads) == 2
+    assert "give another one" in capsys.readouterr().err
 
 
 def test_the_loss_of_colours_is_least_where_features_point_at_their_colour(make):
