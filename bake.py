@@ -22,7 +22,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -152,12 +152,17 @@ class Recipe:
     """How the last layers are trained."""
 
     layers: int = 2  # of the text tower, from its end; the final LayerNorm is trained with them
-    steps: int = 700
-    lr: float = 5e-4  # falls to zero along a cosine
+    steps: int = 700  # for one concept
+    more: int = 100  # further steps for each further concept
+    lr: float = 1.5e-3  # falls to zero along a cosine
     keep: float = 30.0  # weight of the prompts that shall stay
     targets: int = 8  # prompts of targets per step
     others: int = 16  # other prompts per step, half of them drawn by how far they had moved when last seen
     warmup: int = 10
+
+    def of(self, concepts: int, scale: float = 1.0) -> "Recipe":
+        """The recipe for as many concepts, with `scale` times the steps."""
+        return replace(self, steps=max(1, round(scale * (self.steps + self.more * (concepts - 1)))))
 
 
 class Baker:

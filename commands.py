@@ -930,14 +930,11 @@ def build_baker(
     args: argparse.Namespace, model: "Model", gates: "ResAG", concepts: "Sequence[Concept]", prompts: "Prompts"
 ) -> "Baker":
     """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained."""
-    import dataclasses
-
     import bake as baking
     import cpe
     from weights import UserError
 
-    objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe()
-    recipe = dataclasses.replace(recipe, steps=max(1, round(recipe.steps * args.steps_scale)))
+    objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe().of(len(concepts), args.steps_scale)
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)
     try:
         texts = baking.training_prompts(concepts, prompts, args.seed)

@@ -303,7 +303,7 @@ def baked(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
     concepts = [bake.Concept(world.names(scenario, t), recipe.surrogate, recipe.eta) for t in scenario.targets]
     tokens = [world.model.tokenizer(part) for part in bake.training_prompts(concepts, prompts, seed)]
     gate = world.objective.context_gate(gates)
-    baker = bake.Baker(world.model.text_encoder, gate, world.objective, *tokens, bake.Recipe(), seed)
+    baker = bake.Baker(world.model.text_encoder, gate, world.objective, *tokens, bake.Recipe().of(len(concepts)), seed)
     for _ in baker.steps():
         pass
     changed = baker.tail.tensors()
