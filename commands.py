@@ -84,9 +84,17 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int, guidance: float) -
     parser.add_argument("--sampler", choices=("ddim", "dpm"), default="ddim", help="DDIM or DPM-Solver++(2M)")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what an option is if it is not given, where that is anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = Help
     top = argparse.ArgumentParser(prog="cpe.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -496,7 +504,7 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
     from cpe import normalised
     from weights import UserError
 
-    names = [" ".join(name.split()) for name in names]
+    names = list(dict.fromkeys(" ".join(name.split()) for name in names))
     for name in names:
         if not normalised(name):
             raise UserError('the target is empty: say what to erase, for example --target "Brad Pitt".')
@@ -684,7 +692,9 @@ def train(args: argparse.Namespace) -> dict:
     settings = shared.settings(names)
     figures = train_target(build_trainer(shared, names), settings, out, args.resume)
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
-    again = command("generate", f"a picture of {names[0]}", "--gates", out, "--before-after", "--model", args.model)
+    prompt = f"a picture of a {names[0]}" if shared.preset == "emoji" else f"a picture of {names[0]}"
+    more = ["--guidance", 4] if is_emoji(args.model) else []
+    again = command("generate", prompt, "--gates", out, "--before-after", "--model", args.model, *more)
     return figures | {"next": again}
 
 
@@ -705,6 +715,8 @@ def generate(args: argparse.Namespace) -> dict:
         return many.generate(args)
     out = args.out or Path("images/generated.png")
     check_picture(out)
+    if args.gates:
+        load_gates(args.gates)  # what is wrong with them shows before a model is downloaded
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
     check_writable(out)
@@ -712,7 +724,9 @@ def generate(args: argparse.Namespace) -> dict:
     kinds = [None, gates] if args.before_after else [gates]
     rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
     grid(rows, out)
-    print(f"wrote   {out}: {len(args.prompts)} prompts x {len(rows)}, seeds {seeds[0]} to {seeds[-1]}")
+    what = "one prompt" if len(seeds) == 1 else f"{len(seeds)} prompts"
+    rest = f" to {seeds[-1]}" if len(seeds) > 1 else ""
+    print(f"wrote   {out}: {what}{' before and after' if len(rows) == 2 else ''}, from seed {seeds[0]}{rest}")
     figures = {"out": str(out), "prompts": args.prompts, "seeds": seeds}
     if len(rows) == 2:
         figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
@@ -775,25 +789,16 @@ def demo(args: argparse.Namespace) -> dict:
     features = evaluate.name_features(model.clip, model.tokenizer, concepts)
     target = concepts.index(args.target)
     order = evaluate.nearest(features, target, len(concepts) - 1)
-    rest = order[10:]
-    groups = {"erased": [target], "nearest": order[:10], "others": rest[:: max(1, len(rest) // 30)][:30]}
-    styles, colours = ("noto", "twemoji", "fluent", "blob"), ("white", "blue", "yellow", "green")
-    cases = []  # (group, concept, seed)
-    for group, members in groups.items():
-        images = args.images * 8 if group == "erased" else args.images
-        cases += [(group, c, args.seed + i) for c in members for i in range(images)]
-    texts = [
-        f"a picture of a {concepts[c]} on a {colours[i // 4 % 4]} background, {styles[i % 4]} style"
-        for i, (_, c, _) in enumerate(cases)
-    ]
-    seeds = [seed for _, _, seed in cases]
+    cases = demo_cases(target, order, args.images)
+    texts = [template.replace("{}", concepts[c]) for _, c, _, template in cases]
+    seeds = [args.seed + i for _, _, i, _ in cases]
     before = draw(model, texts, seeds, None, args, "before")
     after = draw(model, texts, seeds, gates, args, "after")
     seen = {name: evaluate.recognise(model.clip, x, features) for name, x in (("before", before), ("after", after))}
 
     figures = {"target": args.target, "losses": trained["losses"], "groups": {}}
     print(f"\n{'recognised by CLIP':22}{'images':>8}{'before':>9}{'after':>9}{'image change':>15}")
-    for group in groups:
+    for group in dict.fromkeys(case[0] for case in cases):
         rows = [i for i, case in enumerate(cases) if case[0] == group]
         share = {
             name: sum(seen[name][i].item() == cases[i][1] for i in rows) / len(rows) for name in ("before", "after")
@@ -801,14 +806,37 @@ def demo(args: argparse.Namespace) -> dict:
         change = (before[rows] - after[rows]).abs().mean().item()
         figures["groups"][group] = {"images": len(rows), **share, "change": change}
         print(f"{group:22}{len(rows):8}{share['before']:9.1%}{share['after']:9.1%}{change:15.4f}")
-    first = [
-        next(i for i, case in enumerate(cases) if case[1] == c) for c in (target, *order[:5], *groups["others"][:4])
-    ]
-    shown = [*first[:1], *[i for i, case in enumerate(cases) if case[1] == target][1:4], *first[1:]]
+    first = {case[1]: i for i, case in reversed(list(enumerate(cases)))}  # the first image of every concept
+    others = [c for c in sorted(first, key=first.get) if c not in (target, *order[:10])]
+    shown = [*range(4), *(first[c] for c in (*order[:5], *others[:4]))]
     grid([before[shown], after[shown]], args.out, scale=2)
     print(f"\nwrote   {gate_file} and {args.out} (above: before, below: after)")
     following = command("inspect", gate_file, "--prompt", texts[0], "--model", "emoji")
     return figures | {"out": str(args.out), "next": following}
+
+
+UNFAMILIAR = (  # words that no caption of the embedded model has
+    "a photo of a {}", "a big {}", "my {}", "a shiny {}", "portrait of a {}", "the {} here, please", "{} at night",
+    "look, a {}!",
+)  # fmt: skip
+
+
+def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str, int, int, str]]:
+    """(group, concept, number of the image, template) of all pictures of `demo`; `order`: nearest concepts first."""
+    rest = order[10:]
+    groups = {"erased": [target], "nearest": order[:10], "others": rest[:: max(1, len(rest) // 30)][:30]}
+    styles, colours = ("noto", "twemoji", "fluent", "blob"), ("white", "blue", "yellow", "green")
+    drawn = [
+        (group, c, i)
+        for group, members in groups.items()
+        for c in members
+        for i in range(8 * images if group == "erased" else images)
+    ]
+    cases = [
+        (*case, f"a picture of a {{}} on a {colours[n // 4 % 4]} background, {styles[n % 4]} style")
+        for n, case in enumerate(drawn)
+    ]
+    return cases + [("erased, odd words", target, i, UNFAMILIAR[i % len(UNFAMILIAR)]) for i in range(8 * images)]
 
 
 # --- compare -----------------------------------------------------------------------------------------------------
@@ -827,7 +855,8 @@ def compare(args: argparse.Namespace) -> dict:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
     names = args.eraser or (["cpe", "uce"] if args.quick else list(methods))
     if unknown := [name for name in names if name not in methods]:
-        raise UserError(f"unknown eraser {unknown[0]!r}: choose among {', '.join(methods)}.")
+        known = ", ".join(f'"{name}"' for name in methods)
+        raise UserError(f"unknown eraser {unknown[0]!r}: choose among {known}.")
     if args.preset == "style" or (args.preset != "emoji" and not args.target):
         raise UserError("--preset goes with --target, and styles are judged on the embedded model alone: emoji-style.")
     if args.target:
@@ -886,7 +915,7 @@ def bake(args: argparse.Namespace) -> dict:
     from weights import UserError, check_writable, load_model, save_model
 
     if os.path.exists(args.out):
-        raise UserError(f"{args.out} exists already: choose another name, or remove it.")
+        raise UserError(f"{args.out} exists already: choose another name.")
     check_writable(args.out)
     preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
     prompts = read_prompts(preset)

@@ -18,9 +18,16 @@ Source: Lee et al., "Concept Pinpoint Eraser", ICLR 2025 (arXiv 2506.22806).
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     import sys
 
-    from commands import main
+    try:
+        from commands import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "PIL"):
+            raise
+        advice = "`source .venv/bin/activate` if `make` has made one, or `pip install -r requirements.txt`"
+        print(f"cpe.py: this Python has no {error.name}: {advice}", file=sys.stderr)
+        sys.exit(2)
 
 import math
 import random
@@ -241,7 +248,8 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
     """Gates from the tensors of a gate file. ValueError names what is missing, extra, misshapen or not finite."""
     missing = [key for key in KEYS.values() if key not in tensors]
     if missing:
-        raise ValueError(f"not a gate file: {missing[0]} is missing")
+        run = "it is the state of an unfinished run" if "position" in tensors else f"{missing[0]} is missing"
+        raise ValueError(f"not a gate file: {run}")
     stems = sorted({key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors if key not in KEYS.values()})
     names = {module_path(stem): stem for stem in stems}
     parts = {f"{stem}{end}" for stem in stems for end in (".alpha", ".lora_down.weight", ".lora_up.weight")}

@@ -209,7 +209,8 @@ Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or N
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
     if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
-        raise UserError(f"{path} does not exist: check the path, or get the file again")
+        said = "is a folder: give a file in it" if os.path.isdir(path) else "does not exist: check the path"
+        raise UserError(f"{path} {said}, or get the file again")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
@@ -996,7 +997,7 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
     folder = Path(folder)
     if os.path.exists(folder):
-        raise UserError(f"{folder} exists already: choose another name, or remove it")
+        raise UserError(f"{folder} exists already: choose another name")
     temporary = temporary_name(folder)
     try:
         for part in ("text_encoder", "unet", "vae"):
