@@ -933,7 +933,7 @@ def bake(args: argparse.Namespace) -> dict:
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
     figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
-    print(f"{baker.unreachable:.1%} of what the gates ask for leads off the ellipsoid of the final LayerNorm")
+    print(f"{baker.unreachable:.1%} of it is out of reach of any text encoder: its final LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
     again = command("generate", f"a picture of {concepts[0].names[0]}", "--model", args.out)
@@ -989,7 +989,8 @@ def losses_of_baking(
 
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     figures = {}
-    print(f"\n{'':52}{'gates':>10}{'baked':>10}")
+    print("\nShares of the change that the target needs: left undone on it, and made to others. All are best at 0.")
+    print(f"{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
         rows = {}
         for template in baking.HELD_OUT:
