@@ -380,6 +380,7 @@ ABLATIONS = {
     for method in (
         *(Method(f"{name}, CPE's anchors", linear(name), {"templates": "kept"}) for name in ("uce", "rece", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
+        Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
         *(Method(f"cpe, {n} stage{'s' * (n > 1)}", gated("resag"), {"stages": n}) for n in (1, 2, 4)),
         *(Method(f"cpe, k = {k}", gated("resag"), {"k": k}) for k in (1, 2, 4, 8)),

@@ -485,7 +485,7 @@ PRESETS = {
     # cannot erase enough. Its surrogate must be a thing it can draw: "an object" is six unknown pieces of words to it.
     # And lambda must rise, and a step see several templates: with one at a time, and lambda at its full weight at
     # once, the gate is shut on some templates before it has learnt to open, and where a sigmoid is shut no gradient
-    # opens it again. benchmarks/tune.py searches lambda and the learning rate; the rest was found by hand. A margin:
+    # opens it again. benchmarks/tune.py searches lambda and the margin; the rest was found by hand. A margin:
     # merged, ten gates that are each open by chance on one prompt in fifty spoil one prompt in five.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=2000, later_steps=500, attack_steps=100, templates=8,
