@@ -304,7 +304,7 @@ def lora_trainer(
         empty=encode_float([""]),
     )
     objective = cpe.Objective({key: W.cpu() for key, W in model.cross_attention().items()}, data.empty.shape[1])
-    trainer = cpe.Trainer(objective, data, replace(recipe, surrogate=surrogate), seed)
+    trainer = cpe.Trainer(objective, data, replace(recipe, surrogate=surrogate, margin=0.0), seed)
     k = recipe.k * len(targets)
     # alpha = rank / recipe.k keeps the scale s = 1 / recipe.k of a single target
     loras = LoRA(objective.widths, len(objective.M), r=1, k=k, alpha=len(targets))

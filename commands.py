@@ -262,6 +262,13 @@ def command(*words: object) -> str:
     return shlex.join(["python", "cpe.py", *map(str, words)])
 
 
+def drawing_of(name: str, model: str, *options: object) -> str:
+    """The command that draws a concept, as its model knows it best."""
+    own = is_emoji(model)
+    prompt = f"a picture of a {name}" if own else f"a picture of {name}"
+    return command("generate", prompt, *options, "--model", model, *(["--guidance", 4] if own else []))
+
+
 def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
     """A progress bar on the terminal; of torchrun's processes only the first shows one."""
     from tqdm import tqdm
@@ -513,7 +520,10 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
     if not normalised(shared.recipe.surrogate):
         raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
     if is_emoji(shared.args.model):
-        check_emoji_words([*names, shared.recipe.surrogate])
+        check_emoji_words(names)
+        if shared.args.surrogate is None and shared.preset not in ("emoji", "emoji-style"):
+            raise UserError(f"--preset {shared.preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
+        check_emoji_words([shared.recipe.surrogate])
     return names
 
 
@@ -552,6 +562,8 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
 
     try:
         one = cpe.constant_direction(shared.model.text_encoder.text_model.final_layer_norm)
+        if one is None and shared.recipe.margin:
+            raise UserError(f"--preset {shared.preset} needs a text encoder with a bias in its final LayerNorm.")
         data = cpe.prepare(shared.recipe, shared.prompts, names, shared.model.encode, shared.anchors, one)
     except ValueError as error:
         raise UserError(f"prompts/{shared.preset}.txt: {error}.") from error
@@ -692,10 +704,7 @@ def train(args: argparse.Namespace) -> dict:
     settings = shared.settings(names)
     figures = train_target(build_trainer(shared, names), settings, out, args.resume)
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
-    prompt = f"a picture of a {names[0]}" if shared.preset == "emoji" else f"a picture of {names[0]}"
-    more = ["--guidance", 4] if is_emoji(args.model) else []
-    again = command("generate", prompt, "--gates", out, "--before-after", "--model", args.model, *more)
-    return figures | {"next": again}
+    return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
 
 
 # --- generate, inspect -------------------------------------------------------------------------------------------
@@ -760,7 +769,9 @@ def inspect(args: argparse.Namespace) -> dict:
         ]
         print(f"{token:{width}}" + "  ".join(cells))
     figures = {"tokens": tokens, "targets": gates.targets, "gates": values[:, : len(tokens)].tolist()}
-    return figures | {"next": command("generate", args.prompt, "--gates", args.gates[0], "--model", args.model)}
+    more = ["--guidance", 4] if is_emoji(args.model) else []
+    again = command("generate", args.prompt, "--gates", args.gates[0], "--before-after", "--model", args.model, *more)
+    return figures | {"next": again}
 
 
 # --- demo --------------------------------------------------------------------------------------------------------
@@ -779,10 +790,13 @@ def demo(args: argparse.Namespace) -> dict:
     check_writable(args.out)
     gate_file = args.out.with_suffix(".safetensors")
     options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
+    there = state_file(gate_file).exists()
     try:
         trained = train(parser().parse_args(["train", "--target", args.target, *options]))
-    finally:  # a minute's work: after Ctrl-C it begins anew
-        state_file(gate_file).unlink(missing_ok=True)
+    except KeyboardInterrupt:  # a minute's work: it begins anew
+        if not there:
+            state_file(gate_file).unlink(missing_ok=True)
+        raise
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
@@ -936,7 +950,7 @@ def bake(args: argparse.Namespace) -> dict:
     print(f"{baker.unreachable:.1%} of it is out of reach of any text encoder: its final LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
-    again = command("generate", f"a picture of {concepts[0].names[0]}", "--model", args.out)
+    again = drawing_of(concepts[0].names[0], str(args.out))
     return figures | {"unreachable": baker.unreachable, "next": again}
 
 

@@ -113,6 +113,13 @@ class ResAG(nn.Module):
         """Gate values of logits H v, [N, B, T, 1]; variants.py puts other functions here."""
         return torch.sigmoid(logits)
 
+    def bend(self, t: float, c: float, one: Tensor) -> None:
+        """Make the logits t (H v - c), without a bias: `one` [d] is a direction u with E u = 1 at every token.
+
+        Attention's rows sum to 1, so H u = 1, too, and v becomes t (v - c u).
+        """
+        self.scaler.copy_(t * (self.scaler - c * one[:, None]))
+
     def gate(self, context: Tensor) -> Tensor:
         """Gate values g [N, B, T] of a context [B, T, d]: which tokens open which concept's gate."""
         return self.read(context @ self.columns())[0]
@@ -689,6 +696,8 @@ class Trainer:
     """
 
     def __init__(self, objective: Objective, data: Data, recipe: Recipe, seed: int = 0, kind: str = "resag"):
+        if not 0 <= recipe.margin < 1 or (recipe.margin and data.one is None):
+            raise ValueError("a margin lies in [0, 1), and needs the text encoder's constant direction")
         self.objective, self.data, self.recipe = objective, data, recipe
         self.generator = torch.Generator().manual_seed(seed)
         self.gates = objective.new_gates(kind, recipe.r, recipe.k, self.generator)
@@ -825,25 +834,24 @@ class Trainer:
 
     @torch.no_grad()
     def sharpen(self) -> None:
-        """Move the bend of the trained gate away from what it should spare, and make it steeper; ours, not the paper's.
+        """Move the bend of the trained gate away from what it should spare; ours, not the paper's.
 
             g = sigmoid(t (H v - c)),   c = margin m,   t = 4 / (m - c)
 
-        A fifth of what must be moved lies at tokens with logits H v below m. Training stops pushing logits where the
-        losses are small, and they fall by chance between 0 and m on prompts that it never saw: below c the gate is now
-        shut on them. It needs no bias: attention's rows sum to 1, so H u = 1 where E u = 1, and v becomes t (v - c u).
+        At most a fifth of what must be moved lies at tokens with logits H v below m. Training stops pushing logits
+        where the losses are small, and on prompts that it never saw they fall by chance between 0 and m: below c the
+        gate is now shut on them, and on the target's few tokens there; the others move the further for it. The last
+        deltas play no part, so a margin may cost robustness. The losses reported last are of before.
         """
-        core, E, one = self.core, self.data.targets, self.data.one
-        if one is None:  # no direction for a bias
-            return
+        core, E = self.core, self.data.targets
         g = core.read(E @ core.columns())[0][0].flatten()
         shares = (self.energies[:, 0] / self.energies[:, 0].sum()).flatten()
         logits, order = torch.logit(g, eps=1e-6).sort()
         m = logits[(shares[order].cumsum(0) < 0.2).sum().clamp(max=len(g) - 1)].item()
-        if m <= 0:  # it is not open on the target
+        if m < 0.1:  # it is hardly open on the target, and would become a step
             return
         t, c = 4 / (m - self.recipe.margin * m), self.recipe.margin * m
-        core.scaler.copy_(t * (core.scaler - c * one[:, None]))
+        core.bend(t, c, self.data.one)
         # corrections as long as they were, on average over what must be moved
         core.lora_up *= (shares * g).sum() / (shares[order] * torch.sigmoid(t * (logits - c))).sum()
 

@@ -207,8 +207,8 @@ def train(args: argparse.Namespace) -> dict:
     if process.rank == 0:
         print(f"trained {new} targets into {folder}, kept {len(figures) - new}{told(process)}")
     first = next(iter(figures), None)
-    again = first and f'python cpe.py generate "a picture of {first}" --gates {figures[first]["out"]} --before-after'
-    return {"targets": figures, "out": str(folder), "next": again and f"{again} --model {args.model}"}
+    again = first and commands.drawing_of(first, args.model, "--gates", figures[first]["out"], "--before-after")
+    return {"targets": figures, "out": str(folder), "next": again}
 
 
 # --- generate --prompts ------------------------------------------------------------------------------------------
@@ -260,8 +260,12 @@ def generate(args: argparse.Namespace) -> dict:
 
 
 def drawing(args: argparse.Namespace, model: Model) -> dict:
-    """All that a picture depends on but its prompt: who has the same settings has the same picture."""
+    """All that a picture depends on but its prompt: who has the same settings has the same picture.
+
+    Of networks larger than the text encoder the file's size and time must do.
+    """
     names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after")
-    files = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]
     drawn = {name: getattr(args, name) for name in names} | {"device": args.device.split(":")[0]}
-    return drawn | {"fingerprint": model.fingerprint, "gates": files}
+    files = [os.stat(model.part(name).path) for name in ("unet", "vae")]
+    drawn |= {"fingerprint": model.fingerprint, "files": [[file.st_size, file.st_mtime_ns] for file in files]}
+    return drawn | {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]}

@@ -41,6 +41,11 @@ class Bias(cpe.ResAG):
         """sigmoid(H v + b), [N, B, T, 1]."""
         return torch.sigmoid(logits + self.bias)
 
+    def bend(self, t: float, c: float, one: Tensor) -> None:
+        """Make the logits t (H v + b - c)."""
+        super().bend(t, c, one)
+        self.bias.mul_(t)
+
 
 class Hard(cpe.ResAG):
     """A gate that is open or shut."""

@@ -33,7 +33,7 @@ def product(**choices: list) -> list[dict]:
 
 
 SURROGATES = ["cloud", "an object", "picture", "white circle"]  # `--methods surrogate`: CPE with each, not in TUNED
-GRIDS = {  # eight each; the first values are the papers' where they name one
+GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset's
     "cpe": product(margin=[0.5, 0.0], lam=[30.0, 100.0, 300.0, 1000.0]),
     "cpe, context gate": product(k=[8, 16], lam=[30.0, 100.0, 300.0, 1000.0]),
     "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),

@@ -204,6 +204,16 @@ def test_resume_refuses_a_state_of_other_settings(run):
     assert "other settings" in said
 
 
+def test_the_embedded_models_preset_ends_with_a_margin(run, monkeypatch, tiny_original):
+    directions = []
+    monkeypatch.setattr(cpe.Trainer, "sharpen", lambda trainer: directions.append(trainer.data.one))
+    assert run(*TRAIN)[0] == 0
+    said = weights.load_model(tiny_original).encode(["a cat", "two dogs"]) @ directions[0]
+    torch.testing.assert_close(said, torch.ones_like(said), rtol=1e-4, atol=1e-4)
+    assert run(*TRAIN, "--preset", "object")[0] == 0
+    assert len(directions) == 1
+
+
 def test_a_run_that_diverged_goes_on_from_its_last_good_state(run, monkeypatch):
     assert run(*TRAIN, "--out", "whole.safetensors")[0] == 0
     update = cpe.Trainer.update

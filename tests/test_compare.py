@@ -177,7 +177,9 @@ def test_every_variant_trains(world, kind):
         cpe.PRESETS["emoji"], stages=2, first_steps=3, later_steps=2, attack_steps=2, anchors=4
     )
     prompts = cpe.Prompts(["{}", "a {}"], ["dog", "sun"], [])
-    data = cpe.prepare(recipe, prompts, ["cat"], world.model.encode, lambda asked: world.model.encode(asked).half())
+    one = cpe.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
+    encode = world.model.encode
+    data = cpe.prepare(recipe, prompts, ["cat"], encode, lambda asked: encode(asked).half(), one)
     trainer = variants.trainer(world.objective, data, recipe, 0, kind)
     before = {name: p.clone() for name, p in trainer.gates.named_parameters()}
     reports = list(trainer.steps())

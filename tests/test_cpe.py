@@ -15,6 +15,7 @@ from tiny import ROOT, normal
 from torch import Tensor
 
 import cpe
+import variants
 from cpe import ContextGate, Data, Objective, Prompts, Recipe, ResAG, Trainer
 
 OFFICIAL = ROOT.parent / "shared" / "official_gates"
@@ -847,7 +848,7 @@ def test_all_outputs_of_a_layer_norm_agree_in_one_direction():
     torch.testing.assert_close(E @ cpe.constant_direction(norm), torch.ones(5, T, dtype=E.dtype))
 
 
-@pytest.mark.parametrize("kind", ["resag", "context"])
+@pytest.mark.parametrize("kind", ["resag", "context", "bias"])
 def test_a_margin_moves_the_bend_of_the_gate_and_nothing_else(kind):
     norm = torch.nn.LayerNorm(d).double()
     with torch.no_grad():
@@ -855,7 +856,7 @@ def test_a_margin_moves_the_bend_of_the_gate_and_nothing_else(kind):
         norm.bias.copy_(normal(d, seed=2))
         contexts = Data(*(norm(E.double()).detach() for E in (data().targets, data().surrogates, data().anchors)), None)
     contexts.one = cpe.constant_direction(norm)
-    made = Trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), kind=kind)
+    made = variants.trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), 0, kind)
     randomised(made.gates)
     made.core.scaler.data.copy_(contexts.targets.mean(dim=(0, 1))[:, None])  # open on the target
     made.begin()
@@ -875,10 +876,19 @@ def test_a_margin_moves_the_bend_of_the_gate_and_nothing_else(kind):
     torch.testing.assert_close(codes / sharp[..., None], z / g[..., None])
 
 
+@pytest.mark.parametrize("wrong", [{"margin": 0.5}, {"margin": 1.0}, {"margin": -0.1}])
+def test_a_margin_needs_a_direction_and_a_sensible_size(wrong):
+    contexts = data()
+    contexts.one = None if wrong["margin"] == 0.5 else normal(d)
+    with pytest.raises(ValueError, match=r"a margin lies in \[0, 1\), and needs"):
+        Trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, **wrong))
+
+
 def test_a_margin_is_made_at_the_end_of_training_alone(monkeypatch):
     monkeypatch.setattr(Trainer, "sharpen", lambda self: calls.append(self.done))
     calls: list[int] = []
-    made = trainer(margin=0.5)
+    made = trainer()
+    made.recipe = replace(made.recipe, margin=0.5)
     assert len(list(made.steps())) == made.total
     assert calls == [made.total]
     calls.clear()

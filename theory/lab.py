@@ -86,7 +86,8 @@ class Lab:
         named = [[f.format(name) for f in TEMPLATES] for name in (self.target, self.surrogate)]
         targets, surrogates = map(self.model.encode, named)
         data = cpe.Data(targets, surrogates, self.listed.half(), self.model.encode([""]))
-        changed = replace(self.recipe, **{"anchors": 8, **recipe}).scaled(BUDGET)
+        # no margin: what is studied here is the paper's gate, as it was trained
+        changed = replace(self.recipe, **{"anchors": 8, "margin": 0.0, **recipe}).scaled(BUDGET)
         return cpe.Trainer(objective or self.objective, data, changed, seed, kind)
 
     def pictures(
