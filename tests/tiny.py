@@ -135,7 +135,7 @@ def write_model(folder: Path) -> Path:
         weights.write_text(folder / part / "config.json", json.dumps(config))
         tensors = build(config).state_dict()
         if part == "text_encoder":  # a bias, as trained ones have: without it there is no `cpe.constant_direction`
-            tensors["text_model.final_layer_norm.bias"] = 0.01 * draw("bias", config["hidden_size"])
+            tensors["text_model.final_layer_norm.bias"] = 0.02 * draw("bias", config["hidden_size"])
         weights.save_tensors(folder / part / f"{stem}.safetensors", tensors)
     weights.write_text(folder / weights.SCHEDULER, json.dumps(weights.SD14_CONFIGS["scheduler"]))
     return folder
