@@ -492,8 +492,8 @@ PRESETS = {
     # cannot erase enough. Its surrogate must be a thing it can draw: "an object" is six unknown pieces of words to it.
     # And lambda must rise, and a step see several templates: with one at a time, and lambda at its full weight at
     # once, the gate is shut on some templates before it has learnt to open, and where a sigmoid is shut no gradient
-    # opens it again. benchmarks/tune.py searches lambda and the margin; the rest was found by hand. A margin:
-    # merged, ten gates that are each open by chance on one prompt in fifty spoil one prompt in five.
+    # opens it again. benchmarks/tune.py searches lambda and the margin; the rest was found by hand. On single targets
+    # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=2000, later_steps=500, attack_steps=100, templates=8,
         first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.5,
@@ -581,9 +581,11 @@ Encode = Callable[[list[str]], Tensor]
 
 
 def constant_direction(norm: nn.LayerNorm) -> Tensor | None:
-    """The direction u [d] in which all outputs of a LayerNorm agree, E u = 1: what a bias would need. Or None.
+    """The direction u [d] in which all outputs of a LayerNorm agree, E u = 1: what a bias would need.
 
-    E = g x + b with sum x = 0    =>    E (1 / g) = sum b / g
+        E = g x + b with sum x = 0    =>    E (1 / g) = sum b / g
+
+    None if there is no such direction: without a bias b they lie around 0.
     """
     g, b = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
     u = 1 / g / (b / g).sum()
@@ -692,7 +694,8 @@ def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) 
 class Trainer:
     """Trains the gates of one concept. Iterate over `steps()`; stop and go on wherever you like, bit for bit.
 
-    All chance comes from one generator on the CPU, so a seed repeats a run on one machine.
+    All chance comes from one generator on the CPU, so a seed repeats a run on one machine. ValueError for a margin
+    that is not in [0, 1), or without the direction that it needs in `data`.
     """
 
     def __init__(self, objective: Objective, data: Data, recipe: Recipe, seed: int = 0, kind: str = "resag"):
