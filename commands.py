@@ -539,20 +539,45 @@ def is_emoji(model: str) -> bool:
     return False
 
 
+def emoji_words(*, templates: bool = False) -> set[str]:
+    """The words of the embedded model's concepts, and those of its captions around them, too, with `templates`."""
+    from cpe import normalised
+
+    prompts = read_prompts("emoji")
+    entries = (*prompts.domain, *prompts.general, *(prompts.templates if templates else ()))
+    return {word for entry in entries for word in normalised(entry).split()}
+
+
 def check_emoji_words(names: Sequence[str]) -> None:
     """UserError for a name with words that the embedded model has never seen."""
     from cpe import normalised
     from weights import UserError
 
-    prompts = read_prompts("emoji")
-    words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
+    concepts = read_prompts("emoji").domain
     for name in names:
-        if not set(normalised(name).split()) <= words:
-            near = difflib.get_close_matches(name.casefold(), prompts.domain, 3, cutoff=0.3) or prompts.domain[:3]
+        if not set(normalised(name).split()) <= emoji_words():
+            near = difflib.get_close_matches(name.casefold(), concepts, 3, cutoff=0.3) or concepts[:3]
             raise UserError(
                 f"the embedded model has never seen {name!r}: it only knows emoji, for example {', '.join(near)}. "
                 "Real names need --model sd14."
             )
+
+
+def warn_of_odd_words(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Say which words the embedded model's captions never had, where gates are to open: such words may shut them."""
+    from cpe import normalised
+
+    if not args.gates or not is_emoji(args.model):
+        return
+    known = emoji_words(templates=True)
+    odd = dict.fromkeys(word for prompt in prompts for word in normalised(prompt).split() if word not in known)
+    if odd:
+        words, more = ", ".join(list(odd)[:5]), f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        warnings.warn(
+            f"the embedded model was never taught {words}{more}: gates may stay shut on such prompts. "
+            "It was taught captions like 'a picture of a red heart on a blue background, noto style'",
+            stacklevel=2,
+        )
 
 
 def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> "Trainer":
@@ -729,6 +754,7 @@ def generate(args: argparse.Namespace) -> dict:
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
     check_writable(out)
+    warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
     rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
@@ -757,6 +783,7 @@ def inspect(args: argparse.Namespace) -> dict:
 
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
     gates = load_gates(args.gates, model)
+    warn_of_odd_words(args, [args.prompt])
     with torch.no_grad():
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
     tokens = ["<start>", *model.tokenizer.tokens(args.prompt)[: values.shape[1] - 2], "<end>"]

@@ -355,7 +355,7 @@ def untouched(world: World, scenario: Scenario, seed: int) -> Erased:
 NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
-    "cpe, context gate": {"k": 16, "lam": 300.0},
+    "cpe, context gate": {"k": 16},
     "uce": {"padding": False, "templates": "all", "s_p": 1.0},
     "rece": {"rounds": 3, "templates": "kept", "s_p": 0.1},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},

@@ -230,9 +230,13 @@ def generate(args: argparse.Namespace) -> dict:
     folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
     names = picture_names([prompt for _, prompt in lines])
     mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
+    if args.gates:
+        commands.load_gates(args.gates)  # what is wrong with them shows before a model is downloaded
     model = commands.open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = commands.load_gates(args.gates, model) if args.gates else None
     check_writable(folder / names[0])
+    if process.rank == 0:
+        commands.warn_of_odd_words(args, [prompt for _, prompt in lines])
     kinds = [None, gates] if args.before_after else [gates]
     settings, pictures = drawing(args, model), []
     with stopped_by_torchrun(process):

@@ -5,7 +5,8 @@
 A setting is scored on images by the harmonic mean of two shares: images of the target that CLIP no longer recognises,
 and images of everything else (nearest concepts told about or not, others) that it still does. Ties go to the smaller
 change of what should stay. Cells are kept on disk: an interrupted run goes on, two runs side by side share the work.
-Prints score, change, seconds and the recognised share of every group, then what to paste as `TUNED` into compare.py.
+Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
+and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
 """
 
 import argparse
@@ -24,6 +25,10 @@ import weights
 from compare import METHODS, Budget, Scenario
 
 TARGETS = [Scenario(("tiger face",)), Scenario(("soccer ball",))]
+TEN = Scenario(
+    ("soccer ball", "tiger face", "yellow heart", "mrs. claus", "peach", "cow", "ambulance", "rose", "angry face",
+     "penguin"),
+)  # fmt: skip
 BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 
 
@@ -32,9 +37,26 @@ def product(**choices: list) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-SURROGATES = ["cloud", "an object", "picture", "white circle"]  # `--methods surrogate`: CPE with each, not in TUNED
-GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset's
-    "cpe": product(margin=[0.5, 0.0], lam=[30.0, 100.0, 300.0, 1000.0]),
+ASIDE = {  # two more questions about CPE's preset, on scenarios of their own
+    "surrogate": (TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
+    "margin": ([TEN], product(margin=[0.5, 0.0])),  # merged gates: with one target it changes little
+}
+GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
+    "cpe": [
+        {},
+        *(
+            {n: v}
+            for n, v in [
+                ("lam", 30.0),
+                ("lam", 100.0),
+                ("lam", 1000.0),
+                ("k", 1),
+                ("k", 8),
+                ("templates", 1),
+                ("rise", 0.0),
+            ]
+        ),
+    ],
     "cpe, context gate": product(k=[8, 16], lam=[30.0, 100.0, 300.0, 1000.0]),
     "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
     "rece": product(rounds=[3, 1], templates=["", "kept"], s_p=[0.1, 1.0]),
@@ -58,17 +80,18 @@ def main() -> None:
     """Print a line per setting, then the best ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, "surrogate"])
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, *ASIDE])
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     compare.TUNED.clear()  # start from every eraser's own defaults
     world, best = compare.World(weights.load_model(args.model)), {}
-    kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in TARGETS}
     for name in args.methods:
         found = []
-        for settings in GRIDS.get(name, product(surrogate=SURROGATES)):
+        scenarios, grid = ASIDE.get(name) or (TARGETS, GRIDS[name])
+        kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
+        for settings in grid:
             method = dataclasses.replace(METHODS.get(name, METHODS["cpe"]), settings=settings)
             cells = [
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
@@ -79,7 +102,7 @@ def main() -> None:
             found.append((mean, settings))
             print(f"{name:18}{mean[0]:6.3f}{-mean[1]:8.4f}{seconds:7.1f} s  {settings}", *groups, flush=True)
         best[name] = max(found, key=lambda pair: pair[0])[1]
-    pprint.pp({"TUNED": best}, width=110)
+    pprint.pp({"best": best}, width=110)
 
 
 if __name__ == "__main__":

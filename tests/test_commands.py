@@ -139,6 +139,20 @@ def test_inspect_prints_a_gate_value_for_every_token(run):
     assert all(0 < value < 1 for value in figures["gates"][0])
 
 
+def test_words_that_the_embedded_model_never_read_are_named_where_gates_are_to_open():
+    args = commands.parser().parse_args(["generate", "x", "--model", "emoji", "--gates", "red-heart.safetensors"])
+    with pytest.warns(UserWarning, match=r"never taught my, photo: gates may stay shut"):
+        commands.warn_of_odd_words(args, ["My red heart", "a photo of a red heart"])
+    caption = "a picture of a red heart on a blue background, noto style"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        commands.warn_of_odd_words(args, [caption, "pizza emoji", ""])
+        args.gates = []
+        commands.warn_of_odd_words(args, ["a photo of a red heart"])
+        args.gates, args.model = [Path("brad-pitt.safetensors")], "sd14"
+        commands.warn_of_odd_words(args, ["a photo of Brad Pitt"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

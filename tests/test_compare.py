@@ -14,7 +14,7 @@ import weights
 from benchmarks import tune
 
 SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance_scale=1.0)
-TUNING = {target for scenario in tune.TARGETS for target in scenario.targets}
+TUNING = {target for scenario in (*tune.TARGETS, tune.TEN) for target in scenario.targets}
 UNTOUCHED = compare.Method("untouched", lambda world, scenario, seed: compare.Erased(world.model, None, 0, 0))
 
 
