@@ -153,7 +153,8 @@ def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
     sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
     sub.add_argument("--preset", choices=PRESET_NAMES, default="emoji", help="of --target: its words and recipe")
-    sub.add_argument("--scenario", action="append", default=[], metavar="NAME", help="only these (repeatable)")
+    text = "only these (repeatable); 50 at once runs only if named"
+    sub.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
     sub.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     sub.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
     sub.add_argument("--quick", action="store_true", help="one target, few images, no attacks")
@@ -909,8 +910,8 @@ def compare(args: argparse.Namespace) -> dict:
         scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
     if unknown := [name for name in args.scenario if name not in scenarios]:
         raise UserError(f"unknown scenario {unknown[0]!r}: choose among {', '.join(scenarios)}.")
-    if args.scenario:
-        scenarios = {name: scenarios[name] for name in args.scenario}
+    asked = args.scenario or [name for name in scenarios if name not in table.LONG]
+    scenarios = {name: scenarios[name] for name in asked}
     if args.quick:
         scenarios = dict(list(scenarios.items())[:1])
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)

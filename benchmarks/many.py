@@ -2,21 +2,27 @@
 
     python benchmarks/many.py
 
-A batch shares the drawn anchors and every read of W_l; each concept has targets, deltas and parameters of its own.
+A batch shares every read of W_l; each concept has targets, deltas and parameters of its own. *own*: and anchors, as it
+must for the files that single runs write, since the nearest words differ. *shared*: all meet the same anchors. Beside
+both, in the same run, a step of `cpe.Trainer`, which trains one concept after another.
 """
 
 import resource
 
 import sd14
 import torch
+from train_step import trainer_at
 
 import cpe
 
 RECIPE = cpe.PRESETS["celebrity"]
 
 
-def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int):
-    """A function that makes one erase step of `concepts` gates at once, in the manner of `Trainer.erase_losses`."""
+def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int, shared: bool):
+    """A function that makes one erase step of `concepts` gates at once, in the manner of `Trainer.erase_losses`.
+
+    `shared`: all meet the same anchors.
+    """
     gates = cpe.ResAG(objective.widths, sd14.WIDTH, RECIPE.r, RECIPE.k, concepts)
     for p in gates.parameters():
         p.data.normal_(std=0.02)
@@ -28,12 +34,17 @@ def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int):
 
     def step() -> None:
         """One erase step of all concepts."""
-        anchors, sigma = draw()
         columns = gates.columns()
-        # anchors meet the columns of all concepts in one product
-        wide = columns.squeeze(1).transpose(0, 1).flatten(1)
-        noise = sigma[:, None, None] * torch.randn(*anchors.shape[:2], columns.shape[-1])
-        seen = (anchors @ wide).unflatten(-1, (concepts, -1)).movedim(-2, 0)
+        if shared:
+            anchors, sigma = draw()
+            noise = sigma[:, None, None] * torch.randn(*anchors.shape[:2], columns.shape[-1])
+            # anchors meet the columns of all concepts in one product
+            wide = columns.squeeze(1).transpose(0, 1).flatten(1)
+            seen = (anchors @ wide).unflatten(-1, (concepts, -1)).movedim(-2, 0)
+        else:
+            anchors, sigma = map(torch.stack, zip(*(draw() for _ in range(concepts)), strict=True))
+            noise = sigma[..., None, None] * torch.randn(*anchors.shape[:3], columns.shape[-1])
+            seen = anchors @ columns
         R = torch.linalg.qr(columns.detach().squeeze(1))[1].unsqueeze(1)
         _, z = gates.read(torch.cat([E @ columns, seen + noise @ R], dim=1))
         P, G = objective.products(gates)
@@ -62,10 +73,16 @@ def main() -> None:
     torch.manual_seed(0)
     print(sd14.machine())
     objective, data = cpe.Objective(sd14.cross_attention()), sd14.data()
-    print(f"\n{'concepts':>8}{'ms a step and concept':>24}")
+    run = trainer_at(objective, data, phase=2).steps()
+    alone = sd14.milliseconds(lambda: next(run), repeats=40, warmup=5)
+    print(f"\nms an erase step and concept: {alone:.1f} in `train`; in a batch")
+    print(f"{'concepts':>8}{'own anchors':>14}{'shared anchors':>16}")
     for concepts in (1, 2, 4, 8):
-        ms = sd14.milliseconds(batched_step(objective, data, concepts), repeats=max(4, 40 // concepts), warmup=2)
-        print(f"{concepts:8}{ms / concepts:24.1f}", flush=True)
+        own, shared = (
+            sd14.milliseconds(batched_step(objective, data, concepts, kind), repeats=max(4, 40 // concepts), warmup=2)
+            for kind in (False, True)
+        )
+        print(f"{concepts:8}{own / concepts:14.1f}{shared / concepts:16.1f}", flush=True)
     print(f"\n{'merged':>8}{'ms a prompt':>14}{'MiB':>8}{'peak MiB of all':>18}")
     for concepts in (1, 10, 100):
         ms, size = merged(objective, concepts)

@@ -1,13 +1,16 @@
 """Peak memory of the whole `train` command on a model of Stable Diffusion 1.4's size, and how soon it makes a step.
 
     python benchmarks/memory.py --folder /tmp/model        # writes 4 GB of random weights there, once
+    python benchmarks/memory.py --folder /tmp/model --whole
 
-Two runs of the same command, each in a process of its own:
+Runs of the same command, each in a process of its own:
 
-    encodes    the text encoder is used: the target's prompts and 64 anchors are not in the cache
-    warm       everything but the target's own prompts is in the cache
+    encodes       the text encoder is used: the target's prompts and 64 anchors are not in the cache
+    warm          everything but the target's own prompts is in the cache
+    cold, whole   with --whole: nothing is in the cache, and the whole recipe is trained, not a hundredth of it
+    warm, whole   the same command for another target, after that
 
-The rest of the cache is filled with random contexts: reading them costs what reading real ones does.
+For the first two the rest of the cache is filled with random contexts: reading them costs what reading real ones does.
 """
 
 import argparse
@@ -27,7 +30,8 @@ import commands
 import cpe
 import weights
 
-TRAIN = ["train", "--target", "Brad Pitt", "--preset", "celebrity", "--steps-scale", "0.01"]
+TRAIN = ["train", "--preset", "celebrity"]
+SHORT, WHOLE = ["--target", "Brad Pitt", "--steps-scale", "0.01"], ["--target", "Brad Pitt"]
 MiB = 2**20
 
 
@@ -36,8 +40,8 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MiB
 
 
-def child(folder: str, begun: float) -> None:
-    """Run `train`, and say when it encoded, when its first step was done, and how much memory it took till the end."""
+def child(folder: str, begun: float, more: list[str]) -> None:
+    """Run `train` with `more` options; print its peak memory, when its first step was done, how long it encoded."""
     seconds = {"encoding": 0.0}
     encode, update = weights.Model.encode, cpe.Trainer.update
 
@@ -54,7 +58,7 @@ def child(folder: str, begun: float) -> None:
 
     weights.Model.encode, cpe.Trainer.update = timed_encode, timed_update
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        code = commands.main([*TRAIN, "--model", folder, "--out", f"{out}/gate.safetensors"])
+        code = commands.main([*TRAIN, *more, "--model", folder, "--out", f"{out}/gate.safetensors"])
     if code:
         raise SystemExit(code)
     first, encoding = seconds["first step"], seconds["encoding"]
@@ -72,26 +76,35 @@ def fill_cache(folder: Path) -> list[Path]:
     return sorted(weights.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
 
 
+def row(name: str, folder: Path, options: list[str]) -> None:
+    """Print the figures of one run."""
+    print(f"{name:14}", end="", flush=True)
+    command = [sys.executable, __file__, "--folder", str(folder), "--child", str(time.time()), *options]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 def main() -> None:
     """Print one row per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the random model is, or is to be written")
+    parser.add_argument("--whole", action="store_true", help="the whole recipe, from an empty cache and a full one")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     if args.child:
-        return child(str(args.folder), args.child)
+        return child(str(args.folder), args.child, options)
     print(sd14.machine())
     sd14.write_model(args.folder)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["CPE_CACHE"] = cache
-        files = fill_cache(args.folder)
-        print(f"\n{'':10}{'peak MiB':>10}{'first step, s':>14}{'encoding':>12}{'the rest':>12}{'all, s':>10}")
-        for name in ("encodes", "warm"):
-            if name == "encodes":
-                files[-1].unlink()  # a chunk of 64 anchors
-            print(f"{name:10}", end="", flush=True)
-            command = [sys.executable, __file__, "--folder", str(args.folder), "--child", str(time.time())]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        files = [] if args.whole else fill_cache(args.folder)
+        print(f"\n{'':14}{'peak MiB':>10}{'first step, s':>14}{'encoding':>12}{'the rest':>12}{'all, s':>10}")
+        if args.whole:
+            row("cold, whole", args.folder, WHOLE)
+            row("warm, whole", args.folder, ["--target", "Angelina Jolie"])
+            return None
+        files[-1].unlink()  # a chunk of 64 anchors
+        row("encodes", args.folder, SHORT)
+        row("warm", args.folder, SHORT)
     return None
 
 

@@ -198,6 +198,21 @@ def test_the_command_refuses_what_it_does_not_know(capsys):
     assert "is not in prompts/emoji.txt" in capsys.readouterr().err
 
 
+def test_what_takes_an_hour_alone_runs_only_when_it_is_named(tmp_path, monkeypatch):
+    asked = []
+
+    def run(world, scenarios, *more):
+        asked.append(list(scenarios))
+        return iter(())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare, "side_by_side", lambda *all: ())
+    assert commands.main(["compare"]) == 0
+    assert commands.main(["compare", "--scenario", "50 at once"]) == 0
+    assert asked == [["object", "neighbours", "person", "style", "10 at once"], ["50 at once"]]
+
+
 @pytest.mark.parametrize("name", ["object", "style", "10 at once"])
 def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
     """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""

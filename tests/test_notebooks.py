@@ -1,6 +1,6 @@
 """Every notebook of theory/ runs, and so all that it asserts is true; what is committed is the output of one run.
 
-The cells are executed here, without jupyter, with a quarter of the training steps: `make theory` runs them in full.
+The cells are executed here, without jupyter, with half of the training steps: `make theory` runs them in full.
 """
 
 import json
