@@ -356,7 +356,7 @@ def untouched(world: World, scenario: Scenario, seed: int) -> Erased:
 NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
-    "cpe, context gate": {"k": 16},
+    "cpe, context gate": {"k": 8, "lam": 1000.0},
     "uce": {"padding": False, "templates": "all", "s_p": 1.0},
     "rece": {"rounds": 3, "templates": "kept", "s_p": 0.1},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
@@ -395,9 +395,15 @@ ABLATION_SCENARIOS = {
 }
 
 
-def tuned(method: Method) -> dict:
-    """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
-    return TUNED.get(method.name, TUNED.get(method.name.split(",")[0], {}))
+def tuned(method: Method, scenario: Scenario) -> dict:
+    """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce").
+
+    They were found on things. A style has a preset of its own, whose lambda holds for the context gate, too.
+    """
+    found = TUNED.get(method.name, TUNED.get(method.name.split(",")[0], {}))
+    if method.name == "cpe, context gate" and scenario.style:
+        return {name: value for name, value in found.items() if name != "lam"}
+    return found
 
 
 # --- One cell ----------------------------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
     parts += [world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe())] if method.build is baked else []
-    parts += [tuned(method), dataclasses.asdict(budget), seed]
+    parts += [tuned(method, scenario), dataclasses.asdict(budget), seed]
     return named(parts)
 
 
@@ -453,7 +459,7 @@ def measure(
     except (UserError, KeyError, ValueError):  # not there yet, or damaged
         pass
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **(tuned(method) | method.settings))
+    erased = method.build(world, scenario, seed, **(tuned(method, scenario) | method.settings))
     seconds = time.perf_counter() - begun + erased.spared
     before = originals() if originals else Originals(world, scenario, budget)
     own = erased.model.text_encoder is not world.model.text_encoder
