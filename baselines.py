@@ -291,7 +291,10 @@ def lora_trainer(
     recipe: cpe.Recipe,
     templates: Sequence[str],
 ) -> cpe.Trainer:
-    """CPE's trainer with a LoRA in place of the gates; one LoRA, of rank k per target, learns all targets together."""
+    """CPE's trainer with a LoRA in place of the gates; one LoRA, of rank k per target, learns all targets together.
+
+    Its rank stops at the width of the context, where a LoRA can be any matrix.
+    """
     names = [(t.format(name), t.format(surrogate)) for name in targets for t in templates]
 
     def encode_float(prompts: list[str]) -> Tensor:
@@ -305,9 +308,10 @@ def lora_trainer(
     )
     objective = cpe.Objective({key: W.cpu() for key, W in model.cross_attention().items()}, data.empty.shape[1])
     trainer = cpe.Trainer(objective, data, replace(recipe, surrogate=surrogate, margin=0.0), seed)
-    k = recipe.k * len(targets)
+    d = len(objective.M)
+    k = min(recipe.k * len(targets), d)
     # alpha = rank / recipe.k keeps the scale s = 1 / recipe.k of a single target
-    loras = LoRA(objective.widths, len(objective.M), r=1, k=k, alpha=len(targets))
+    loras = LoRA(objective.widths, d, r=1, k=k, alpha=k / recipe.k)
     trainer.gates = trainer.core = loras.initialise(trainer.generator)
     return trainer
 

@@ -495,15 +495,16 @@ PRESETS = {
     # opens it again. benchmarks/tune.py searches lambda and the margin; the rest was found by hand. On single targets
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
-        "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=2000, later_steps=500, attack_steps=100, templates=8,
+        "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,
         first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.5,
     ),
 }  # fmt: skip
 # A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone. It
 # differs in direction, too: its templates hold every thing that it is trained on, and a step must see many of them.
 PRESETS["emoji-style"] = replace(
-    PRESETS["emoji"], surrogate="noto style", eta=1.0, lam=100, even=True, templates=24, margin=0.0
-)
+    PRESETS["emoji"], surrogate="noto style", eta=1.0, lam=100, first_steps=2000, later_steps=500, even=True,
+    templates=24, margin=0.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

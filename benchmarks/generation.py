@@ -6,6 +6,9 @@ Weights are random in the official layout (speed does not depend on their values
 of two images of 64x64 latents, as guidance needs them for one; the decoding makes one image of 512x512. Both sides
 run in this process, on the same threads, by turns; the fastest of each side's repeats counts. `difference` is the
 largest absolute difference of the two outputs, as a share of the largest output.
+
+`GFLOP/s` is our speed in multiplications and additions of matrix products, convolutions and attention, to be compared
+with that of one large matrix product, printed above: the processor does no more than that.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -79,6 +83,20 @@ def race(sides: tuple[Callable[[], Tensor], ...], repeats: int) -> tuple[list[fl
     return fastest, outputs
 
 
+def gflops(work: Callable[[], Tensor]) -> float:
+    """How many billion multiplications and additions `work` makes."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
+
+
+def product_speed(dtype: torch.dtype, n: int = 2048) -> float:
+    """GFLOP/s of a matrix product, n x n."""
+    a, b = torch.randn(2, n, n).to(dtype)
+    (ms,), _ = race((lambda: a @ b,), 8)
+    return 2 * n**3 / 1e6 / ms
+
+
 @torch.no_grad()
 def main() -> None:
     """Print one row per part and precision."""
@@ -89,13 +107,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
-    print(f"{'part':6}{'dtype':10}{'ours ms':>10}{'diffusers ms':>14}{'ratio':>8}{'difference':>12}")
+    for dtype in args.dtype:
+        print(f"a matrix product in {dtype}: {product_speed(getattr(torch, dtype)):.0f} GFLOP/s")
+    print(f"{'part':6}{'dtype':10}{'ours ms':>10}{'diffusers ms':>14}{'ratio':>8}{'GFLOP/s':>10}{'difference':>12}")
     for part in args.part:
         for dtype in args.dtype:
             sides = PARTS[part](getattr(torch, dtype))
             (ours, theirs), (x, y) = race(sides, args.repeats)
             difference = tiny.difference(x.float(), y.float()) / y.abs().max().item()
-            print(f"{part:6}{dtype:10}{ours:10.0f}{theirs:14.0f}{ours / theirs:8.2f}{difference:12.1e}", flush=True)
+            speed = gflops(sides[0]) / ours * 1000
+            print(
+                f"{part:6}{dtype:10}{ours:10.0f}{theirs:14.0f}{ours / theirs:8.2f}{speed:10.0f}{difference:12.1e}",
+                flush=True,
+            )
             del sides
             gc.collect()
 
