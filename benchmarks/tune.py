@@ -63,7 +63,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
     "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
     "speed": product(threshold=[1.0, 0.1], templates=["", "all"], augment=[10, 0]),
     "esd": product(lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0], images=[8], sampling_steps=[20]),
-    "lora": product(k=[4, 8], lam=[1.0, 10.0, 100.0, 1000.0]),
+    "lora": product(k=[4, 8], lam=[3.0, 10.0, 30.0, 100.0]),
 }
 
 
