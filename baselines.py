@@ -16,7 +16,7 @@ checkpoint keys of the U-Net, only those that changed. Hyper-parameters are keyw
 
 Letters: W [d_l, d] a projection of the context; E [B, T, d] contexts; rows c of C [n, d] token embeddings to erase,
 G [n, d] what they become, P [n', d] those that stay. Closed forms are solved in float64: second moments of tokens
-are badly conditioned. Built on cpe, unet and sampler.
+are badly conditioned. Built on cpe, unet, sampler and products.
 """
 
 import math
@@ -31,6 +31,7 @@ from torch.func import functional_call
 
 import cpe
 import sampler
+from products import product
 from unet import Attention, UNet
 
 if TYPE_CHECKING:
@@ -343,8 +344,8 @@ def predict(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor | in
     """Noise [B, c, h, w] that the U-Net predicts with some of its weights replaced; differentiable in them."""
     kv = {}
     for path, layer in unet.cross_attentions().items():
-        kv[f"{path}.to_k"] = context @ weights.get(f"{path}.to_k.weight", layer.to_k.weight).T
-        kv[f"{path}.to_v"] = context @ weights.get(f"{path}.to_v.weight", layer.to_v.weight).T
+        kv[f"{path}.to_k"] = product(context, weights.get(f"{path}.to_k.weight", layer.to_k.weight))
+        kv[f"{path}.to_v"] = product(context, weights.get(f"{path}.to_v.weight", layer.to_v.weight))
     return functional_call(unet, weights, (latents, timestep, kv))
 
 

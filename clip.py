@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from products import Linear
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 # CLIP splits a prompt into English contractions, runs of letters, single digits, and runs of anything else.
@@ -100,10 +102,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d / heads)) v in every head, x [B, T, d] -> [B, T, d]."""
@@ -119,8 +121,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """The same two layers at every token, x [B, T, d] -> [B, T, d]."""
@@ -253,8 +255,8 @@ class CLIP(nn.Module):
         text, vision, width = config["text_config"], config["vision_config"], config["projection_dim"]
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
-        self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
-        self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
+        self.text_projection = Linear(text["hidden_size"], width, bias=False)
+        self.visual_projection = Linear(vision["hidden_size"], width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("logit_scale_init_value", 2.6592))))
 
     @property

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sampler
+from products import product
 
 if TYPE_CHECKING:
     from weights import Model
@@ -395,7 +396,7 @@ class Objective:
     def energy(self, x: Tensor) -> Tensor:
         """sum_l w_l |W_l x|^2 = x M x^T of every token, [..., T, d] -> [..., T]."""
         with torch.no_grad():
-            xM = x @ self.M
+            xM = product(x, self.M)
         half = (xM * x).sum(dim=-1)  # has the gradient x M, half of 2 x M: M is symmetric, no second product needed
         return 2 * half - half.detach()
 
@@ -739,7 +740,7 @@ class Trainer:
         Q = torch.linalg.qr(columns.detach())[0]
         noise = torch.randn(*contexts.shape[:-1], Q.shape[-1], generator=self.generator, dtype=contexts.dtype)
         noise = noise.to(contexts.device) * sigma.to(contexts)[:, None, None]
-        return contexts @ columns + noise @ (Q.mT @ columns)
+        return product(contexts, columns.T) + product(noise, columns.T @ Q)
 
     def erase_losses(self) -> dict[str, Tensor]:
         """erase, adv and anchor losses []: of drawn templates, of J adversarial copies of the first, of anchors."""
@@ -749,8 +750,8 @@ class Trainer:
         anchors, sigma = self.draw_anchors()
         C, (P, G) = self.core.columns()[0, 0], self.objective.products(self.gates)
         # (E + delta) C = E C + delta C and (x - delta) P^T = x P^T - delta P^T: deltas are read once for both
-        dC, dP = (self.deltas @ torch.cat([C, P[0].T], dim=1)).split([C.shape[1], P.shape[1]], dim=-1)
-        EC, xP = E @ C, x @ P[0].T
+        dC, dP = product(self.deltas, torch.cat([C.T, P[0]])).split([C.shape[1], P.shape[1]], dim=-1)
+        EC, xP = product(E, C.T), product(x, P[0])
         features = torch.cat([EC, EC[:1] + dC, self.noisy_features(anchors, sigma, C)])
         erased, kept = self.core.read(features[None])[1].split([n + J, len(anchors)], dim=1)
         energies = torch.cat([self.energies[i, 0], self.energies[i[:1], 1:].squeeze(0)])
@@ -761,9 +762,10 @@ class Trainer:
     def attack_losses(self) -> dict[str, Tensor]:
         """attack loss []: how far the gated output of E_tar + delta is from the target's original output."""
         i = torch.randint(len(self.shifts), (1,), generator=self.generator)
-        _, z = self.core.read((self.data.targets[i] + self.deltas) @ self.columns)
+        (P, G), d = self.products, self.deltas
+        _, z = self.core.read(product(self.data.targets[i] + d, self.columns.T)[None])
         # |W delta + R(E + delta)|^2 = |W x - z U|^2 with x = -delta
-        return {"attack": residual(-self.deltas, self.objective.energy(self.deltas), z, *self.products).mean()}
+        return {"attack": misfit(self.objective.energy(d), -product(d, P[0]), z, G).mean()}
 
     def begin(self) -> None:
         """Enter the current phase: a fresh optimiser, and for an attack fresh deltas against frozen gates."""
@@ -776,7 +778,7 @@ class Trainer:
             self.deltas.requires_grad_(True)
             parameters = [self.deltas]
             with torch.no_grad():
-                self.columns, self.products = self.core.columns(), self.objective.products(self.gates)
+                self.columns, self.products = self.core.columns()[0, 0], self.objective.products(self.gates)
         else:
             # x M x^T of every template's shift x, then of x - delta_j: constant while the gates train; [P, 1 + J, T]
             self.energies = torch.stack(

@@ -80,7 +80,7 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Ten
     """
     if guidance_scale == 1:
         return unet(latents, timestep, kv)
-    uncond, cond = unet(torch.cat([latents, latents]), timestep, kv).chunk(2)
+    uncond, cond = unet(latents, timestep, kv).chunk(2)  # each latent under two prompts
     # eps = eps_0 + w (eps_c - eps_0)
     return uncond + guidance_scale * (cond - uncond)
 

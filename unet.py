@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from products import Linear, attention, product
+
 KeysValues = dict[str, Tensor]  # {"<path of attn2>.to_k" or "....to_v": [B, T, C]}
 
 
@@ -27,6 +29,11 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def silu(x: Tensor) -> Tensor:
     """SiLU, [...] -> [...], in place where no gradient needs x: a fresh feature map costs more than the function."""
     return F.silu(x, inplace=not x.requires_grad)
+
+
+def rows(x: Tensor, count: int) -> Tensor:
+    """Images [B, ...] repeated as a whole until there are `count`, a multiple of B."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -43,8 +50,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(channels, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(channels, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sinusoids [B, C] of a timestep -> what all ResNets read of it, [B, e]."""
@@ -58,16 +65,16 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
         self.conv1 = conv3(inputs, outputs)
-        self.time_emb_proj = nn.Linear(time_width, outputs)
+        self.time_emb_proj = Linear(time_width, outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
         self.conv2 = conv3(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Feature map x [B, inputs, h, w], time [B, e] after its SiLU -> [B, outputs, h, w]."""
+        """Feature map x [B, inputs, h, w], time [B, e] after its SiLU, `rows` of it if fewer -> [B, outputs, h, w]."""
         y = self.conv1(silu(self.norm1(x)))
-        y += self.time_emb_proj(time)[:, :, None, None]
+        y += rows(self.time_emb_proj(time), len(y))[:, :, None, None]
         y = self.conv2(silu(self.norm2(y)))
         y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
         return y
@@ -82,16 +89,16 @@ class Attention(nn.Module):
     def __init__(self, channels: int, source_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(source_width, channels, bias=False)
-        self.to_v = nn.Linear(source_width, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(source_width, channels, bias=False)
+        self.to_v = Linear(source_width, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Pixels x [B, N, C] read `keys` and `values` [B, T, C], projected already -> [B, N, C]."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), keys, values))
         # softmax(q k^T / sqrt(C / heads)) v
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(-2))
 
 
@@ -100,7 +107,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 8 * channels)
+        self.proj = Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """One half times the GELU of the other, [B, N, C] -> [B, N, 4C]."""
@@ -113,7 +120,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """The same at every pixel, [B, N, C] -> [B, N, C]."""
@@ -138,7 +145,9 @@ class TransformerBlock(nn.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
         # The only place where the prompt enters: K' and V' come from outside.
-        x = x + self.attn2(self.norm2(x), kv[f"{self.path}.to_k"], kv[f"{self.path}.to_v"])
+        keys, values = kv[f"{self.path}.to_k"], kv[f"{self.path}.to_v"]
+        x = rows(x, len(keys))
+        x = x + self.attn2(self.norm2(x), keys, values)
         return x + self.ff(self.norm3(x))
 
 
@@ -154,9 +163,11 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """The map as a row of pixels and back, added to x [B, C, h, w] -> [B, C, h, w]."""
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        # A 1x1 convolution is a linear layer at every pixel.
+        y = product(self.norm(x).flatten(2).transpose(1, 2), self.proj_in.weight.flatten(1), self.proj_in.bias)
         y = self.transformer_blocks[0](y, kv)
-        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+        y = product(y, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return rows(x, len(y)) + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -213,7 +224,7 @@ class Block(nn.Module):
     def up(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
         """Upward half, x [B, C, h, w] -> [B, outputs, 2h, 2w]: every ResNet takes one result off `skips`."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(torch.cat([x, rows(skips.pop(), len(x))], dim=1), time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, kv)
         for upsample in getattr(self, "upsamplers", ()):
@@ -342,7 +353,11 @@ class UNet(nn.Module):
         return kv
 
     def forward(self, latents: Tensor, timestep: Tensor | int, kv: KeysValues) -> Tensor:
-        """Noise [B, c, h, w] predicted in latents [B, c, h, w] at timesteps [B] or one for all, 0..999."""
+        """Noise [B, c, h, w] predicted in latents [B, c, h, w] at timesteps [B] or one for all, 0..999.
+
+        With kv of 2B rows, all latents are answered under the first B prompts, then under the others: [2B, c, h, w].
+        Until the first cross-attention both halves are the same, and computed once.
+        """
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = timestep_embedding(timestep, self.conv_in.out_channels).to(latents.dtype)
         # Every ResNet reads silu(time): applied once here.

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from products import Linear, attention
+
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
@@ -53,17 +55,17 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = group_norm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Every pixel looks at every other, added to x [B, c, h, w] -> [B, c, h, w]."""
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        y = self.to_out[0](attention(q, k, v).squeeze(1))
         return x + y.transpose(1, 2).reshape(x.shape)
 
 
