@@ -63,7 +63,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that choose the model and where it runs."""
-    parser.add_argument("--model", default="sd14", help="sd14, emoji (embedded), or a folder in the diffusers layout")
+    parser.add_argument("--model", default="sd14", help="sd14, emoji (embedded), a folder in the diffusers layout, or one .safetensors checkpoint")
     add_device(parser)
 
 
@@ -301,7 +301,8 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
             gates.append(cpe.from_tensors(tensors))
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
-        names.append(metadata.get("target") or metadata.get("prompts") or path.stem)
+        name = metadata.get("target") or metadata.get("prompts") or path.stem
+        names.append("".join(letter if letter.isprintable() else "?" for letter in name))  # no terminal obeys it
         made_for = metadata.get("fingerprint")
         if model and made_for and made_for != model.fingerprint:
             warnings.warn(f"{path} was trained for another model (its text encoder differs)", stacklevel=2)
@@ -391,7 +392,7 @@ def drawn_with(path: Path) -> str:
     """The settings that `grid` kept in a PNG; "" if it is not there, damaged, or says none."""
     from PIL import Image
 
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
         image.load()
         return image.info.get("cpe", "")
     return ""
@@ -694,7 +695,8 @@ def run_name(settings: dict) -> str:
 
 def state_file(out: Path) -> Path:
     """Where the state of an unfinished run lies: beside the gate file, or the folder, that it is to become."""
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}.state.safetensors")
+    name = out.name.removesuffix(".safetensors") if out.suffix == ".safetensors" else f"{out.name}.baking"
+    return out.with_name(f"{name}.state.safetensors")
 
 
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
@@ -1038,7 +1040,7 @@ def losses_of_baking(
         for template in baking.HELD_OUT:
             shares = baking.token_figures(objective, gates, concept, words.domain, model.encode, baked.encode, template)
             rows |= {f"{name}, {template!r}": row for name, row in shares.items()}
-        if args.images and (model.folder / "clip").is_dir():
+        if args.images and model.has_clip:
             rows |= image_changes(args, model, baked, gates, concept.names[0], words.domain)
         for name, row in rows.items():
             print(f"{f'{concept.names[0]}: {name}':52}{row['gates']:10.2g}{row['baked']:10.2g}")

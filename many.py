@@ -86,10 +86,17 @@ def told(process: Process) -> str:
 # --- Files of lines ----------------------------------------------------------------------------------------------
 
 
+LARGEST = 64 << 20  # bytes of a file of lines
+
+
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file and their numbers from 1; blank ones and those that begin with # are left out."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:  # or endless, as some devices are
+            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: give a text file, one entry a line.")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

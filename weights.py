@@ -130,6 +130,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{stem}{secrets.token_hex(4)}{suffix}")
 
 
+def disk_full(error: Exception) -> bool:
+    """Whether an error says that there is no room left; safetensors says so in words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """An empty file beside `path` while the block runs; UserError when something there cannot be written."""
@@ -139,11 +145,8 @@ def beside(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         yield temporary
     except (OSError, safetensors.SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
-            any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        )
         reason = getattr(error, "strerror", None) or error
-        hint = "the disk is full: make room" if full else f"{reason}: check the folder, or choose another"
+        hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
         raise UserError(f"{path} could not be written: {hint}") from error
     finally:
         with suppress(OSError):
@@ -727,8 +730,9 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
                 f"({first_line(error.__cause__ or error)}). {HELP}"
             ) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
-            reason = first_line(error)
-            raise UserError(f"downloading {names[0]} of {repository} failed ({reason}): try again. {HELP}") from error
+            advice = "make room on the disk, or set HF_HOME to another" if disk_full(error) else "try again"
+            failed = f"downloading {names[0]} of {repository} failed ({first_line(error)})"
+            raise UserError(f"{failed}: {advice}. {HELP}") from error
         folder = path.parents[names[0].count("/")]
         revision = folder.name  # the commit: all files from the same one
     return folder
@@ -807,10 +811,15 @@ class Model:
         """The autoencoder."""
         return self.part("vae").load(self.dtype, self.device)
 
+    @property
+    def has_clip(self) -> bool:
+        """Whether it is a folder with a CLIP of its own: a one-file checkpoint has none, whatever lies beside it."""
+        return self.path.is_dir() and (self.folder / "clip").is_dir()
+
     @cached_property
     def clip(self) -> CLIP:
         """The CLIP model that evaluates this model's images, if it brings one; see `load_clip` for others."""
-        if not (self.folder / "clip").is_dir():
+        if not self.has_clip:
             raise UserError(f"{self.name} has no clip/ folder to evaluate with: name a CLIP model, {CLIP_LARGE} say")
         return self.part("clip").load(self.dtype, self.device)
 
@@ -1002,7 +1011,7 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
     try:
         for part in ("text_encoder", "unet", "vae"):
             write_part(model, part, temporary / part, changed.get(part))
-        if (model.folder / "clip").is_dir():
+        if model.has_clip:
             write_part(model, "clip", temporary / "clip", changed.get("clip"))
         (temporary / "tokenizer").mkdir()
         for file in TOKENIZER:

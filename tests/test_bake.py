@@ -350,8 +350,8 @@ def test_an_interrupted_bake_goes_on_and_ends_in_the_same_bytes(tiny, gate_files
     ctrl_c()
     assert commands.main(arguments(tiny, gate_files, out, "--images", "0")) == 130
     assert "go on with --resume" in capsys.readouterr().err
-    assert {path.name for path in place.iterdir()} == {"whole", "baked.v1.state.safetensors"}
-    assert weights.load_tensors(place / "baked.v1.state.safetensors")[0]["done"] == 3
+    assert {path.name for path in place.iterdir()} == {"whole", "baked.v1.baking.state.safetensors"}
+    assert weights.load_tensors(place / "baked.v1.baking.state.safetensors")[0]["done"] == 3
     assert commands.main(arguments(tiny, gate_files, out, "--images", "0", "--resume")) == 0
     assert {path.name for path in place.iterdir()} == {"whole", "baked.v1"}
     assert text_encoder(whole) == text_encoder(out)

@@ -3,9 +3,11 @@
 import json
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,29 @@ def test_inspect_prints_a_column_for_every_gate(run):
     numbers = [line for line in said[1:] if "0." in line and "took" not in line]
     assert len(numbers) == 5
     assert all(line[column : column + 2] == "0." for line in numbers)
+
+
+def test_a_gate_file_cannot_write_to_the_terminal(run):
+    run(*TRAIN)
+    path = Path("gates/red-heart.safetensors")
+    save_file(load_file(path), path, {"target": "red\x1b[2Jheart"})
+    assert "red?[2Jheart" in run("inspect", str(path), "--prompt", "a red heart")[1]
+
+
+def test_the_states_of_training_and_baking_to_one_name_are_two_files():
+    states = [commands.state_file(Path(name)) for name in ("out/x.safetensors", "out/x")]
+    assert len(set(states)) == 2
+    assert all(state.parent == Path("out") and state.suffix == ".safetensors" for state in states)
+
+
+def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 50_000, 50_000)  # width and height in the header
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    assert commands.drawn_with(path) == ""
 
 
 def test_inspect_prints_a_gate_value_for_every_token(run):

@@ -1,5 +1,6 @@
 """weights.py against a server: Stable Diffusion 1.4 is found in the cache, else downloaded; all on this machine."""
 
+import errno
 import hashlib
 import io
 import os
@@ -193,6 +194,16 @@ def test_a_file_that_the_repository_lacks_is_named(server, tiny):
     (tiny / "vae/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no vae/diffusion_pytorch_model\.safetensors or vae/.*fp16"):
         load_model("sd14")
+
+
+def test_a_full_disk_is_not_tried_again(server, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "hf_hub_download", full)
+    with pytest.raises(UserError, match="make room on the disk, or set HF_HOME") as error:
+        load_model("sd14")
+    assert "try again" not in str(error.value)
 
 
 def test_a_one_file_checkpoint_takes_its_tokenizer_from_sd14(server, tiny, tmp_path):

@@ -212,27 +212,32 @@ def test_a_picture_killed_at_any_moment_is_whole_or_not_there(folder_of, tmp_pat
 
 
 @DOZENS
-def test_a_download_killed_at_any_moment_keeps_only_whole_files(server, tiny, tmp_path, monkeypatch, name, kills):  # noqa: F811
-    answer = Handler.answer
+def test_a_download_killed_at_any_moment_keeps_only_whole_files(server, folder_of, tmp_path, monkeypatch, name, kills):  # noqa: F811
+    server.folder, answer = folder_of(name), Handler.answer
 
     def slowly(self, status: int, **headers: object) -> None:
         time.sleep(0.02)
         answer(self, status, **headers)
 
     monkeypatch.setattr(Handler, "answer", slowly)
-    moments, cache = random.Random(2), tmp_path / "hub"
+    moments, cache, in_the_middle = random.Random(2), tmp_path / "hub", 0
     for _ in range(kills):
+        server.requests.clear()
         process = start(run_download, constants.ENDPOINT, cache)
+        while not server.requests and process.is_alive():
+            time.sleep(0.01)
         process.join(moments.uniform(0, 1))
         process.kill()
         process.join()
         assert process.exitcode in (0, -9)
         for snapshot in cache.glob("*/snapshots/*"):
             for path in (path for path in snapshot.rglob("*") if path.is_file()):
-                assert path.read_bytes() == (tiny / path.relative_to(snapshot)).read_bytes()
+                assert path.read_bytes() == (server.folder / path.relative_to(snapshot)).read_bytes()
+        in_the_middle += process.exitcode == -9 and bool(server.requests)
         if process.exitcode == 0:
             shutil.rmtree(cache)
-    model, original = weights.load_model("sd14"), weights.load_model(tiny)
+    assert in_the_middle
+    model, original = weights.load_model("sd14"), weights.load_model(server.folder)
     assert model.fingerprint == original.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), original.unet.parameters(), strict=True))
 

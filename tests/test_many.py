@@ -18,8 +18,8 @@ import many
 import weights
 from weights import UserError
 
-SHORT = ("--preset", "emoji", "--steps-scale", "0.004")
-STEPS = sum(phase.steps for phase in cpe.phases(cpe.PRESETS["emoji"].scaled(0.004)))  # of one target
+SHORT = ("--preset", "emoji", "--steps-scale", "0.008")
+STEPS = sum(phase.steps for phase in cpe.phases(cpe.PRESETS["emoji"].scaled(0.008)))  # of one target
 TARGETS = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
 FILES = ["dog-face.safetensors", "red-heart.safetensors", "two-hearts.safetensors"]
 
@@ -252,6 +252,13 @@ def test_a_mistake_in_the_command_is_one_line(run, tmp_path, arguments, words):
         code = stop.code
     assert code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["lines.txt"]
+
+
+def test_an_endless_file_of_lines_is_not_read_to_its_end(run, monkeypatch):
+    monkeypatch.setattr(many, "LARGEST", 1 << 20)
+    code, said = run("train", "--targets", "/dev/zero")
+    assert code == 2
+    assert "/dev/zero is larger than 1 MiB" in said
 
 
 # --- generate --prompts ------------------------------------------------------------------------------------------

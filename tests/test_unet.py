@@ -83,7 +83,7 @@ def test_rows_of_a_batch_do_not_mix(unet):
 
 
 def test_latents_are_drawn_under_two_prompts_as_if_given_twice(unet):
-    """As guidance needs it: what comes before the first cross-attention is computed once, and the answer is the same."""
+    """As guidance needs it: what comes before the first cross-attention is computed once, to the same end."""
     latents, kv = tiny.draw("latents", 2, 4, 8, 8), unet.keys_values(tiny.draw("context", 4, 9, 32))
     twice = unet(torch.cat([latents, latents]), 501, kv)
     seen = []
