@@ -63,7 +63,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that choose the model and where it runs."""
-    parser.add_argument("--model", default="sd14", help="sd14, emoji (embedded), a folder in the diffusers layout, or one .safetensors checkpoint")
+    parser.add_argument(
+        "--model",
+        default="sd14",
+        help="sd14, emoji (embedded), a folder in the diffusers layout, or one .safetensors checkpoint",
+    )
     add_device(parser)
 
 
@@ -491,6 +495,12 @@ class Training:
             self.kept[key] = cached_contexts(self.model, wanted, lambda parts: bar(parts, len(parts), show))
         return self.kept[key]
 
+    def own(self, wanted: list[str]) -> "Tensor":
+        """Contexts [P, 77, d] of the target's own prompts: from the cache when it is trained again, or goes on."""
+        from weights import cached_contexts
+
+        return cached_contexts(self.model, wanted).to(self.model.device, self.model.dtype)
+
     def forget(self) -> None:
         """Drop what only encodes: no target comes after. Half a gigabyte in SD 1.4, and the anchors."""
         self.kept.clear()
@@ -591,7 +601,7 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
         one = cpe.constant_direction(shared.model.text_encoder.text_model.final_layer_norm)
         if one is None and shared.recipe.margin:
             raise UserError(f"--preset {shared.preset} needs a text encoder with a bias in its final LayerNorm.")
-        data = cpe.prepare(shared.recipe, shared.prompts, names, shared.model.encode, shared.anchors, one)
+        data = cpe.prepare(shared.recipe, shared.prompts, names, shared.own, shared.anchors, one)
     except ValueError as error:
         raise UserError(f"prompts/{shared.preset}.txt: {error}.") from error
     if last:

@@ -7,7 +7,7 @@ of two images of 64x64 latents, as guidance needs them for one; the decoding mak
 run in this process, on the same threads, by turns; the fastest of each side's repeats counts. `difference` is the
 largest absolute difference of the two outputs, as a share of the largest output.
 
-`GFLOP/s` is our speed in multiplications and additions of matrix products, convolutions and attention, to be compared
+`GFLOP/s` is our speed in the multiplications and additions that diffusers makes, to be compared
 with that of one large matrix product, printed above: the processor does no more than that.
 """
 
@@ -115,7 +115,7 @@ def main() -> None:
             sides = PARTS[part](getattr(torch, dtype))
             (ours, theirs), (x, y) = race(sides, args.repeats)
             difference = tiny.difference(x.float(), y.float()) / y.abs().max().item()
-            speed = gflops(sides[0]) / ours * 1000
+            speed = gflops(sides[1]) / ours * 1000  # of theirs: oneDNN's products are not counted
             print(
                 f"{part:6}{dtype:10}{ours:10.0f}{theirs:14.0f}{ours / theirs:8.2f}{speed:10.0f}{difference:12.1e}",
                 flush=True,

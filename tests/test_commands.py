@@ -130,6 +130,13 @@ def test_inspect_prints_a_column_for_every_gate(run):
     assert all(line[column : column + 2] == "0." for line in numbers)
 
 
+def test_a_target_that_is_trained_again_is_not_encoded_again(run, monkeypatch):
+    run(*TRAIN, "--out", "first.safetensors")
+    monkeypatch.setattr(weights.Model, "encode", lambda *_: pytest.fail("encoded"))
+    assert run(*TRAIN, "--out", "second.safetensors")[0] == 0
+    assert Path("first.safetensors").read_bytes() == Path("second.safetensors").read_bytes()
+
+
 def test_a_gate_file_cannot_write_to_the_terminal(run):
     run(*TRAIN)
     path = Path("gates/red-heart.safetensors")

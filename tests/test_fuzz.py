@@ -67,7 +67,9 @@ def ends_well(*errors: type[Exception]):
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # compiled code lets no signal through
+    faulthandler.dump_traceback_later(
+        3 * SECONDS, exit=True, file=sys.__stderr__
+    )  # compiled code lets no signal through
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
