@@ -17,7 +17,8 @@ import weights
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS if re.match(r"(python|make|torchrun|pip) ", line)]
-OURS = [shlex.split(line)[2:] for line in ("python cpe.py demo", *COMMANDS) if line.startswith("python cpe.py ")]
+# torchrun's, too: of several processes each does what one alone does with its lines (tests/test_many.py).
+OURS = [shlex.split(line.split("cpe.py ")[1]) for line in ("python cpe.py demo", *COMMANDS) if "cpe.py " in line]
 NEEDED = ("cloud", "red heart", "dog face", "tiger face", "robot", "umbrella", "dog")
 SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance_scale=1.0)
 
