@@ -698,6 +698,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     up where it broke. A run that ended early keeps its finished files, and the next begins anew with the file that was
     under way: huggingface_hub keeps no part of it. UserError says what to do without a network.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # all files by way of the endpoint, which HF_ENDPOINT may move
     try:
         import huggingface_hub as hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

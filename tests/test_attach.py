@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny as reference
 import torch
-from safetensors.torch import load_file
 
 import cpe
 import weights
