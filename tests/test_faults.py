@@ -172,9 +172,10 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(folder_of, tmp_path, com
     assert ended(start(run_command, whole_run, cache)) == 0
     begun = time.monotonic()
     assert ended(start(run_command, again_run, cache)) == 0
-    seconds, killed = time.monotonic() - begun, 0
+    seconds, killed, went_on = time.monotonic() - begun, 0, 0
     assert result(again) == result(whole)
     while killed < kills or not out.exists():
+        went_on += commands.state_file(out).exists()
         process = start(run_command, [*run, "--resume"], cache)
         if killed < kills:
             process.join(moments.uniform(0, seconds))
@@ -188,6 +189,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(folder_of, tmp_path, com
             assert result(out) == result(whole)
             if process.exitcode == -9 or killed < kills:  # begin anew: its state may still be there
                 shutil.rmtree(folder)
+    assert went_on  # from a state that a killed run has left
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [out.name]
 
 
