@@ -357,7 +357,7 @@ NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
     "cpe, context gate": {"k": 16, "lam": 300.0},
-    "uce": {"padding": True, "templates": "all", "s_p": 1.0},
+    "uce": {"padding": False, "templates": "all", "s_p": 1.0},
     "rece": {"rounds": 1, "templates": "kept", "s_p": 0.1},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 1.0, "lam": 10.0, "images": 4, "sampling_steps": 20},

@@ -3,8 +3,8 @@
     python benchmarks/tune.py [--model emoji] [--methods cpe uce ...]
 
 A setting is scored on images by the harmonic mean of two shares: images of the target that CLIP no longer recognises,
-and images of everything else (nearest concepts told about or not, others) that it still does. Ties go to the smaller
-change of what should stay. Cells are kept on disk: an interrupted run goes on, two runs side by side share the work.
+and images of everything else (nearest concepts told about or not, others) that it still does. Of settings within 0.01
+of the best, which is less than an image, the one that changes least of what should stay wins. Cells are kept on disk: an interrupted run goes on, two runs side by side share the work.
 Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
 """
@@ -101,7 +101,9 @@ def main() -> None:
             seconds = sum(cell["seconds"] for cell in cells) / len(cells)
             found.append((mean, settings))
             print(f"{name:18}{mean[0]:6.3f}{-mean[1]:8.4f}{seconds:7.1f} s  {settings}", *groups, flush=True)
-        best[name] = max(found, key=lambda pair: pair[0])[1]
+        top = max(mean[0] for mean, _ in found)
+        near = [(mean, settings) for mean, settings in found if mean[0] > top - 0.01]
+        best[name] = max(near, key=lambda pair: pair[0][1])[1]
     pprint.pp({"best": best}, width=110)
 
 

@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 import bake
@@ -178,6 +179,13 @@ def changed(known: dict, values: st.SearchStrategy) -> st.SearchStrategy[dict]:
     return changes.map(lambda change: {k: v for k, v in {**known, **change}.items() if v is not missing})
 
 
+def saved(content: dict[str, torch.Tensor]) -> bytes:
+    """The bytes of a safetensors file; nothing where safetensors itself refuses to write it."""
+    with suppress(SafetensorError):
+        return save(content)
+    return b""
+
+
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +220,7 @@ def test_any_weights_file(spoilt, tiny_original, data):
     part = data.draw(st.sampled_from(["text_encoder", "vae", "clip"]))
     (file,) = (path.name for path in (tiny_original / part).glob("*.safetensors"))
     kept = weights.load_tensors(tiny_original / part / file)[0]
-    content = data.draw(damaged(save(kept)) | changed(kept, tensors()).map(save) | headers())
+    content = data.draw(damaged(save(kept)) | changed(kept, tensors()).map(saved) | headers())
     path = data.draw(st.sampled_from([spoilt / part / file, spoilt / "alone.safetensors"]))
     path.write_bytes(content)
     try:
@@ -444,6 +452,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
     monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
     monkeypatch.setattr(compare, "measure", cell)
+    monkeypatch.setattr(compare, "side_by_side", lambda *_: ())  # other processes would know none of this
     read = commands.read_prompts
 
     def few_prompts(preset: str) -> cpe.Prompts:
