@@ -22,10 +22,14 @@ ONEDNN = getattr(
 )  # torch's own name for it; None where it was built without
 
 
+SMALL = 2**22  # multiplications of a product up to which torch's own way is as fast
+
+
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can do it: float32 on the CPU, not empty, and nobody asked for another precision."""
+    """Whether oneDNN is the better: float32 on the CPU, not small, and nobody asked for another precision."""
     floats = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return floats and x.numel() > 0 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    large = x.numel() * weight.shape[0] > SMALL
+    return floats and large and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
 
 
 def dense(x: Tensor) -> Tensor:

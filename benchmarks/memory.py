@@ -6,7 +6,7 @@
 Runs of the same command, each in a process of its own:
 
     encodes       the text encoder is used: the target's prompts and 64 anchors are not in the cache
-    warm          everything but the target's own prompts is in the cache
+    warm          everything is in the cache, as for a target that is trained again, or goes on
     cold, whole   with --whole: nothing is in the cache, and the whole recipe is trained, not a hundredth of it
     warm, whole   the same command for another target, after that
 

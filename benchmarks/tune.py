@@ -4,7 +4,8 @@
 
 A setting is scored on images by the harmonic mean of two shares: images of the target that CLIP no longer recognises,
 and images of everything else (nearest concepts told about or not, others) that it still does. Of settings within 0.01
-of the best, which is less than an image, the one that changes least of what should stay wins. Cells are kept on disk: an interrupted run goes on, two runs side by side share the work.
+of the best, which is less than an image, that one wins which changes least of what should stay. Cells are kept on
+disk: an interrupted run goes on, two runs side by side share the work.
 Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
 """
