@@ -604,7 +604,8 @@ def prepare(
 ) -> Data:
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
-    `encode_anchors` may answer from a cache, in half precision: it is asked for the same prompts whatever the target.
+    Both may answer from a cache, of contexts rounded to half precision; `encode_anchors`, which may also return them in
+    it, is asked for the same prompts whatever the target.
     `one` is the text encoder's `constant_direction`, for recipes with a margin.
     """
     words = anchor_words(prompts, names)

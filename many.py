@@ -96,7 +96,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:  # or endless, as some devices are
             raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: give a text file, one entry a line.")
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

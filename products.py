@@ -90,6 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+    known = known and q.shape[:2] == k.shape[:2] == v.shape[:2]
     if trained or not known or ONEDNN is None or q.shape[2] * k.shape[2] < LONG:
         return F.scaled_dot_product_attention(q, k, v)
     y, keys, values = torch.empty_like(q), (k.float() * k.shape[-1] ** -0.5).contiguous(), v.mT.contiguous()

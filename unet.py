@@ -32,7 +32,9 @@ def silu(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, count: int) -> Tensor:
-    """Images [B, ...] repeated as a whole until there are `count`, a multiple of B."""
+    """Images [B, ...] repeated as a whole until there are `count`, [count, ...]; ValueError unless B divides it."""
+    if count % len(x):
+        raise ValueError(f"{len(x)} images cannot be drawn under {count} prompts")
     return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
