@@ -989,7 +989,7 @@ def bake(args: argparse.Namespace) -> dict:
     figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
     print(f"{baker.unreachable:.1%} of it is out of reach of any text encoder: its final LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
-    print(f"\nwrote   {args.out}: {model.name} without {erased}, and no gates to delete")
+    print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")
     again = drawing_of(concepts[0].names[0], str(args.out))
     return figures | {"unreachable": baker.unreachable, "next": again}
 

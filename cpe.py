@@ -489,11 +489,11 @@ PRESETS = {
         attack_steps=1200, deltas=32, anchors=16, warmup=10,
     ),
     "object": Recipe("an object", eta=0.3, lam=1e5),
-    # Ours, not the paper's. The embedded model has another scale: at lambda = 1e5 its gates never open, and rank 1
-    # cannot erase enough. Its surrogate must be a thing it can draw: "an object" is six unknown pieces of words to it.
+    # Ours, not the paper's. The embedded model has another scale: at lambda = 1e5 its gates never open. Its
+    # surrogate must be a thing it can draw: "an object" is six unknown pieces of words to it.
     # And lambda must rise, and a step see several templates: with one at a time, and lambda at its full weight at
     # once, the gate is shut on some templates before it has learnt to open, and where a sigmoid is shut no gradient
-    # opens it again. benchmarks/tune.py searches lambda and the margin; the rest was found by hand. On single targets
+    # opens it again. benchmarks/tune.py walks a step around this preset, which was found by hand. On single targets
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,

@@ -4,7 +4,7 @@
     layer = Linear(768, 3072)         # nn.Linear(768, 3072): the same parameters, under the same names
     y = attention(q, k, v)            # F.scaled_dot_product_attention(q, k, v)
 
-torch gives float32 products to MKL, which on AMD's processors (seen on Zen 5) runs at half their speed. oneDNN, which
+torch gives float32 products to MKL, which on AMD's Zen 5, where this was measured, runs at half its speed. oneDNN, which
 torch carries as well and gives convolutions to, does not: here its products are asked for by name. And torch's kernel
 for attention takes longer over many tokens than these products and a softmax do. benchmarks/products.py has the
 figures. Whatever nothing is gained by, or is not possible, is left to torch.
@@ -17,23 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-ONEDNN = getattr(
-    torch.ops.mkldnn, "_linear_pointwise", None
-)  # torch's own name for it; None where it was built without
-
-
+# oneDNN's product under torch's own name for it; None where torch was built without.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 SMALL = 2**22  # multiplications of a product up to which torch's own way is as fast
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
+def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN is the better: float32 on the CPU, not small, and nobody asked for another precision."""
-    floats = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    parts = [part for part in (x, weight, bias) if part is not None]
+    floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+    floats = floats and (bias is None or bias.shape == weight.shape[:1])
     large = x.numel() * weight.shape[0] > SMALL
     return floats and large and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
 
 
 def dense(x: Tensor) -> Tensor:
-    """A matrix [..., m, n] whose rows or columns lie side by side; oneDNN is slow with any other."""
+    """A matrix whose rows or columns lie side by side, [..., m, n] as it is; oneDNN is slow with any other."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
@@ -66,7 +65,7 @@ class Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, [..., n] -> [..., m] for a weight [m, n] and a bias [m]: `F.linear`, with its gradients and errors."""
-    if ONEDNN is None or not suits(x, weight) or x.dim() < 2 or x.shape[-1] != weight.shape[-1]:
+    if ONEDNN is None or not suits(x, weight, bias) or x.dim() < 2 or x.shape[-1] != weight.shape[-1]:
         return F.linear(x, weight, bias)
     return Product.apply(x, weight, bias)
 
@@ -93,9 +92,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     known = known and q.shape[:2] == k.shape[:2] == v.shape[:2]
     if trained or not known or ONEDNN is None or q.shape[2] * k.shape[2] < LONG:
         return F.scaled_dot_product_attention(q, k, v)
-    y, keys, values = torch.empty_like(q), (k.float() * k.shape[-1] ** -0.5).contiguous(), v.mT.contiguous()
+    # In float32 throughout, so that of bfloat16 nothing but the outcome is rounded.
+    y, keys, values = torch.empty_like(q), (k.float() * k.shape[-1] ** -0.5).contiguous(), v.float().mT.contiguous()
     for b, h in pairs(range(q.shape[0]), range(q.shape[1])):
         for i in range(0, q.shape[2], CHUNK):
             scores = product(q[b, h, i : i + CHUNK].float(), keys[b, h])
-            y[b, h, i : i + CHUNK] = product(torch.softmax(scores, dim=-1).to(v.dtype), values[b, h])
+            y[b, h, i : i + CHUNK] = product(torch.softmax(scores, dim=-1), values[b, h])
     return y
