@@ -5,9 +5,9 @@
     y = attention(q, k, v)            # F.scaled_dot_product_attention(q, k, v)
 
 torch gives float32 products to MKL, which on AMD's Zen 5, where this was measured, runs at half its speed. oneDNN,
-which torch carries as well and gives convolutions to, does not: here its products are asked for by name. And torch's kernel
-for attention takes longer over many tokens than these products and a softmax do. benchmarks/products.py has the
-figures. Whatever nothing is gained by, or is not possible, is left to torch.
+which torch carries as well and gives convolutions to, does not: here its products are asked for by name. And torch's
+kernel for attention takes longer over many tokens than these products and a softmax do. benchmarks/products.py has
+the figures. Whatever nothing is gained by, or is not possible, is left to torch.
 """
 
 from itertools import product as pairs
