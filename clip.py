@@ -38,7 +38,7 @@ class Tokenizer:
     """Byte-level BPE of CLIP: prompts to ids, from the official `vocab.json` and `merges.txt`."""
 
     def __init__(self, vocab: str | Path, merges: str | Path):
-        """Read the two files; ValueError when they are not a CLIP vocabulary."""
+        """Read the two files; ValueError when they are not a CLIP vocabulary, OSError when they cannot be read."""
         table = json.loads(Path(vocab).read_text(encoding="utf-8"))
         lines = Path(merges).read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
@@ -74,7 +74,7 @@ class Tokenizer:
             raise ValueError(f"this prompt is not Unicode text: {text[:80]!r}") from error
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text alone: no BOS, no EOS, no padding, no limit."""
+        """Ids of a text alone: no BOS, no EOS, no padding, no limit. ValueError as of `encode`."""
         return self.encode(text).ids
 
     def tokens(self, text: str) -> list[str]:
@@ -83,7 +83,10 @@ class Tokenizer:
         return [symbol.removesuffix("</w>") for symbol in symbols]
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> Tensor:
-        """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning."""
+        """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning.
+
+        ValueError as of `encode`.
+        """
         rows = []
         for prompt in prompts:
             encoding = self.encode(prompt)
@@ -117,7 +120,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around CLIP's quick GELU, x [B, T, d] -> [B, T, d]."""
+    """Two linear layers around CLIP's quick GELU (arXiv 1606.08415), x [B, T, d] -> [B, T, d]."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()

@@ -230,7 +230,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def to_tensors(gates: ResAG) -> dict[str, Tensor]:
-    """The tensors of a gate file, float32, named as in the authors' public checkpoints; one concept (N = 1)."""
+    """The tensors of a gate file, float32, named as in the authors' public checkpoints; one concept (N = 1).
+
+    w_qs and w_ks [1, d, r], scaler [1, d, 1]; of every projection lora_down [1, d, k], lora_up [1, k, d_l], alpha [].
+    """
     tensors = {key: getattr(gates, attribute) for attribute, key in KEYS.items()}
     downs = gates.lora_down.unflatten(-1, (-1, gates.k)).unbind(dim=-2)
     for name, down, up in zip(gates.names, downs, gates.ups(), strict=True):
@@ -253,7 +256,10 @@ def module_path(key: str) -> str:
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
-    """Gates from the tensors of a gate file. ValueError names what is missing, extra, misshapen or not finite."""
+    """Gates from the tensors of a gate file, with the shapes that `to_tensors` lists.
+
+    ValueError names what is missing, extra, misshapen or not finite.
+    """
     missing = [key for key in KEYS.values() if key not in tensors]
     if missing:
         run = "it is the state of an unfinished run" if "position" in tensors else f"{missing[0]} is missing"
@@ -322,7 +328,8 @@ def spectral_norm(matrix: Tensor, tolerance: float = 1e-8, most: int = 1000) -> 
 class Objective:
     """The frozen side of training: W_l, how much an error there matters (a_l), and their sum M. Paper, section 4.2.
 
-    `cross_attention` holds the U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight` under their checkpoint keys.
+    `cross_attention` holds the U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight` under their checkpoint keys, to_k
+    and to_v [d_l, d], the others [d_l, d_l]. KeyError if a to_k stands there without the other three.
 
         a_l = |W_o W_v| |W_q| / 77   for keys          |.| the spectral norm: how far the output of attention can
         a_l = |W_o|                  for values            move when K or V does (theory/3 derives it)
@@ -381,6 +388,7 @@ class Objective:
         E' = E + (sum_l w_l R_l(E) W_l) M^-1 minimises sum_l w_l |W_l (E' - E) - R_l(E)|^2 at every token. As R_l(E)
         is, it is linear in the codes: a context gate with the same D_1 | D_2 | ... and U_c = P M^-1, of rank L k.
         Exact for gates that were expanded from one. Any pipeline that takes prompt embeddings can be given its E'.
+        ValueError as of `products`.
         """
         P, _ = self.products(gates)
         context_gate = ContextGate(len(self.M), gates.r, P.shape[1], gates.concepts).to(gates.w_qs)
@@ -423,7 +431,10 @@ class Through(torch.autograd.Function):
 
 
 def penalty(z: Tensor, G: Tensor) -> Tensor:
-    """sum_l w_l |z_l U_l|^2 = z G z^T: how much the gates move a token; codes [N, B, T, L k] -> [N, B, T]."""
+    """sum_l w_l |z_l U_l|^2 = z G z^T: how much the gates move a token; codes [N, B, T, L k] -> [N, B, T].
+
+    G [N, L, k, k] of `Objective.products`.
+    """
     z = z.unflatten(-1, (G.shape[1], G.shape[-1]))
     return (torch.einsum("Nbtlk,Nlkj->Nbtlj", z, G) * z).sum(dim=(-2, -1))
 
@@ -431,7 +442,7 @@ def penalty(z: Tensor, G: Tensor) -> Tensor:
 def residual(x: Tensor, energy: Tensor, z: Tensor, P: Tensor, G: Tensor) -> Tensor:
     """sum_l w_l |W_l x - z_l U_l|^2: how far the gates are from moving a token by x, [N, B, T].
 
-    x [N or 1, B, T, d] and its `Objective.energy` [N or 1, B, T], codes z [N, B, T, L k].
+    x [N or 1, B, T, d] and its `Objective.energy` [N or 1, B, T], codes z [N, B, T, L k]; P, G of `Objective.products`.
     """
     return misfit(energy, x @ P.unsqueeze(1).mT, z, G)
 
@@ -523,7 +534,11 @@ def normalised(name: str) -> str:
 
 
 def parse_prompts(text: str) -> Prompts:
-    """Prompts from a file with the headings [templates], [general] and [domain], one entry a line."""
+    """Prompts from a file with the headings [templates], [general] and [domain], one entry a line.
+
+    Lines that begin with # are comments. ValueError for another heading, an entry above all headings, no template, or
+    braces in the wrong place.
+    """
     sections: dict[str, list[str]] = {"templates": [], "general": [], "domain": []}
     current = None
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -549,6 +564,7 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
     """The prompts without the target and its aliases `names` among the anchors, however they are written.
 
     Left in, "brad pitt" would be the nearest anchor of "Brad Pitt" and, at lambda = 1e5, be kept instead of erased.
+    ValueError if none is left.
     """
     forbidden = {normalised(name) for name in names}
     general, domain = (
@@ -605,8 +621,8 @@ def prepare(
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
     Both may answer from a cache, of contexts rounded to half precision; `encode_anchors`, which may also return them in
-    it, is asked for the same prompts whatever the target.
-    `one` is the text encoder's `constant_direction`, for recipes with a margin.
+    it, is asked for the same prompts whatever the target. Both give contexts [B, T, d] of B prompts.
+    `one` [d] is the text encoder's `constant_direction`, for recipes with a margin. ValueError as of `anchor_words`.
     """
     words = anchor_words(prompts, names)
     targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
@@ -647,7 +663,7 @@ class Phase:
 
 
 def phases(recipe: Recipe) -> list[Phase]:
-    """The paper's stages: erase, attack, erase, ..., erase; nothing would learn from an attack after the last."""
+    """The paper's stages, its algorithm 1: erase, attack, ..., erase; nothing would learn from an attack at the end."""
     plan = [Phase("erase", recipe.first_steps, recipe.first_lr, cycles=2)]
     for _ in range(recipe.stages - 1):
         plan += [Phase("attack", recipe.attack_steps, recipe.attack_lr)]
@@ -656,7 +672,7 @@ def phases(recipe: Recipe) -> list[Phase]:
 
 
 def learning_rate(phase: Phase, step: int, warmup: int) -> float:
-    """Warm-up, then cosine cycles down to zero, each starting anew; constant for an attack."""
+    """Warm-up, then cosine cycles down to zero, each starting anew (arXiv 1608.03983); constant for an attack."""
     if step < warmup:
         return phase.lr * (step + 1) / (warmup + 1)
     if phase.kind == "attack":
@@ -697,8 +713,8 @@ def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) 
 class Trainer:
     """Trains the gates of one concept. Iterate over `steps()`; stop and go on wherever you like, bit for bit.
 
-    All chance comes from one generator on the CPU, so a seed repeats a run on one machine. ValueError for a margin
-    that is not in [0, 1), or without the direction that it needs in `data`.
+    All chance comes from one generator on the CPU, so a seed repeats a run on one machine. `kind` is "resag" or
+    "context". ValueError for a margin that is not in [0, 1), or without the direction that it needs in `data`.
     """
 
     def __init__(self, objective: Objective, data: Data, recipe: Recipe, seed: int = 0, kind: str = "resag"):
@@ -733,7 +749,7 @@ class Trainer:
         return mixed, F.pad(sigma, (0, 1))
 
     def noisy_features(self, contexts: Tensor, sigma: Tensor, columns: Tensor) -> Tensor:
-        """Features of contexts plus Gaussian noise n of deviation sigma, without drawing n in d dimensions.
+        """Features [B, T, c] of contexts [B, T, d] plus noise n of deviation sigma [B], n not drawn in d dimensions.
 
         Only n C matters, C = `columns` [d, c]. With C = Q R (Q orthonormal) n C = (n Q) R, and n Q is again standard
         normal: draw it there. The part of n outside of Q's span adds nothing to n C nor to the mean gradient.
@@ -744,7 +760,14 @@ class Trainer:
         return product(contexts, columns.T) + product(noise, columns.T @ Q)
 
     def erase_losses(self) -> dict[str, Tensor]:
-        """erase, adv and anchor losses []: of drawn templates, of J adversarial copies of the first, of anchors."""
+        """The paper's three losses []: of drawn templates, of J adversarial copies of the first, of anchors.
+
+            erase    sum_l w_l |W_l x - R_l(E)|^2                           x = (1 + eta) (E_sur - E)
+            adv      sum_l w_l |W_l (x - delta_j) - R_l(E + delta_j)|^2     j = 1..J
+            anchor   sum_l w_l |R_l(E_anchor + n)|^2                        n the noise of `draw_anchors`
+
+        Each is a mean over prompts and tokens; what a template counts for in `erase` is in `shares`.
+        """
         n, J = self.recipe.templates, len(self.deltas)
         i = torch.randint(len(self.shifts), (n,), generator=self.generator)
         E, x = self.data.targets[i], self.shifts[i]
@@ -761,7 +784,7 @@ class Trainer:
         return losses | ({"adv": missed[n:].mean()} if J else {})
 
     def attack_losses(self) -> dict[str, Tensor]:
-        """attack loss []: how far the gated output of E_tar + delta is from the target's original output."""
+        """The paper's attack loss []: how far the gated output of E_tar + delta is from the original one of E_tar."""
         i = torch.randint(len(self.shifts), (1,), generator=self.generator)
         (P, G), d = self.products, self.deltas
         _, z = self.core.read(product(self.data.targets[i] + d, self.columns.T)[None])
@@ -824,7 +847,7 @@ class Trainer:
         return sum(phase.steps for phase in self.plan)
 
     def steps(self) -> Iterator[Progress]:
-        """Train to the end, one Progress per step; the state may be saved between any two."""
+        """Train to the end, one Progress per step; the state may be saved between any two. Diverged as of `update`."""
         while self.phase < len(self.plan):
             phase = self.plan[self.phase]
             if self.step == 0 or self.optimizer is None:
@@ -907,7 +930,8 @@ def denoise(
 ) -> Iterator[Tensor]:
     """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
 
-    An image depends on its own prompt and seed alone, whatever else is in the batch.
+    An image depends on its own prompt and seed alone, whatever else is in the batch. ValueError as of
+    `sampler.check_steps`, at the first step.
     """
     return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
 

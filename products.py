@@ -23,7 +23,10 @@ SMALL = 2**22  # multiplications of a product up to which torch's own way is as 
 
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN is the better: float32 on the CPU, not small, and nobody asked for another precision."""
+    """Whether oneDNN is the better: float32 on the CPU, not small, and nobody asked for another precision.
+
+    Of a product of x [..., n] with a weight [m, n] and a bias [m].
+    """
     parts = [part for part in (x, weight, bias) if part is not None]
     floats = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
     floats = floats and (bias is None or bias.shape == weight.shape[:1])

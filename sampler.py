@@ -5,8 +5,8 @@ is any function `(latents, timestep, kv) -> noise`, so a seeded dummy serves in 
 whose `kv` were gated before (cpe.py): samplers know of no eraser.
 
 Shapes: B images, c latent channels of side h x w. Timesteps count 0..999; a_t is alphas_cumprod[t].
-Sources: DDIM, Song et al. 2021 (arXiv 2010.02502); DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095);
-guidance, Ho & Salimans 2022 (arXiv 2207.12598).
+Sources: the forward process, Ho et al. 2020 (arXiv 2006.11239); DDIM, Song et al. 2021 (arXiv 2010.02502);
+DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095); guidance, Ho & Salimans 2022 (arXiv 2207.12598).
 """
 
 import math
@@ -57,7 +57,8 @@ class Schedule:
         """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps.
 
         The spacing that diffusers calls "leading": strides are whole, and what remains of the length is left out at
-        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0.
+        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0. ValueError
+        for less than one step, or more than there are timesteps.
         """
         if not 1 <= steps <= self.length:
             raise ValueError(f"steps must be between 1 and {self.length}, not {steps}")
@@ -66,7 +67,7 @@ class Schedule:
         return [i * stride + offset for i in reversed(range(steps))]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """The forward process: clean latents [B, c, h, w] and noise mixed at timesteps [B]."""
+        """The forward process: clean latents [B, c, h, w] and noise mixed at timesteps [B]. Ho et al. 2020, eq. 4."""
         a = self.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1).to(latents.dtype)
         # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps
         return a.sqrt() * latents + (1 - a).sqrt() * noise

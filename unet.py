@@ -39,7 +39,10 @@ def rows(x: Tensor, count: int) -> Tensor:
 
 
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Sinusoids [B, width] of integer timesteps [B]: cosines first, then sines (flip_sin_to_cos, shift 0)."""
+    """Sinusoids [B, width] of integer timesteps [B]: cosines first, then sines (flip_sin_to_cos, shift 0).
+
+    Vaswani et al. 2017 (arXiv 1706.03762), section 3.5, with the timestep for the position.
+    """
     half = width // 2
     # f_i = 10000^(-i / half)
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timestep.device) / half)
@@ -105,7 +108,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A gated linear unit with the exact GELU, [B, N, C] -> [B, N, 4C]."""
+    """A gated linear unit with the exact GELU, [B, N, C] -> [B, N, 4C]. Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -143,7 +146,10 @@ class TransformerBlock(nn.Module):
         self.path = ""  # where attn2 lies in the U-Net; set there
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
-        """Pixels x [B, N, C] and the `kv` of all layers, of which it reads its own -> [B, N, C]."""
+        """Pixels x [B, N, C] and the `kv` of all layers, of which it reads its own -> [rows of kv, N, C].
+
+        KeyError if they are not there, ValueError as of `rows`.
+        """
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
         # The only place where the prompt enters: K' and V' come from outside.
@@ -164,7 +170,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
-        """The map as a row of pixels and back, added to x [B, C, h, w] -> [B, C, h, w]."""
+        """The map as a row of pixels and back, added to x [B, C, h, w] -> [rows of kv, C, h, w]."""
         # A 1x1 convolution is a linear layer at every pixel.
         y = product(self.norm(x).flatten(2).transpose(1, 2), self.proj_in.weight.flatten(1), self.proj_in.bias)
         y = self.transformer_blocks[0](y, kv)
@@ -358,7 +364,8 @@ class UNet(nn.Module):
         """Noise [B, c, h, w] predicted in latents [B, c, h, w] at timesteps [B] or one for all, 0..999.
 
         With kv of 2B rows, all latents are answered under the first B prompts, then under the others: [2B, c, h, w].
-        Until the first cross-attention both halves are the same, and computed once.
+        Until the first cross-attention both halves are the same, and computed once. KeyError if kv lacks a projection,
+        ValueError unless B divides its rows.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = timestep_embedding(timestep, self.conv_in.out_channels).to(latents.dtype)
