@@ -177,13 +177,16 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in one piece, or not at all."""
+    """Write a text file in one piece, or not at all. UserError as of `atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one piece, or not at all; `metadata` maps strings to strings."""
+    """Write a safetensors file in one piece, or not at all; `metadata` maps strings to strings.
+
+    Tensors of any shapes [...], on any device. UserError as of `atomic`.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         # transformers refuses files that do not say which library their tensors are laid out for.
@@ -224,7 +227,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata."""
+    """All tensors [...] of a safetensors file, and its metadata. UserError for a pickle, or as of `opened`."""
     refuse_pickles(Path(path))
     with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -279,7 +282,10 @@ class Part:
             return self.build(self.config)
 
     def keys(self) -> dict[str, str]:
-        """Our name -> the file's key, of every tensor in the file that is this part's."""
+        """Our name -> the file's key, of every tensor in the file that is this part's.
+
+        UserError when a tensor is there under two names, or as of `opened`.
+        """
         with opened(self.path) as file:
             pairs = [(self.rename(key), key) for key in file.keys()]  # noqa: SIM118
         names = {name: key for name, key in pairs if name is not None}
@@ -289,7 +295,7 @@ class Part:
         return names
 
     def check(self, expected: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        """UserError that names every kind of mismatch between the tensors `expected` and those in the file."""
+        """UserError that names every kind of mismatch between the tensors `expected` [...] and those in the file."""
         bad = []
         with opened(self.path) as file:
             for name in expected.keys() & keys.keys():
@@ -318,7 +324,8 @@ class Part:
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors `expected` names, one after another, in a dtype on a device; call `check` first.
 
-        On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
+        In the shapes [...] of `expected`. On a CPU and in the file's own dtype they ARE the memory map: not copied, and
+        paged in on first use. UserError as of `opened`, KeyError for a name that the file does not have.
         """
         keys = self.keys()
         for name, like in expected.items():
@@ -666,7 +673,10 @@ def variants(stem: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
-    """A network in its own folder: `config.json` and a safetensors file beside it."""
+    """A network in its own folder: `config.json` and a safetensors file beside it.
+
+    UserError when one is missing or only there as a pickle, or as of `check_config`.
+    """
     build, stem = PARTS[part]
     config = check_config(read_json(folder / "config.json"), build, folder / "config.json")
     for name in variants(stem, dtype):
@@ -770,7 +780,8 @@ class Model:
     """A Stable Diffusion model whose parts are read when they are first used, and then kept.
 
     `path` is a folder in the diffusers layout or a one-file checkpoint; `repository` is where missing files of a
-    folder may be fetched from.
+    folder may be fetched from. Whatever reads a file raises UserError when it is missing, damaged, or asks for what
+    is not implemented.
     """
 
     name: str
@@ -781,7 +792,7 @@ class Model:
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
 
     def part(self, name: str) -> Part:
-        """Where a network is, found and its config checked, but not read."""
+        """Where a network is, found and its config checked, but not read; UserError if it does not fit the others."""
         if name not in self.parts:
             if self.path.is_file():
                 self.parts[name] = ldm_part(self.path, name)
@@ -819,7 +830,7 @@ class Model:
 
     @cached_property
     def clip(self) -> CLIP:
-        """The CLIP model that evaluates this model's images, if it brings one; see `load_clip` for others."""
+        """The CLIP model that evaluates this model's images; UserError if it brings none: `load_clip` has others."""
         if not self.has_clip:
             raise UserError(f"{self.name} has no clip/ folder to evaluate with: name a CLIP model, {CLIP_LARGE} say")
         return self.part("clip").load(self.dtype, self.device)
@@ -831,7 +842,10 @@ class Model:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """Where vocab.json and merges.txt are: a one-file checkpoint has none, SD 1.4's serves every SD 1.x."""
+        """Where vocab.json and merges.txt are: a one-file checkpoint has none, SD 1.4's serves every SD 1.x.
+
+        UserError if these are neither beside it nor to be had.
+        """
         for folder in (self.folder / "tokenizer", self.folder):
             if self.path.is_dir() or all((folder / file).is_file() for file in TOKENIZER):
                 return folder
@@ -843,14 +857,17 @@ class Model:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The noise schedule."""
+        """The noise schedule. UserError as of `check_schedule`."""
         path = self.path / SCHEDULER
         config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
         return Schedule(check_schedule(config, path))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """Context E [B, 77, d] of B prompts."""
+        """Context E [B, 77, d] of B prompts.
+
+        UserError when the tokenizer is of another model, ValueError for a prompt that is not Unicode text.
+        """
         tower, length = self.text_encoder, self.part("text_encoder").config.get("max_position_embeddings", 77)
         tokens, known = self.tokenizer(prompts, length), self.part("text_encoder").config["vocab_size"]
         if (tokens >= known).any():
@@ -858,17 +875,20 @@ class Model:
         return torch.cat([tower(batch) for batch in tokens.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
-        """The same model, other parts shared, with tensors of its U-Net replaced; KeyError for one it does not have."""
+        """The same model, other parts shared, with tensors of its U-Net replaced; errors as of `edited`."""
         return self.edited("unet", changed)
 
     def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
-        """The same model with tensors of its text encoder replaced, and a fingerprint of its own; KeyError as above."""
+        """The same with tensors of its text encoder replaced, and a fingerprint of its own; errors as of `edited`."""
         twin = self.edited("text_encoder", changed)
         twin.fingerprint = fingerprint_of(sorted(twin.text_encoder.state_dict().items()))  # as when saved and loaded
         return twin
 
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
-        """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied."""
+        """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied.
+
+        KeyError for a tensor that the part does not have, RuntimeError for one of another shape [...].
+        """
         twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
             raise KeyError(f"the model's {name} has no {sorted(unknown)[0]}")
@@ -963,7 +983,10 @@ CLIP_LARGE = "openai/clip-vit-large-patch14"
 def load_clip(
     name: str | Path = CLIP_LARGE, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, Tokenizer]:
-    """A CLIP model and its tokenizer, from a folder or the Hugging Face repository of any `openai/clip-vit-*`."""
+    """A CLIP model and its tokenizer, from a folder or the Hugging Face repository of any `openai/clip-vit-*`.
+
+    UserError if there is no such folder or repository, or it holds something else.
+    """
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -1001,7 +1024,8 @@ TOKENIZER_CONFIG = {
 def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
     """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
 
-    UserError when the folder exists already. It appears when it is complete, and not before.
+    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written,
+    ValueError for a part that no model has, or tensors that are not that part's.
     """
     if changed.keys() - PARTS.keys():
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
@@ -1032,7 +1056,10 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
 
 
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    """One network of a model: its file as it is, unless its tensors changed or lie among others."""
+    """One network of a model: its file as it is, unless its tensors changed or lie among others.
+
+    ValueError for a `state` whose names or shapes [...] are not those of the network.
+    """
     part = model.part(name)
     folder.mkdir(parents=True)
     target = folder / f"{PARTS[name][1]}.safetensors"
@@ -1067,7 +1094,7 @@ def read_prompts(preset: str) -> Prompts:
 
 
 def cache_folder() -> Path:
-    """Where encoded anchors are kept: $CPE_CACHE, else ~/.cache/cpe."""
+    """Where encoded anchors are kept: $CPE_CACHE, else ~/.cache/cpe; UserError if there is no home folder either."""
     try:
         return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
     except RuntimeError as error:
@@ -1075,7 +1102,10 @@ def cache_folder() -> Path:
 
 
 def kept_contexts(path: Path, model: Model, prompts: list[str]) -> Tensor:
-    """Contexts [B, 77, d] of prompts, from the file at `path`; encoded, and written there, if it does not have them."""
+    """Contexts [B, 77, d] of prompts, from the file at `path`; encoded, and written there, if it does not have them.
+
+    In half precision. A file that cannot be written is a warning.
+    """
     config = model.part("text_encoder").config
     shape = (len(prompts), config.get("max_position_embeddings", 77), config["hidden_size"])
     with suppress(UserError, KeyError):  # not there yet, or damaged
@@ -1096,6 +1126,7 @@ def cached_contexts(
     """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
 
     They are kept in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
+    Errors as of `Model.encode` and `cache_folder`.
     """
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     contexts = []
