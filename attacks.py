@@ -100,8 +100,8 @@ class Misfit:
 
         sum_l w_l |KV_l(E + delta) - W_l E|^2 / sum_l w_l |W_l E|^2        0: all of the concept is back
 
-    KV_l are those of edited weights or of gates, w_l = a_l / (d_l L) the layer weights of `cpe.Objective`. ESD-x also
-    edits queries and outputs, which this does not see.
+    KV_l are those of edited weights or of gates, w_l = a_l / (d_l L) the layer weights of `cpe.Objective`, E [P, T, d]
+    the original's contexts of the target. ESD-x also edits queries and outputs, which this does not see.
     """
 
     def __init__(self, victim: Victim, E: Tensor):
@@ -181,9 +181,10 @@ def revival(
 
 
 def descend(misfit: Misfit, base: Tensor, root: Tensor, steps: int) -> Tensor:
-    """Contexts [P, T, d] of lower misfit near `base`, by L-BFGS over y with E' = base + y root.
+    """Contexts [P, T, d] of lower misfit near `base` [P, T, d], by L-BFGS over y with E' = base + y root.
 
-    root = (sum_l w_l V_l^T V_l)^-1/2 whitens: of edited weights the misfit is then |y - y*|^2 + const, a round bowl.
+    root = (sum_l w_l V_l^T V_l)^-1/2 [d, d] whitens: of edited weights the misfit is then |y - y*|^2 + const, a round
+    bowl.
     """
     scale = misfit.energy.sqrt().view(-1, 1, 1)
     y = torch.zeros_like(base, requires_grad=True)
@@ -242,7 +243,7 @@ def learned_embeddings(
 def embed(model: "Model", template: str, X: Tensor) -> Tensor:
     """Token embeddings [B, T, e] at the text encoder's input: the template, with the words X [B, n, e] for its {}.
 
-    ValueError when they do not fit into T tokens.
+    ValueError when they do not fit into T tokens, or the template has not one {}.
     """
     text, tokenizer = model.text_encoder.text_model.embeddings, model.tokenizer
     left, right = (tokenizer.ids(part) for part in template.split("{}"))
@@ -322,7 +323,7 @@ def invert(
 
 
 def learned_contexts(model: "Model", templates: Sequence[str], X: Tensor) -> Tensor:
-    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it."""
+    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as of `embed`."""
     embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
     return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
 
@@ -347,6 +348,7 @@ def textual_inversion(
     Two descents, from the name itself and from the middle of the vocabulary: an erased name may sit where a gate is
     saturated and its gradient vanishes. The best of both, and of the name, on samples that none was trained on. `lr`
     counts standard deviations of the vocabulary's embeddings, so that it means the same to any text encoder.
+    ValueError as of `embed`.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     model = victim.erased
@@ -383,8 +385,9 @@ def swaps(
 ) -> Tensor:
     """`count` neighbours [count, n] of the prefix ids [n]: one token changed, to one that promises a lower loss.
 
-    HotFlip's first order: with the gradient g_i [e] at place i, another token v changes the loss by g_i (x_v - x_i).
-    Drawn from the best `count` words of every place.
+    HotFlip's first order (Ebrahimi et al. 2018, arXiv 1712.06751): with the `gradient` g_i [e] at place i of n, another
+    token v changes the loss by g_i (x_v - x_i), x_v a row of the `table` of embeddings. Drawn from the best `count` of
+    `words` [V] at every place.
     """
     # promise[i, v] = -g_i x_v; x_i is the same for all v
     promise = -gradient @ table[words].T  # [n, V]
@@ -417,6 +420,7 @@ def learned_tokens(
     UnlearnDiffAtk's threat model and loss. Its projected gradient is replaced by greedy coordinates (as in HotFlip and
     GCG): the gradient proposes `candidates` single swaps, the loss itself chooses, the samples stay the same, so that
     the loss never rises. Only `whole_words` are tried: the prompt that is reported is read as exactly these tokens.
+    ValueError as of `embed`.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     model, prompts = victim.erased, fill(templates, target)

@@ -76,7 +76,7 @@ def training_prompts(
     """Prompts of the targets, and others: as they are, then in company.
 
     Every name in every template, again and again until there are `least` of each concept; anchor words in four
-    templates each, and ''.
+    templates each, and ''. ValueError as of `cpe.anchor_words`.
     """
     chance = random.Random(seed)
     anchors = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
@@ -94,7 +94,10 @@ def training_prompts(
 
 
 class Tail(nn.Module):
-    """The last layers of a text tower and its final LayerNorm, copied: hidden states [P, T, d] -> context [P, T, d]."""
+    """The last layers of a text tower and its final LayerNorm, copied: hidden states [P, T, d] -> context [P, T, d].
+
+    ValueError unless the tower has so many `layers`, and they are one or more.
+    """
 
     def __init__(self, tower: TextEncoder, layers: int):
         super().__init__()
@@ -122,7 +125,7 @@ class Tail(nn.Module):
 def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
     """The context [..., d] that a LayerNorm can say and that comes nearest, in the metric M, to the one given.
 
-    E = g x + b with sum x = 0 and |x|^2 = d. In a basis of eigenvectors, with mu so that the length is right,
+    E = g x + b with sum x = 0 and |x|^2 = d. In an eigenbasis, with Lagrange's mu so that the length is right,
 
         min (x - c)^T B (x - c),   B = diag(g) M diag(g),  c = (E - b) / g    =>    (B + mu) x = B c
 
@@ -172,7 +175,8 @@ class Baker:
     how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
 
     `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
-    shall stay as they are. What enters the last layers is computed once, and kept in half precision.
+    shall stay as they are. What enters the last layers is computed once, and kept in half precision. ValueError as of
+    `Tail`.
     """
 
     def __init__(
@@ -214,7 +218,7 @@ class Baker:
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """What enters the last layers, [P, T, d] in half precision."""
+        """What enters the last layers of tokens [P, T]: [P, T, d] in half precision."""
         body, parts = self.tower.text_model, []
         for batch in tokens.split(32):
             hidden = body.embeddings(batch)
@@ -265,7 +269,7 @@ class Baker:
         return {"missing": missing.mean().item(), "moved": moved.mean().item()}
 
     def steps(self) -> Iterator[Progress]:
-        """Train to the end, one Progress per step; the state may be saved between any two."""
+        """Train to the end, one Progress per step; the state may be saved between any two. Diverged as of `update`."""
         while self.done < self.total:
             losses = self.update()
             self.done += 1

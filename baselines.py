@@ -265,7 +265,10 @@ def speed(
 
 
 class LoRA(cpe.ResAG):
-    """A ResAG without attention and gate: R_l(E) = s E D_l U_l. `w_qs` and `scaler` stay unused."""
+    """A ResAG without attention and gate: R_l(E) = s E D_l U_l. `w_qs` and `scaler` stay unused.
+
+    Hu et al. 2022 (arXiv 2106.09685).
+    """
 
     def columns(self) -> Tensor:
         """C = D, [N, 1, d, L k]."""
@@ -276,7 +279,7 @@ class LoRA(cpe.ResAG):
         return torch.ones_like(features[..., 0]), self.scale.view(-1, 1, 1, 1) * features
 
     def fold(self, weights: Weights) -> Weights:
-        """The projections with the corrections inside: W_l + s (D_l U_l)^T."""
+        """The projections with the corrections inside, [d_l, d]: W_l + s (D_l U_l)^T."""
         downs = self.lora_down[0].unflatten(-1, (-1, self.k)).unbind(dim=1)  # L times [d, k]
         pairs = zip(self.names, downs, self.ups(), strict=True)
         change = {f"{name}.weight": self.scale[0] * (D @ U[0]).T for name, D, U in pairs}
@@ -341,7 +344,10 @@ def lora(
 
 
 def predict(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor | int, context: Tensor) -> Tensor:
-    """Noise [B, c, h, w] that the U-Net predicts with some of its weights replaced; differentiable in them."""
+    """Noise [B, c, h, w] that the U-Net predicts with some of its weights replaced; differentiable in them.
+
+    From latents [B, c, h, w] at one timestep or [B], under a context [B, T, d].
+    """
     kv = {}
     for path, layer in unet.cross_attentions().items():
         kv[f"{path}.to_k"] = product(context, weights.get(f"{path}.to_k.weight", layer.to_k.weight))
@@ -485,6 +491,7 @@ def own_masks(
     """Where the concept is in images [B, c, h, w], by the model's own cross-attention: 0 or 1, [B, h, w].
 
     The attention to the concept's tokens, averaged over layers, heads and noise levels; above the middle of its range.
+    `context` [1, T, d]; `tokens` as of `span`; `times` the timesteps of the noise levels.
     """
     side, total = images.shape[-1], 0
     for t in times:

@@ -25,6 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,10 @@ class Case:
 
 
 class World:
-    """A model, its judge, and the concepts and styles that it knows."""
+    """A model, its judge, and the concepts and styles that it knows.
+
+    The judge is the CLIP of the folder or repository `clip`, else the model's own; UserError if there is none.
+    """
 
     def __init__(self, model: Model, clip: str | None = None, preset: str = "emoji"):
         self.model = model
@@ -181,7 +185,7 @@ class World:
 
 
 def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
-    """All images of a scenario, each with a seed of its own."""
+    """All images of a scenario, each with a seed of its own. ValueError for a target that the world does not know."""
     rows = style_rows(world, scenario, budget) if scenario.style else concept_rows(world, scenario, budget)
     return [Case(group, prompt, seed, expected, judge) for seed, (group, prompt, expected, judge) in enumerate(rows)]
 
@@ -262,7 +266,7 @@ class Method:
 def linear(eraser: str) -> Callable[..., Erased]:
     """A builder for one of `baselines.ERASERS`."""
 
-    def build(world: World, scenario: Scenario, seed: int, templates: str = "", **settings) -> Erased:
+    def build(world: World, scenario: Scenario, seed: int, templates: str = "", **settings: Any) -> Erased:
         """The model with edited weights; `settings` are hyper-parameters of the eraser.
 
         `templates`: what is put into CPE's own prompt templates; "" nothing, "kept" what is preserved, "all" the
@@ -288,7 +292,7 @@ def linear(eraser: str) -> Callable[..., Erased]:
 def gated(kind: str) -> Callable[..., Erased]:
     """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
-    def build(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
         """The same model with gates; `settings` replace fields of the preset's recipe."""
         gates, seconds = merged_gates(world, scenario, kind, seed, settings)
         size = sum(p.numel() for p in gates.parameters())
@@ -297,7 +301,7 @@ def gated(kind: str) -> Callable[..., Erased]:
     return build
 
 
-def baked(world: World, scenario: Scenario, seed: int, **settings) -> Erased:
+def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
     """CPE's gates distilled into the text encoder (bake.py): nothing is added to the model."""
     gates, seconds = merged_gates(world, scenario, "resag", seed, settings)
     recipe, prompts = cpe.PRESETS[scenario.preset], world.listed(scenario)

@@ -59,7 +59,7 @@ def recognise_style(clip: CLIP, images: Tensor, captions: Tensor) -> Tensor:
 
 
 def nearest(features: Tensor, index: int, count: int) -> list[int]:
-    """The `count` other names whose features [C, p] are nearest to those of name `index`."""
+    """Indices of the `count` other names whose unit features [C, p] are nearest to those of name `index`."""
     order = (features @ features[index]).argsort(descending=True).tolist()
     return [i for i in order if i != index][:count]
 
@@ -99,7 +99,10 @@ def harmonic_mean(erased: float, kept: float, paraphrased: float) -> float:
 
 
 def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share over images, each of its own seed (Wilson 1927): honest even at 0 of n."""
+    """95 % confidence interval of a share over images, each of its own seed (Wilson 1927): honest even at 0 of n.
+
+    Within [0, 1]; `images` > 0.
+    """
     share, n = successes / images, images
     # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
     middle, spread = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5

@@ -12,6 +12,7 @@ the paper's reviewers (`compare --ablations`); to erase something, use cpe.py.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class TokenWise(cpe.ResAG):
 class Bias(cpe.ResAG):
     """A gate with a bias."""
 
-    def __init__(self, *sizes, **more):
+    def __init__(self, *sizes: Any, **more: Any):
         super().__init__(*sizes, **more)
         self.bias = nn.Parameter(torch.zeros(self.concepts, 1, 1, 1))
 
@@ -42,7 +43,7 @@ class Bias(cpe.ResAG):
         return torch.sigmoid(logits + self.bias)
 
     def bend(self, t: float, c: float, one: Tensor) -> None:
-        """Make the logits t (H v + b - c)."""
+        """Make the logits t (H v + b - c); `one` [d] as of `cpe.ResAG.bend`."""
         super().bend(t, c, one)
         self.bias.mul_(t)
 
@@ -59,7 +60,7 @@ class Hard(cpe.ResAG):
 class MLP(cpe.ResAG):
     """A small perceptron for a gate: as many hidden units as corrections have ranks."""
 
-    def __init__(self, *sizes, **more):
+    def __init__(self, *sizes: Any, **more: Any):
         super().__init__(*sizes, **more)
         self.bias = nn.Parameter(torch.zeros(self.concepts, 1, 1, self.lora_down.shape[-1]))
 
