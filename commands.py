@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 10.0
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number of `kind` between low and high."""
+    """An argparse type: a number of `kind` between low and high, ArgumentTypeError for any other."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cpe.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], dict], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
         sub.set_defaults(run=run)
         add_common(sub)
@@ -285,7 +285,7 @@ def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
 
 
 def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "float32") -> "Model":
-    """The model of --model on --device; only the files of `parts` are looked for."""
+    """The model of --model on --device; only the files of `parts` are looked for. UserError as of `load_model`."""
     import torch
 
     from weights import load_model
@@ -424,7 +424,7 @@ def draw(
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
     starts = range(0, len(prompts), batch)
 
-    def steps():
+    def steps() -> "Iterator[tuple[int, Tensor]]":
         for i in starts:
             run = cpe.denoise(
                 model, prompts[i : i + batch], seeds[i : i + batch], gates, args.steps, args.guidance, args.sampler
@@ -508,7 +508,7 @@ class Training:
 
 
 def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
-    """16 hexadecimal digits of a preset's prompts and of some weights."""
+    """16 hexadecimal digits of a preset's prompts and of some weights [...]."""
     import dataclasses
 
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(prompts)).encode())
@@ -593,7 +593,10 @@ def warn_of_odd_words(args: argparse.Namespace, prompts: Sequence[str]) -> None:
 
 
 def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> "Trainer":
-    """Encode the prompts (anchors from the cache) and measure the layers; `last`: no other target will be encoded."""
+    """Encode the prompts (anchors from the cache) and measure the layers; `last`: no other target will be encoded.
+
+    UserError when no anchor words are left, or the preset has a margin and the text encoder no direction for it.
+    """
     import cpe
     from weights import UserError
 
@@ -613,7 +616,8 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
 def between_steps() -> Iterator[list[int]]:
     """Ctrl-C is noted in the list that is given, for the block to end when it can; a second time it ends it at once.
 
-    A state that is saved in the middle of a step has drawn its random numbers already: it would not go on bit for bit.
+    By KeyboardInterrupt. A state that is saved in the middle of a step has drawn its random numbers already: it would
+    not go on bit for bit.
     """
     asked: list[int] = []
 
@@ -653,7 +657,10 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
 def run_trainer(
     trainer: "Trainer | Baker", state: Path, run: str, resume: bool = False, text: str = "training"
 ) -> dict[str, float]:
-    """Train to the end, saving the state every few seconds; returns the last value of every loss."""
+    """Train to the end, saving the state every few seconds; returns the last value of every loss.
+
+    UserError when it diverged, or as of `go_on`; KeyboardInterrupt after Ctrl-C, the state saved.
+    """
     import cpe
     from weights import UserError, save_tensors
 
@@ -749,7 +756,10 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def generate(args: argparse.Namespace) -> dict:
-    """`generate`: one column per prompt; with --before-after the first row is the model without gates."""
+    """`generate`: one column per prompt; with --before-after the first row is the model without gates.
+
+    UserError for options that do not go together, or as of `load_gates`, `open_model` and `draw`.
+    """
     from weights import UserError, check_writable
 
     if bool(args.prompts) == bool(args.prompt_file):
@@ -818,7 +828,10 @@ def inspect(args: argparse.Namespace) -> dict:
 
 
 def demo(args: argparse.Namespace) -> dict:
-    """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others."""
+    """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others.
+
+    UserError for a target that is none of its concepts, or an --out that cannot be written.
+    """
     import evaluate
     from weights import UserError, check_writable
 
@@ -897,7 +910,10 @@ def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again."""
+    """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again.
+
+    UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
+    """
     import compare as table
     from weights import UserError, check_writable, write_text
 
@@ -963,7 +979,10 @@ def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
 
 
 def bake(args: argparse.Namespace) -> dict:
-    """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them."""
+    """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them.
+
+    UserError if --out exists already, or as of `load_gates`, `read_concepts`, `build_baker` and `run_trainer`.
+    """
     import dataclasses
 
     from weights import UserError, check_writable, load_model, save_model
@@ -1012,7 +1031,10 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
 def build_baker(
     args: argparse.Namespace, model: "Model", gates: "ResAG", concepts: "Sequence[Concept]", prompts: "Prompts"
 ) -> "Baker":
-    """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained."""
+    """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained.
+
+    UserError when no anchor words are left.
+    """
     import bake as baking
     import cpe
     from weights import UserError

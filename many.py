@@ -67,7 +67,7 @@ def separate(args: argparse.Namespace, process: Process) -> None:
 
 @contextmanager
 def stopped_by_torchrun(process: Process) -> Iterator[None]:
-    """Ends as after Ctrl-C, with the state saved, when torchrun stops this process since another has failed."""
+    """Ends as after Ctrl-C (KeyboardInterrupt), the state saved, when torchrun stops this process as another failed."""
     if process.size == 1:
         yield
         return
@@ -90,7 +90,10 @@ LARGEST = 64 << 20  # bytes of a file of lines
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file and their numbers from 1; blank ones and those that begin with # are left out."""
+    """The lines of a text file and their numbers from 1; blank ones and those that begin with # are left out.
+
+    UserError when it cannot be read, is no text in UTF-8, is larger than 64 MiB, or has no other lines.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -121,7 +124,7 @@ def output_folder(args: argparse.Namespace, default: str, suffix: str) -> Path:
 
 @contextmanager
 def naming(line: str, args: argparse.Namespace) -> Iterator[None]:
-    """Errors that the user can mend say which line they are of."""
+    """UserError, also of too little memory, says which line it is of."""
     try:
         yield
     except UserError as error:
@@ -169,7 +172,10 @@ def kept_metadata(path: Path) -> dict[str, str]:
 
 
 def train_line(target: Target, shared: commands.Training, text: str, last: bool) -> dict | None:
-    """Train one target, going on where an earlier run with the same settings stopped; None if one has finished it."""
+    """Train one target, going on where an earlier run with the same settings stopped; None if one has finished it.
+
+    UserError as of `commands.build_trainer` and `commands.run_trainer`.
+    """
     settings, state = shared.settings(target.names), commands.state_file(target.out)
     goes_on = "run" in (saved := kept_metadata(state)) and saved["run"] == commands.run_name(settings)
     if commands.in_metadata(settings).items() <= kept_metadata(target.out).items():
@@ -230,7 +236,8 @@ def picture_names(prompts: Sequence[str]) -> list[str]:
 def generate(args: argparse.Namespace) -> dict:
     """`generate --prompts`: one picture a prompt, all from --seed; with --before-after, below the one without gates.
 
-    What an earlier run with the same settings has drawn is kept.
+    What an earlier run with the same settings has drawn is kept. UserError as of `commands.generate`, `read_lines` and
+    `output_folder`; if it is of one prompt, it names the line.
     """
     process = this_process()
     separate(args, process)
