@@ -111,7 +111,10 @@ def caption(name: str, template: str = "a picture of a {}", style: str = "", col
 
 
 def package_file(package: str, name: str) -> dict:
-    """A JSON file of an npm package; the ordinary npm client fetches the package once."""
+    """A JSON file of an npm package; the ordinary npm client fetches the package once.
+
+    FileNotFoundError without npm, CalledProcessError when it fails.
+    """
     stem = package.removeprefix("@").replace("/", "-")
     archive = BUILD / ("-".join(stem.rsplit("@", 1)) + ".tgz")
     if not archive.exists():
@@ -142,7 +145,10 @@ def render(icon: dict, scale: float, dx: float, dy: float) -> np.ndarray:
 
 
 def make_data() -> None:
-    """Render every concept in every style and placement into build/icons.safetensors."""
+    """Render every concept in every style and placement into build/icons.safetensors.
+
+    ValueError for a concept that is no CLDR short name; errors as of `package_file`.
+    """
     known = {entry["name"].lower() for entry in package_file(NAMES, "data-by-emoji.json").values()}
     names, chance = concepts(), random.Random(0)
     if unknown := [name for name in names if name not in known]:
@@ -160,7 +166,7 @@ def make_data() -> None:
 
 
 class Pictures:
-    """The rendered icons; indexing composes them over backgrounds."""
+    """The rendered icons; calling it composes them over backgrounds. UserError as of `found`."""
 
     def __init__(self):
         self.icons = load_file(found(BUILD / "icons.safetensors", "data"))["icons"]
@@ -438,7 +444,7 @@ def clip_config() -> dict:
 def clip_batch(size: int, chance: random.Random) -> tuple[list[Tensor], list[str], bool]:
     """Indices of `size` pictures (concept, style, placement, colour) and captions that no other of them fits.
 
-    Also whether the captions name the colour.
+    Also whether the captions name the colour. The indices are four tensors [size].
 
     Without such care style and background give the answer away and the concept is never learned: so either all
     concepts differ and captions name nothing else (or the same style and colour everywhere), or a few concepts come
@@ -543,7 +549,7 @@ def any_pictures(pictures: Pictures, size: int, chance: torch.Generator) -> Tens
 
 
 def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, across and down."""
+    """Differences of neighbouring pixels, across [B, 3, 64, 63] and down [B, 3, 63, 64]."""
     return pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
 
 
@@ -736,7 +742,10 @@ def train_unet(recipe: Recipe) -> None:
 
 
 def trained(name: str, network: nn.Module) -> nn.Module:
-    """A network with the averaged weights of its last checkpoint, or where there is none, of the exported file."""
+    """A network with the averaged weights of its last checkpoint, or where there is none, of the exported file.
+
+    UserError as of `found`.
+    """
     checkpoint = BUILD / f"{name}.safetensors"
     if checkpoint.exists():
         state = part_of(load_file(checkpoint), "average.")
@@ -867,7 +876,7 @@ def context_distances(encoder: clip.TextEncoder) -> dict[str, float]:
 
 
 def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
-    """A part of the model from its exported files, in float32."""
+    """A part of the model from its exported files, in float32. UserError as of `found`."""
     step = "unet" if folder == "unet" else "export"
     config, tensors = (found(OUT / folder / name, step) for name in ("config.json", f"{file}.safetensors"))
     network = kind(json.loads(config.read_text()))
@@ -899,7 +908,7 @@ def write_grid(pictures: Tensor, path: Path, columns: int = 16) -> None:
 
 
 def rates(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> dict[str, float]:
-    """Shares of concepts, styles and backgrounds that were recognised."""
+    """Shares of concepts, styles and backgrounds, indices [B] each, that were recognised."""
     shares = [(a == b).float().mean().item() for a, b in zip(found, true, strict=True)]
     return dict(zip(("concept", "style", "background"), shares, strict=True))
 
@@ -935,7 +944,7 @@ def evaluate(json_file: Path | None) -> None:
 
 
 def both(names: tuple[str, ...]) -> None:
-    """Train several networks side by side, one core each: no time is lost waiting for one another."""
+    """Train several networks side by side, one core each: no time is lost waiting. UserError when one of them fails."""
     one_core = os.environ | {"OMP_NUM_THREADS": "1"}
     command, rest = [sys.executable, __file__], ["--threads", "1", "--out", str(OUT)]
     jobs = [subprocess.Popen([*command, name, *rest], env=one_core) for name in names]

@@ -68,7 +68,7 @@ class Lab:
 
     @property
     def held(self) -> Tensor:
-        """The other half, that training never sees."""
+        """The other half, that training never sees, [concepts / 2, T, d]."""
         return self.E[1::2]
 
     def name_token(self, prompt: str) -> int:
@@ -82,7 +82,10 @@ class Lab:
     def trainer(
         self, kind: str = "resag", seed: int = 0, objective: cpe.Objective | None = None, **recipe: float
     ) -> cpe.Trainer:
-        """CPE's own trainer on four templates; `recipe` changes entries of the preset (stages, first_steps, ...)."""
+        """CPE's own trainer on four templates; `recipe` changes entries of the preset (stages, first_steps, ...).
+
+        TypeError for an entry that no recipe has.
+        """
         named = [[f.format(name) for f in TEMPLATES] for name in (self.target, self.surrogate)]
         targets, surrogates = map(self.model.encode, named)
         data = cpe.Data(targets, surrogates, self.listed.half(), self.model.encode([""]))
@@ -107,7 +110,7 @@ class Lab:
 def open_lab(model: str, target: str = "red heart", surrogate: str | None = None) -> Lab:
     """The laboratory on "emoji", "sd14" or a folder; the embedded model's concepts are names that SD knows too.
 
-    Without a surrogate it is the preset's.
+    Without a surrogate it is the preset's. UserError as of `weights.load_model`.
     """
     lines = (ROOT / "emoji" / "concepts.txt").read_text(encoding="utf-8").splitlines()
     concepts = [line for line in lines if line and not line.startswith("#") and line != target]

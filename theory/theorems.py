@@ -34,7 +34,10 @@ def spectrum(S: Tensor, rtol: float = 1e-10) -> tuple[Tensor, Tensor]:
 
 
 def outside(projector: Tensor, e_t: Tensor, rtol: float = 1e-4) -> bool:
-    """Whether e_t has a part in the null space of S; less than rtol |e_t| is taken for float32 rounding."""
+    """Whether e_t has a part in the null space of S; less than rtol |e_t| is taken for float32 rounding.
+
+    `projector` [d, d] is the one of `spectrum`.
+    """
     return bool((projector @ e_t).norm() > rtol * e_t.norm())
 
 
@@ -73,7 +76,7 @@ def soft_edit(S: Tensor, e_t: Tensor, t: Tensor, lam: float) -> Tensor:
 
 
 def soft_loss(Delta: Tensor, S: Tensor, e_t: Tensor, t: Tensor, lam: float) -> float:
-    """|Delta e_t - t|^2 + lam E|Delta e|^2."""
+    """|Delta e_t - t|^2 + lam E|Delta e|^2, of Delta [m, d]."""
     return (Delta @ e_t - t).square().sum().item() + lam * damage(Delta, S)
 
 
@@ -195,12 +198,12 @@ def attention(q: Tensor, K: Tensor, V: Tensor, W_o: Tensor, heads: int = 1) -> t
 
 
 def norm2(W: Tensor) -> float:
-    """Spectral norm of a matrix."""
+    """Spectral norm of a matrix W [m, n]."""
     return torch.linalg.matrix_norm(W, ord=2).item()
 
 
 def value_bound(dV: Tensor, W_o: Tensor) -> float:
-    """How far any output row can move when V moves by dV [T, m]: |W_o| |dV|_F. No assumption."""
+    """How far any output row can move when V moves by dV [T, m]: |W_o| |dV|_F, W_o [o, m]. No assumption."""
     return norm2(W_o) * dV.norm().item()
 
 
@@ -212,7 +215,7 @@ def softmax_slope(P: Tensor) -> float:
 
 
 def key_bound(q: Tensor, dK: Tensor, E: Tensor, W_v: Tensor, W_o: Tensor, heads: int = 1, slope: float = 0.5) -> float:
-    """How far any output row can move when K moves by dK [T, m], with V = E W_v^T.
+    """How far any output row can move when K moves by dK [T, m], of q [N, m], with V = E W_v^T, E [T, d].
 
         |W_o W_v| |E| slope |dK|_F max|q| / sqrt(m / heads)          one head
         |W_o| |W_v| ...                                              several: each head has its own probabilities
@@ -231,7 +234,7 @@ def centred(rows: Tensor) -> Tensor:
 
 
 def value_bound_by_token(dV: Tensor, W_o: Tensor, heads: int = 1) -> float:
-    """The sharper form of `value_bound`: |W_o| sqrt(sum_h max_j |dV_jh|^2), as outputs average tokens."""
+    """The sharper form of `value_bound`: |W_o| sqrt(sum_h max_j |dV_jh|^2), dV [T, m], as outputs average tokens."""
     rows = dV.unflatten(-1, (heads, -1)).norm(dim=-1)  # [T, heads]
     return norm2(W_o) * rows.max(dim=0).values.norm().item()
 
@@ -240,6 +243,8 @@ def key_bound_by_head(q: Tensor, dK: Tensor, E: Tensor, W_v: Tensor, W_o: Tensor
     """The sharper form of `key_bound`, with the logits that really move and every head's own product:
 
     max over rows of sum_h |W_o^h W_v^h| |E - mean| 1/2 |(dK^h - mean) q^h| / sqrt(m / heads)
+
+    Shapes as there.
     """
     q, dK = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, centred(dK)))  # [heads, N or T, m / heads]
     logits = (dK @ q.mT).norm(dim=1) * q.shape[-1] ** -0.5  # [heads, N]
@@ -299,7 +304,7 @@ def reviving_shift(W_edited: Tensor, W: Tensor, e_t: Tensor) -> Tensor:
 def attack_floor(kappa: float, margin: float, v: Tensor, t: Tensor, slope: float, radius: float) -> float:
     """What no attack |delta| <= radius on a `gate` gets under: |W delta + R(e_t + delta)| >= this.
 
-    |t| sigmoid(kappa (m - |v| radius)) - |W| radius,   or 0;    slope = |W|, m the margin at e_t
+    |t| sigmoid(kappa (m - |v| radius)) - |W| radius,   or 0;    slope = |W|, m the margin at e_t, v [d]
     """
     opening = torch.sigmoid(torch.tensor(kappa * (margin - v.norm().item() * radius), dtype=torch.float64)).item()
     return max(t.norm().item() * opening - slope * radius, 0.0)
