@@ -48,7 +48,7 @@ from weights import (
     save_tensors,
 )
 
-VERSION = 1  # of the measurements: raise it when a change here makes kept figures wrong
+VERSIONS = {"cpe": 2}  # of the measurements, by eraser, else 1: raise it when a change makes kept figures wrong
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -337,7 +337,8 @@ def train_gates(
         recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked), one
     )
     trainer = variants.trainer(world.objective, data, recipe, seed, kind)
-    parts = [VERSION, world.fingerprint, names, dataclasses.asdict(prompts), dataclasses.asdict(recipe), kind, seed]
+    parts = [VERSIONS["cpe"], world.fingerprint, names, dataclasses.asdict(prompts)]
+    parts += [dataclasses.asdict(recipe), kind, seed]
     path = cache_folder() / "compare" / f"gates-{named(parts)}.safetensors"
     try:
         state, metadata = load_tensors(path)
@@ -415,11 +416,11 @@ def tuned(method: Method, scenario: Scenario) -> dict:
 
 def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> str:
     """The name under which a cell is kept: of everything that decides its figures."""
-    recipe = dataclasses.asdict(cpe.PRESETS[scenario.preset])
-    if method.name.split(",")[0] not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
+    recipe, eraser = dataclasses.asdict(cpe.PRESETS[scenario.preset]), method.name.split(",")[0]
+    if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
         recipe = {"surrogate": recipe["surrogate"]}
-    parts = [VERSION, world.fingerprint, dataclasses.asdict(scenario), method.name, method.settings, recipe]
-    parts += [world.concepts, dataclasses.asdict(world.listed(scenario))]
+    parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
+    parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe())] if method.build is baked else []
     parts += [tuned(method, scenario), dataclasses.asdict(budget), seed]
     return named(parts)

@@ -114,12 +114,10 @@ class ResAG(nn.Module):
         """Gate values of logits H v, [N, B, T, 1]; variants.py puts other functions here."""
         return torch.sigmoid(logits)
 
-    def bend(self, t: float, c: float, one: Tensor) -> None:
-        """Make the logits t (H v - c), without a bias: `one` [d] is a direction u with E u = 1 at every token.
-
-        Attention's rows sum to 1, so H u = 1, too, and v becomes t (v - c u).
-        """
-        self.scaler.copy_(t * (self.scaler - c * one[:, None]))
+    def attended(self, context: Tensor) -> Tensor:
+        """H = softmax(Q Q^T) E, [N, B, T, d]: what the gate's logits H v are read from."""
+        q = context @ self.w_qs.unsqueeze(1)
+        return torch.softmax(q @ q.mT, dim=-1) @ context
 
     def gate(self, context: Tensor) -> Tensor:
         """Gate values g [N, B, T] of a context [B, T, d]: which tokens open which concept's gate."""
@@ -648,6 +646,31 @@ def prepare(
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
+def separate(wanted: Tensor, shares: Tensor, spared: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic regression of tokens: v [d] and b [] with h v + b > 0 on the side of `wanted`, by L-BFGS.
+
+        sum_t shares_t log(1 + exp(-l_t)) + 10 mean_a log(1 + exp(l_a)) + 1e-4 |v|^2  least of all,   l = h v + b
+
+    wanted [..., d], with shares [...], against spared [..., d], in whose deviations |v| is measured.
+    """
+    wanted, shares, spared = wanted.flatten(0, -2), shares.flatten(), spared.flatten(0, -2)
+    mean, deviation = spared.mean(dim=0), spared.std(dim=0).clamp(min=1e-6)
+    wanted, spared = (wanted - mean) / deviation, (spared - mean) / deviation
+    v, b = wanted.new_zeros(wanted.shape[1], requires_grad=True), wanted.new_zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([v, b], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        missed = (shares * F.softplus(-(wanted @ v + b))).sum()
+        total = missed + 10 * F.softplus(spared @ v + b).mean() + 1e-4 * v @ v
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    v = v.detach() / deviation
+    return v, b.detach() - mean @ v
+
+
 class Diverged(RuntimeError):
     """The loss is no longer a finite number: lower the learning rates, or lambda."""
 
@@ -862,28 +885,38 @@ class Trainer:
                     self.sharpen()
             yield progress
 
-    @torch.no_grad()
     def sharpen(self) -> None:
-        """Move the bend of the trained gate away from what it should spare; ours, not the paper's.
+        """Solve the scaler of the trained gate anew, with a margin; ours, not the paper's.
 
-            g = sigmoid(t (H v - c)),   c = margin m,   t = 4 / (m - c)
+            v, b  separate what is to be moved from the anchors,  l = H v + b  (`separate`)
+            g = sigmoid(t (l - c)),   c = margin m,   t = 4 / (m - c)
 
-        At most a fifth of what must be moved lies at tokens with logits H v below m. Training stops pushing logits
-        where the losses are small, and on prompts that it never saw they fall by chance between 0 and m: below c the
-        gate is now shut on them, and on the target's few tokens there; the others move the further for it. The last
-        deltas play no part, so a margin may cost robustness. The losses reported last are of before.
+        At most a fifth of what must be moved lies at tokens of the target with l below m. Steps of training stop
+        pushing where the losses are small, so by chance the gate is half open on prompts that it never saw; and where a
+        sigmoid is shut no gradient opens it again. Given what the trained attention sees, H, a convex problem mends
+        both. The corrections stay as they are, but for their length. The losses reported last are of before.
         """
-        core, E = self.core, self.data.targets
-        g = core.read(E @ core.columns())[0][0].flatten()
-        shares = (self.energies[:, 0] / self.energies[:, 0].sum()).flatten()
-        logits, order = torch.logit(g, eps=1e-6).sort()
-        m = logits[(shares[order].cumsum(0) < 0.2).sum().clamp(max=len(g) - 1)].item()
+        core, data, J = self.core, self.data, len(self.deltas)
+        shares = self.energies[:, 0] / self.energies[:, 0].sum()
+        i, j = torch.arange(J) % len(data.targets), torch.arange(J)
+        attacked = self.energies[i, 1 + j] / self.energies[i, 1 + j].sum()
+        with torch.no_grad():
+            before = core.read(data.targets @ core.columns())[0][0]
+            H = core.attended(data.targets)[0]
+            H_adv = core.attended(data.targets[i] + self.deltas)[0]
+            H_anchor = [core.attended(part.to(H))[0] for part in (*data.anchors.split(64), data.empty)]
+        v, b = separate(torch.cat([H, H_adv]), torch.cat([shares, attacked]), torch.cat(H_anchor))
+        logits, order = (H @ v + b).flatten().sort()
+        m = logits[(shares.flatten()[order].cumsum(0) < 0.2).sum().clamp(max=len(logits) - 1)].item()
         if m < 0.1:  # it is hardly open on the target, and would become a step
             return
-        t, c = 4 / (m - self.recipe.margin * m), self.recipe.margin * m
-        core.bend(t, c, self.data.one)
-        # corrections as long as they were, on average over what must be moved
-        core.lora_up *= (shares * g).sum() / (shares[order] * torch.sigmoid(t * (logits - c))).sum()
+        c = self.recipe.margin * m
+        t = 4 / (m - c)
+        with torch.no_grad():
+            # t (H v + b - c) without a bias: attention's rows sum to 1, so that H u = 1 where E u = 1
+            core.scaler.copy_(t * (v + (b - c) * data.one)[:, None])
+            # corrections as long as they were, on average over what must be moved
+            core.lora_up *= (shares * before).sum() / (shares * torch.sigmoid(t * (H @ v + b - c))).sum()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors for a safetensors file."""

@@ -24,6 +24,10 @@ import cpe
 class TokenWise(cpe.ResAG):
     """A gate without attention: H = E."""
 
+    def attended(self, context: Tensor) -> Tensor:
+        """E, [N, B, T, d]."""
+        return context.expand(self.concepts, *context.shape)
+
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Gate g [N, B, T] and codes z = s g E D [N, B, T, L k]."""
         seen = features[..., self.r :]
@@ -41,11 +45,6 @@ class Bias(cpe.ResAG):
     def opening(self, logits: Tensor) -> Tensor:
         """sigmoid(H v + b), [N, B, T, 1]."""
         return torch.sigmoid(logits + self.bias)
-
-    def bend(self, t: float, c: float, one: Tensor) -> None:
-        """Make the logits t (H v + b - c); `one` [d] as of `cpe.ResAG.bend`."""
-        super().bend(t, c, one)
-        self.bias.mul_(t)
 
 
 class Hard(cpe.ResAG):
@@ -77,7 +76,7 @@ def trainer(objective: cpe.Objective, data: cpe.Data, recipe: cpe.Recipe, seed: 
     """A trainer of any kind: "resag" and "context" as in cpe.py, or one of `KINDS`."""
     if kind not in KINDS:
         return cpe.Trainer(objective, data, recipe, seed, kind)
-    if kind in ("hard", "mlp"):  # there is no sigmoid to sharpen
+    if kind in ("hard", "mlp", "bias"):  # no sigmoid to sharpen; sharpened, every gate has a bias
         recipe = replace(recipe, margin=0.0)
     made = cpe.Trainer(objective, data, recipe, seed)
     gates = KINDS[kind](objective.widths, len(objective.M), recipe.r, recipe.k)
