@@ -115,13 +115,27 @@ def run_generate_forever(model: Path, folder: Path) -> None:
         commands.main(generate(model, folder / "x.png", "--json", str(folder / "x.json"), "--seed", str(seed)))
 
 
-def run_download(endpoint: str, cache: Path) -> None:
-    """A process that fetches a model from a server on this machine."""
+def run_bake(arguments: list[str], cache: Path, all_there) -> None:
+    """A process that bakes and waits for the others before it writes the model."""
+    save_model = weights.save_model
+
+    def save_together(*model, **changed) -> Path:
+        all_there.wait(60)
+        return save_model(*model, **changed)
+
+    weights.save_model = save_together
+    run_command(arguments, cache)
+
+
+def run_download(endpoint: str, cache: Path, all_there=None) -> None:
+    """A process that fetches a model from a server on this machine, at the same time as others if it shall wait."""
     silent()
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = str(cache), False, True
     constants.DOWNLOAD_CHUNK_SIZE = 512
+    if all_there:
+        all_there.wait(60)
     weights.load_model("sd14")
 
 
@@ -276,6 +290,43 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["same settings", "other settings"])
+def test_two_bakes_into_one_folder_leave_the_model_of_one(tiny_original, tmp_path, seeds):
+    out, all_there = tmp_path / "out", FORKSERVER.Barrier(2)
+    arguments = [bake(tiny_original, out / "x", tmp_path / "gates.safetensors", "--seed", str(seed)) for seed in seeds]
+    codes = [ended(p) for p in [start(run_bake, each, tmp_path / "cache", all_there) for each in arguments]]
+    assert sorted(codes) == ([0, 0] if seeds[0] == seeds[1] else [0, 2])
+    first = codes.index(0)
+    alone = bake(tiny_original, tmp_path / "alone", tmp_path / "gates.safetensors", "--seed", str(seeds[first]))
+    assert ended(start(run_command, alone, tmp_path / "cache")) == 0
+    assert contents(out / "x") == contents(tmp_path / "alone")
+    assert [path.name for path in out.iterdir()] == ["x"]
+
+
+def test_another_model_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path):
+    for name, text in (("theirs", "a"), ("same", "a"), ("other", "b")):
+        weights.write_text(tmp_path / name / "unet" / "config.json", text)
+    weights.appear(tmp_path / "same", tmp_path / "theirs")
+    with pytest.raises(UserError, match="theirs exists already, written by another run meanwhile: choose another name"):
+        weights.appear(tmp_path / "other", tmp_path / "theirs")
+    assert contents(tmp_path / "theirs") == {"unet/config.json": b"a"}
+
+
+def test_two_downloads_into_one_cache_end_as_one(server, tiny, tmp_path):  # noqa: F811
+    cache, all_there = tmp_path / "hub", FORKSERVER.Barrier(2)
+    processes = [start(run_download, constants.ENDPOINT, cache, all_there) for _ in range(2)]
+    assert [ended(process) for process in processes] == [0, 0]
+    (snapshot,) = cache.glob("*/snapshots/*")
+    assert contents(snapshot).items() <= contents(tiny).items()
+    assert sorted(contents(snapshot)) == sorted(set(server.downloads))
+    assert len(list(cache.glob("*/blobs/*"))) == len(set(contents(snapshot).values()))  # nothing half-written
+
+
 # --- No room, no rights ------------------------------------------------------------------------------------------
 
 
@@ -324,6 +375,15 @@ def test_a_full_disk_is_named_and_left_as_it_was(run, mounted, tiny_original):
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("room", ["16k", "200k"], ids=["for no network", "for one network"])
+def test_a_model_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(run, mounted, tiny_original, tmp_path, room):
+    folder = mounted(f"size={room}")
+    code, said = run(bake(tiny_original, folder / "x", tmp_path / "gates.safetensors"))
+    assert code == 2
+    assert said.splitlines()[-1].endswith(f"cpe.py: {folder / 'x'} could not be written: the disk is full: make room")
+    assert list(folder.iterdir()) == []
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
@@ -336,8 +396,10 @@ def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original
     folder = mounted("ro")
     monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
     monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
     for arguments in (
         train(tiny_original, folder / "x.safetensors"),
+        bake(tiny_original, folder / "x", Path("gates.safetensors")),
         generate(tiny_original, folder / "new" / "x.png"),
         generate(tiny_original, Path("x.png"), "--json", str(folder / "x.json")),
         generate(tiny_original, folder.parent),
@@ -345,7 +407,43 @@ def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original
         code, said = run(arguments)
         assert code == 2
         assert "Read-only file system: check the folder" in said or "is a folder" in said
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["mounted"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["gates.safetensors", "mounted"]
+
+
+def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):  # noqa: F811
+    cache = mounted("size=300k")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    drawing = generate(Path("sd14"), Path("x.png"))
+    with pytest.warns(UserWarning, match="Not enough free disk space"):
+        code, said = run(drawing)
+    assert code == 2
+    assert "downloading unet/diffusion_pytorch_model.safetensors" in said
+    assert "make room on the disk, or set HF_HOME to another" in said
+    (snapshot,) = cache.glob("*/snapshots/*")
+    finished = contents(snapshot)
+    assert "text_encoder/model.safetensors" in finished
+    assert finished.items() <= contents(server.folder).items()
+    assert len(list(cache.glob("*/blobs/*"))) == len(finished)  # nothing half-written
+    mounted("remount,size=2m")
+    server.requests.clear()
+    assert run(drawing)[0] == 0
+    assert not finished.keys() & set(server.downloads)
+
+
+def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted, server, monkeypatch):  # noqa: F811
+    cache = mounted("ro")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    drawing = generate(Path("sd14"), Path("x.png"))
+    code, said = run(drawing)
+    assert code == 2
+    assert "Read-only file system" in said
+    assert str(cache) in said
+    assert "check that folder, or set HF_HOME to another" in said
+    assert "try again" not in said
+    mounted("remount,rw,size=2m")
+    assert run(drawing)[0] == 0
+    mounted("remount,ro")
+    assert run(drawing)[0] == 0
 
 
 @pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
