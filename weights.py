@@ -970,6 +970,13 @@ def load_model(
     return model
 
 
+def expected_unet(name: str) -> UNet:
+    """The U-Net of "sd14" or "emoji", with no memory behind its tensors: what gates must fit. Downloads nothing."""
+    if name == "sd14":
+        return Part(UNet, SD14_CONFIGS["unet"], Path(), diffusers_name).empty()
+    return folder_part(shipped(name) / "unet", "unet", torch.float32).empty()
+
+
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 
 

@@ -531,6 +531,59 @@ def test_offline_nothing_is_connected_to(run, tiny_original, asked, monkeypatch,
     assert asked == []
 
 
+def gates_for(name: str) -> Path:
+    """A gate file that fits sd14, or the embedded model; its metadata say as little of that as the authors' do."""
+    d, widths = commands.wanted_sizes(weights.expected_unet(name))
+    gates = cpe.ResAG(widths, d, r=1).initialise(torch.Generator().manual_seed(0))
+    save_file(cpe.to_tensors(gates), f"{name}.safetensors", {"prompts": "red heart"})
+    return Path(f"{name}.safetensors")
+
+
+WITH_GATES = {
+    "generate": ["generate", "a cat", "--gates"],
+    "generate many": ["generate", "--prompts", "prompts.txt", "--gates"],
+    "inspect": ["inspect", "--prompt", "a cat"],
+    "bake": ["bake", "--out", "baked", "--gates"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_GATES)
+def test_gates_of_another_model_are_named_before_one_is_downloaded(run, server, asked, command):  # noqa: F811
+    Path("prompts.txt").write_text("a cat")
+    for gates, model, title in (
+        ("emoji", "sd14", "the embedded model"),
+        ("sd14", "emoji", "Stable Diffusion 1.x"),
+    ):
+        code, said = run([*WITH_GATES[command], str(gates_for(gates)), "--model", model])
+        assert code == 2
+        assert f"{gates}.safetensors is of another model" in said
+        assert f"It fits {title}: use --model {gates}." in said
+    assert asked == []
+
+
+def test_gates_of_an_unknown_model_are_for_the_one_that_they_were_trained_for(run, asked):
+    gates = cpe.ResAG({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 8}, d=1024)
+    save_file(cpe.to_tensors(gates.initialise(torch.Generator())), "x.safetensors")  # no metadata
+    code, said = run([*WITH_GATES["inspect"], "x.safetensors"])
+    assert code == 2
+    assert "context of width 1024, sd14 has 32 of width 768. Use the --model that it was trained for" in said
+    assert asked == []
+
+
+def test_of_several_gates_the_one_of_another_model_is_named(run):
+    two = ["--gates", str(gates_for("emoji")), "--gates", str(gates_for("sd14"))]
+    code, said = run(["generate", "a cat", *two, "--model", "emoji"])
+    assert code == 2
+    assert said.startswith("cpe.py: sd14.safetensors is of another model")
+
+
+def test_gates_that_say_nothing_of_their_model_are_used_if_they_fit(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "not in the Hugging Face cache" in run([*WITH_GATES["inspect"], str(gates_for("sd14"))])[1]
+    assert run([*WITH_GATES["inspect"], str(gates_for("emoji")), "--model", "emoji"])[0] == 0
+
+
 def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # noqa: F811
     assert run(generate(Path("sd14"), Path("x.png")))[0] == 0
     assert set(asked) == {("127.0.0.1", server.server_port)}
