@@ -23,11 +23,13 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_download import Handler, server  # noqa: F401  a fixture
+from tiny import ON_DISK
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bake as baking
 import commands
+import compare
 import cpe
 import evaluate
 import weights
@@ -520,14 +522,30 @@ def asked(monkeypatch) -> list[tuple]:
     return asked
 
 
-def test_offline_nothing_is_connected_to(run, tiny_original, asked, monkeypatch, tmp_path):
+@pytest.fixture
+def in_short(monkeypatch) -> list[list[str]]:
+    """`demo` and `compare` as they are called, but quick: of the same code, with few steps, concepts and images."""
+    enough = cpe.Prompts(FEW.templates, FEW.general, [*FEW.domain, *map(str, range(36))])  # for every group of images
+    monkeypatch.setattr(compare, "read_prompts", lambda preset: enough)
+    monkeypatch.setattr(compare, "SCENARIOS", {"object": compare.Scenario(("red heart",))})
+    monkeypatch.setattr(compare, "QUICK", compare.Budget(erased=1, near=1, others=1, attacked=0, steps=1))
+    monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.005))
+    return [["demo", "--images", "1", "--steps", "1"], ["compare", "--quick"]]
+
+
+def test_offline_nothing_is_connected_to(run, tiny_original, asked, in_short, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert run(train(tiny_original, Path("x.safetensors")))[0] == 0
     gates = ["--gates", "x.safetensors", "--before-after"]
     assert run(generate(tiny_original, Path("x.png"), *gates))[0] == 0
     assert run(["inspect", "x.safetensors", "--prompt", "a cat", "--model", str(tiny_original)])[0] == 0
+    assert run(bake(tiny_original, Path("baked"), Path("gates.safetensors"), "--images", "1", "--steps", "1"))[0] == 0
     assert run(generate(Path("sd14"), Path("y.png")))[0] == 2
+    assert run(["compare", "--quick", "--model", "sd14"])[0] == 2
+    assert run(["compare", "--quick", "--clip", "openai/clip-vit-base-patch32"])[0] == 2
+    for arguments in in_short:
+        assert run(arguments)[0] == 0
     assert asked == []
 
 
@@ -584,8 +602,35 @@ def test_gates_that_say_nothing_of_their_model_are_used_if_they_fit(run, monkeyp
     assert run([*WITH_GATES["inspect"], str(gates_for("emoji")), "--model", "emoji"])[0] == 0
 
 
-def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # noqa: F811
+def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked, monkeypatch, tmp_path):  # noqa: F811
     assert run(generate(Path("sd14"), Path("x.png")))[0] == 0
+    monkeypatch.setitem(weights.SD14_CONFIGS, "unet", ON_DISK["unet"])  # whose gates these are
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert run([*bake(server.folder, Path("baked"), Path("gates.safetensors")), "--model", "sd14"])[0] == 0
+    assert server.downloads.count("text_encoder/model.safetensors") == 2
+    assert set(asked) == {("127.0.0.1", server.server_port)}
+
+
+def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_short):  # noqa: F811
+    for arguments in in_short:
+        assert run(arguments)[0] == 0
+    assert asked == []
+
+
+def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):  # noqa: F811
+    server.folder = Path(shutil.copytree(tiny / "tokenizer", tiny / "clip", dirs_exist_ok=True))
+    comparison = [
+        "compare",
+        "--quick",
+        "--eraser",
+        "uce",
+        "--model",
+        str(tiny),
+        "--clip",
+        weights.SD14,
+    ]  # the server's only name
+    assert run(comparison)[0] == 0
+    assert "model.safetensors" in server.downloads
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
 
