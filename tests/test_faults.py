@@ -32,6 +32,7 @@ import commands
 import compare
 import cpe
 import evaluate
+import sampler
 import weights
 from weights import UserError
 
@@ -743,6 +744,48 @@ def test_a_text_encoder_is_baked_on_the_device(model, elsewhere):
 
 def test_images_on_the_device_are_compared(elsewhere):
     assert evaluate.cmmd(torch.ones(3, 4, device=elsewhere), torch.ones(2, 4, device=elsewhere)) is not None
+
+
+@pytest.fixture
+def card() -> str:
+    """A real graphics card; skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no graphics card")
+    return "cuda"
+
+
+def test_a_graphics_card_draws_what_the_cpu_draws(tiny_original, tmp_path, card, monkeypatch):
+    bake(tiny_original, tmp_path / "x", tmp_path / "gates.safetensors")  # writes the gates
+    starts, sample, latents = [], sampler.sample, {}
+
+    def watched(unet, schedule, start, *settings):
+        starts.append(start.cpu())
+        return sample(unet, schedule, start, *settings)
+
+    monkeypatch.setattr(sampler, "sample", watched)
+    for device in ("cpu", card):
+        model = weights.load_model(tiny_original, device=device)
+        for gates in (None, commands.load_gates([tmp_path / "gates.safetensors"], model)):
+            *_, last = cpe.denoise(model, ["a red heart", "a cat"], [3, 4], gates, steps=4)
+            assert last.device.type == device
+            assert cpe.decode(model, last).isfinite().all()
+            latents[device, gates is not None] = last.cpu()
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    for with_gates in (False, True):  # a card rounds what its convolutions multiply to eleven bits
+        torch.testing.assert_close(latents[card, with_gates], latents["cpu", with_gates], rtol=0, atol=0.05)
+    assert (latents[card, True] - latents[card, False]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["resag", "context"])
+def test_a_graphics_card_trains_what_the_cpu_trains(run, tiny_original, card, kind):
+    losses = {}
+    for device in ("cpu", card):
+        arguments = train(tiny_original, Path("x.safetensors"), "red heart", "--gate", kind, "--device", device)
+        assert run([*arguments, "--json", "x.json"])[0] == 0
+        losses[device] = json.loads(Path("x.json").read_text())["losses"]
+        gates = commands.load_gates([Path("x.safetensors")])
+        assert all(parameter.isfinite().all() for parameter in gates.parameters())
+    assert losses[card] == pytest.approx(losses["cpu"], rel=0.01)
 
 
 def test_a_device_without_float64_is_told_from_one_that_has_it(elsewhere):
