@@ -524,8 +524,9 @@ def asked(monkeypatch) -> list[tuple]:
 
 
 @pytest.fixture
-def in_short(monkeypatch) -> list[list[str]]:
+def in_short(monkeypatch, tmp_path) -> list[list[str]]:
     """`demo` and `compare` as they are called, but quick: of the same code, with few steps, concepts and images."""
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))  # or what another test has measured would be read
     enough = cpe.Prompts(FEW.templates, FEW.general, [*FEW.domain, *map(str, range(36))])  # for every group of images
     monkeypatch.setattr(compare, "read_prompts", lambda preset: enough)
     monkeypatch.setattr(compare, "SCENARIOS", {"object": compare.Scenario(("red heart",))})

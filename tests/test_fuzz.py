@@ -560,7 +560,8 @@ LINES = st.sampled_from(
 @st.composite
 def files_of_lines(draw) -> bytes:
     """A text file with lines of any letters, in some encoding, perhaps damaged; or any bytes at all."""
-    lines = draw(st.lists(LINES | TEXT | LONG, min_size=1, max_size=5))
+    long = LONG.map(lambda text: re.sub("[\r\n]", " ", text))  # thousands of pictures take their time
+    lines = draw(st.lists(LINES | TEXT | long, min_size=1, max_size=5))
     if draw(st.integers(0, 9)) == 9:
         lines *= 20
     text = draw(NEWLINES).join(lines)
