@@ -736,6 +736,19 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
+@contextmanager
+def kept(state: Path) -> Iterator[None]:
+    """Where the disk is too full for what was trained, UserError says that the training need not begin anew."""
+    from weights import Unwritten, UserError, disk_full
+
+    try:
+        yield
+    except Unwritten as error:
+        if disk_full(error.error) and state.exists():
+            raise UserError(f"{error}, then go on with --resume") from error
+        raise
+
+
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
     """Train the gates of one target and write their file; its settings, losses and place."""
     import cpe
@@ -749,7 +762,8 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
         "alpha": str(gates.alpha[0].item()),
         "version": "1",
     }
-    save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
+    with kept(state_file(out)):
+        save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
     state_file(out).unlink(missing_ok=True)
     return {**settings, "losses": losses, "out": str(out)}
 
@@ -1009,7 +1023,8 @@ def bake(args: argparse.Namespace) -> dict:
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     run_trainer(baker, state_file(args.out), run_name(settings), args.resume, "baking")
-    save_model(model, args.out, text_encoder=baker.tensors())
+    with kept(state_file(args.out)):
+        save_model(model, args.out, text_encoder=baker.tensors())
     state_file(args.out).unlink(missing_ok=True)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}

@@ -387,6 +387,21 @@ def test_a_model_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(run, 
     assert list(folder.iterdir()) == []
 
 
+def test_what_was_trained_before_the_disk_was_full_is_not_lost(run, mounted, tiny_original, tmp_path, monkeypatch):
+    folder = mounted("size=200k")
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", 0)
+    arguments = bake(tiny_original, folder / "x", tmp_path / "gates.safetensors")
+    code, said = run(arguments)
+    assert code == 2
+    assert "the disk is full: make room, then go on with --resume" in said
+    assert list(folder.iterdir()) == [commands.state_file(folder / "x")]
+    mounted("remount,size=2m")
+    monkeypatch.setattr(baking.Baker, "update", pytest.fail)  # every step is done
+    assert run([*arguments, "--resume"])[0] == 0
+    assert_whole(folder)
+    assert list(folder.iterdir()) == [folder / "x"]
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
