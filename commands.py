@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from bake import Baker, Concept
     from cpe import Objective, Prompts, ResAG, Trainer
+    from unet import UNet
     from weights import Model
 
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
@@ -298,7 +299,7 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
     import cpe
     from weights import UserError, load_tensors
 
-    gates, names = [], []
+    gates, names, unet = [], [], model and model.part("unet").empty()
     for path in paths:
         tensors, metadata = load_tensors(path)
         try:
@@ -307,33 +308,59 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
             raise UserError(f"{path}: {error}.") from error
         name = metadata.get("target") or metadata.get("prompts") or path.stem
         names.append("".join(letter if letter.isprintable() else "?" for letter in name))  # no terminal obeys it
-        made_for = metadata.get("fingerprint")
-        if model and made_for and made_for != model.fingerprint:
-            warnings.warn(f"{path} was trained for another model (its text encoder differs)", stacklevel=2)
+        if model:
+            check_fits(gates[-1], unet, model.name, path)
+            made_for = metadata.get("fingerprint")
+            if made_for and made_for != model.fingerprint:
+                warnings.warn(f"{path} was trained for another model (its text encoder differs)", stacklevel=2)
     try:
         merged = cpe.merge(gates)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, paths))}: {error}.") from error
     if model:
-        check_fits(merged, model, paths)
         merged = merged.to(model.device, model.dtype)
     merged.targets = names
     return merged
 
 
-def check_fits(gates: "ResAG", model: "Model", paths: Sequence[Path]) -> None:
-    """UserError if the gates' projections are not those of the model's U-Net."""
-    from weights import UserError
+def check_gates(paths: Sequence[Path], model: str) -> None:
+    """UserError for gate files that are damaged, or do not fit --model: said before that is downloaded, perhaps."""
+    from weights import expected_unet
 
-    unet = model.part("unet").empty()
+    unet = expected_unet(model) if paths and model in ("sd14", "emoji") else None  # others are not downloaded
+    for path in paths:
+        gates = load_gates([path])
+        if unet:
+            check_fits(gates, unet, model, path)
+
+
+def sizes(gates: "ResAG") -> tuple[int, dict[str, int]]:
+    """The width of the context that gates read, and that of every projection that they correct."""
+    return gates.w_qs.shape[1], dict(zip(gates.names, gates.widths, strict=True))
+
+
+def wanted_sizes(unet: "UNet") -> tuple[int, dict[str, int]]:
+    """The sizes of gates that fit a U-Net."""
     layers = unet.cross_attentions()
     widths = {f"{p}.{k}": getattr(a, k).out_features for p, a in layers.items() for k in ("to_k", "to_v")}
-    d = unet.config["cross_attention_dim"]
-    if gates.w_qs.shape[1] != d or dict(zip(gates.names, gates.widths, strict=True)) != widths:
-        raise UserError(
-            f"{paths[0]} is of another model: it corrects {len(gates.names)} projections of a context of width "
-            f"{gates.w_qs.shape[1]}, {model.name} has {len(widths)} of width {d}. Train gates for this model."
-        )
+    return unet.config["cross_attention_dim"], widths
+
+
+def check_fits(gates: "ResAG", unet: "UNet", name: str, path: Path) -> None:
+    """UserError if the gates' projections are not those of the U-Net of the model `name`: says of which they are."""
+    from weights import UserError, expected_unet
+
+    if sizes(gates) == wanted_sizes(unet):
+        return
+    advice = "Use the --model that it was trained for, or train gates for this one"
+    for known, what in (("emoji", "the embedded model"), ("sd14", "Stable Diffusion 1.x")):
+        if sizes(gates) == wanted_sizes(expected_unet(known)):
+            advice = f"It fits {what}: use --model {known}"
+    (ours, its), (d, widths) = sizes(gates), wanted_sizes(unet)
+    raise UserError(
+        f"{path} is of another model: it corrects {len(its)} projections of a context of width {ours}, "
+        f"{name} has {len(widths)} of width {d}. {advice}."
+    )
 
 
 def read_prompts(preset: str) -> "Prompts":
@@ -716,6 +743,19 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
+@contextmanager
+def kept(state: Path) -> Iterator[None]:
+    """Where the disk is too full for what was trained, UserError says that the training need not begin anew."""
+    from weights import Unwritten, UserError, disk_full
+
+    try:
+        yield
+    except Unwritten as error:
+        if disk_full(error.error) and state.exists():
+            raise UserError(f"{error}, then go on with --resume") from error
+        raise
+
+
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
     """Train the gates of one target and write their file; its settings, losses and place."""
     import cpe
@@ -729,7 +769,8 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
         "alpha": str(gates.alpha[0].item()),
         "version": "1",
     }
-    save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
+    with kept(state_file(out)):
+        save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
     state_file(out).unlink(missing_ok=True)
     return {**settings, "losses": losses, "out": str(out)}
 
@@ -772,8 +813,7 @@ def generate(args: argparse.Namespace) -> dict:
         return many.generate(args)
     out = args.out or Path("images/generated.png")
     check_picture(out)
-    if args.gates:
-        load_gates(args.gates)  # what is wrong with them shows before a model is downloaded
+    check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
     check_writable(out)
@@ -804,6 +844,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
+    check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
     gates = load_gates(args.gates, model)
     warn_of_odd_words(args, [args.prompt])
@@ -992,15 +1033,17 @@ def bake(args: argparse.Namespace) -> dict:
     check_writable(args.out)
     preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
     prompts = read_prompts(preset)
+    check_gates(args.gates, args.model)
+    concepts = read_concepts(args.gates, preset)
     model = open_model(args, ("text_encoder", "unet", "vae"))
     gates = load_gates(args.gates, model)
-    concepts = read_concepts(args.gates, preset)
     baker = build_baker(args, model, gates, concepts, prompts)
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     run_trainer(baker, state_file(args.out), run_name(settings), args.resume, "baking")
-    save_model(model, args.out, text_encoder=baker.tensors())
+    with kept(state_file(args.out)):
+        save_model(model, args.out, text_encoder=baker.tensors())
     state_file(args.out).unlink(missing_ok=True)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}

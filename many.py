@@ -244,8 +244,7 @@ def generate(args: argparse.Namespace) -> dict:
     folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
     names = picture_names([prompt for _, prompt in lines])
     mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
-    if args.gates:
-        commands.load_gates(args.gates)  # what is wrong with them shows before a model is downloaded
+    commands.check_gates(args.gates, args.model)
     model = commands.open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = commands.load_gates(args.gates, model) if args.gates else None
     check_writable(folder / names[0])

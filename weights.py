@@ -13,6 +13,7 @@ Whatever a user can mend raises `UserError`. Built on torch and safetensors; hug
 """
 
 import errno
+import filecmp
 import glob
 import hashlib
 import json
@@ -47,6 +48,16 @@ from vae import VAE
 
 class UserError(Exception):
     """Something the user can mend; the message says what was wrong, where, and what to do next."""
+
+
+class Unwritten(UserError):
+    """A file or folder that could not be written, and the `error` that says why; also a full disk."""
+
+    def __init__(self, path: Path, error: Exception):
+        reason = getattr(error, "strerror", None) or error
+        hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
+        super().__init__(f"{path} could not be written: {hint}")
+        self.error = error
 
 
 SD14 = "CompVis/stable-diffusion-v1-4"
@@ -145,9 +156,7 @@ def beside(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         yield temporary
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
-        raise UserError(f"{path} could not be written: {hint}") from error
+        raise Unwritten(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -741,7 +750,11 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
                 f"({first_line(error.__cause__ or error)}). {HELP}"
             ) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
-            advice = "make room on the disk, or set HF_HOME to another" if disk_full(error) else "try again"
+            advice = "try again"
+            if disk_full(error):
+                advice = "make room on the disk, or set HF_HOME to another"
+            elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
+                advice = "check that folder, or set HF_HOME to another"
             failed = f"downloading {names[0]} of {repository} failed ({first_line(error)})"
             raise UserError(f"{failed}: {advice}. {HELP}") from error
         folder = path.parents[names[0].count("/")]
@@ -977,6 +990,13 @@ def load_model(
     return model
 
 
+def expected_unet(name: str) -> UNet:
+    """The U-Net of "sd14" or "emoji", with no memory behind its tensors: what gates must fit. Downloads nothing."""
+    if name == "sd14":
+        return Part(UNet, SD14_CONFIGS["unet"], Path(), diffusers_name).empty()
+    return folder_part(shipped(name) / "unet", "unet", torch.float32).empty()
+
+
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 
 
@@ -1047,12 +1067,33 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
         scheduler = {"_class_name": "DDIMScheduler", **model.schedule.config}
         write_text(temporary / SCHEDULER, json.dumps(scheduler, indent=2))
         write_text(temporary / "model_index.json", json.dumps(MODEL_INDEX, indent=2))
-        os.replace(temporary, folder)
+        appear(temporary, folder)
+    except Unwritten as error:  # a file in it, under a name that the user never gave
+        raise Unwritten(folder, error.error) from error
     except OSError as error:
-        raise UserError(f"{folder} could not be written: {error}. Make room, or choose another place") from error
+        raise Unwritten(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def appear(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name; UserError if another run has put a different one there meanwhile."""
+    try:
+        os.replace(temporary, folder)
+    except OSError as error:
+        if not os.path.exists(folder):
+            raise
+        if not same_files(temporary, folder):
+            raise UserError(
+                f"{folder} exists already, written by another run meanwhile: choose another name"
+            ) from error
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:

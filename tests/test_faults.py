@@ -23,13 +23,16 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_download import Handler, server  # noqa: F401  a fixture
+from tiny import ON_DISK
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bake as baking
 import commands
+import compare
 import cpe
 import evaluate
+import sampler
 import weights
 from weights import UserError
 
@@ -115,13 +118,27 @@ def run_generate_forever(model: Path, folder: Path) -> None:
         commands.main(generate(model, folder / "x.png", "--json", str(folder / "x.json"), "--seed", str(seed)))
 
 
-def run_download(endpoint: str, cache: Path) -> None:
-    """A process that fetches a model from a server on this machine."""
+def run_bake(arguments: list[str], cache: Path, all_there) -> None:
+    """A process that bakes and waits for the others before it writes the model."""
+    save_model = weights.save_model
+
+    def save_together(*model, **changed) -> Path:
+        all_there.wait(60)
+        return save_model(*model, **changed)
+
+    weights.save_model = save_together
+    run_command(arguments, cache)
+
+
+def run_download(endpoint: str, cache: Path, all_there=None) -> None:
+    """A process that fetches a model from a server on this machine, at the same time as others if it shall wait."""
     silent()
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = str(cache), False, True
     constants.DOWNLOAD_CHUNK_SIZE = 512
+    if all_there:
+        all_there.wait(60)
     weights.load_model("sd14")
 
 
@@ -276,6 +293,43 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["same settings", "other settings"])
+def test_two_bakes_into_one_folder_leave_the_model_of_one(tiny_original, tmp_path, seeds):
+    out, all_there = tmp_path / "out", FORKSERVER.Barrier(2)
+    arguments = [bake(tiny_original, out / "x", tmp_path / "gates.safetensors", "--seed", str(seed)) for seed in seeds]
+    codes = [ended(p) for p in [start(run_bake, each, tmp_path / "cache", all_there) for each in arguments]]
+    assert sorted(codes) == ([0, 0] if seeds[0] == seeds[1] else [0, 2])
+    first = codes.index(0)
+    alone = bake(tiny_original, tmp_path / "alone", tmp_path / "gates.safetensors", "--seed", str(seeds[first]))
+    assert ended(start(run_command, alone, tmp_path / "cache")) == 0
+    assert contents(out / "x") == contents(tmp_path / "alone")
+    assert [path.name for path in out.iterdir()] == ["x"]
+
+
+def test_another_model_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path):
+    for name, text in (("theirs", "a"), ("same", "a"), ("other", "b")):
+        weights.write_text(tmp_path / name / "unet" / "config.json", text)
+    weights.appear(tmp_path / "same", tmp_path / "theirs")
+    with pytest.raises(UserError, match="theirs exists already, written by another run meanwhile: choose another name"):
+        weights.appear(tmp_path / "other", tmp_path / "theirs")
+    assert contents(tmp_path / "theirs") == {"unet/config.json": b"a"}
+
+
+def test_two_downloads_into_one_cache_end_as_one(server, tiny, tmp_path):  # noqa: F811
+    cache, all_there = tmp_path / "hub", FORKSERVER.Barrier(2)
+    processes = [start(run_download, constants.ENDPOINT, cache, all_there) for _ in range(2)]
+    assert [ended(process) for process in processes] == [0, 0]
+    (snapshot,) = cache.glob("*/snapshots/*")
+    assert contents(snapshot).items() <= contents(tiny).items()
+    assert sorted(contents(snapshot)) == sorted(set(server.downloads))
+    assert len(list(cache.glob("*/blobs/*"))) == len(set(contents(snapshot).values()))  # nothing half-written
+
+
 # --- No room, no rights ------------------------------------------------------------------------------------------
 
 
@@ -324,6 +378,30 @@ def test_a_full_disk_is_named_and_left_as_it_was(run, mounted, tiny_original):
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("room", ["16k", "200k"], ids=["for no network", "for one network"])
+def test_a_model_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(run, mounted, tiny_original, tmp_path, room):
+    folder = mounted(f"size={room}")
+    code, said = run(bake(tiny_original, folder / "x", tmp_path / "gates.safetensors"))
+    assert code == 2
+    assert said.splitlines()[-1].endswith(f"cpe.py: {folder / 'x'} could not be written: the disk is full: make room")
+    assert list(folder.iterdir()) == []
+
+
+def test_what_was_trained_before_the_disk_was_full_is_not_lost(run, mounted, tiny_original, tmp_path, monkeypatch):
+    folder = mounted("size=200k")
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", 0)
+    arguments = bake(tiny_original, folder / "x", tmp_path / "gates.safetensors")
+    code, said = run(arguments)
+    assert code == 2
+    assert "the disk is full: make room, then go on with --resume" in said
+    assert list(folder.iterdir()) == [commands.state_file(folder / "x")]
+    mounted("remount,size=2m")
+    monkeypatch.setattr(baking.Baker, "update", pytest.fail)  # every step is done
+    assert run([*arguments, "--resume"])[0] == 0
+    assert_whole(folder)
+    assert list(folder.iterdir()) == [folder / "x"]
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
@@ -336,8 +414,10 @@ def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original
     folder = mounted("ro")
     monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
     monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
     for arguments in (
         train(tiny_original, folder / "x.safetensors"),
+        bake(tiny_original, folder / "x", Path("gates.safetensors")),
         generate(tiny_original, folder / "new" / "x.png"),
         generate(tiny_original, Path("x.png"), "--json", str(folder / "x.json")),
         generate(tiny_original, folder.parent),
@@ -345,7 +425,43 @@ def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original
         code, said = run(arguments)
         assert code == 2
         assert "Read-only file system: check the folder" in said or "is a folder" in said
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["mounted"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["gates.safetensors", "mounted"]
+
+
+def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):  # noqa: F811
+    cache = mounted("size=300k")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    drawing = generate(Path("sd14"), Path("x.png"))
+    with pytest.warns(UserWarning, match="Not enough free disk space"):
+        code, said = run(drawing)
+    assert code == 2
+    assert "downloading unet/diffusion_pytorch_model.safetensors" in said
+    assert "make room on the disk, or set HF_HOME to another" in said
+    (snapshot,) = cache.glob("*/snapshots/*")
+    finished = contents(snapshot)
+    assert "text_encoder/model.safetensors" in finished
+    assert finished.items() <= contents(server.folder).items()
+    assert len(list(cache.glob("*/blobs/*"))) == len(finished)  # nothing half-written
+    mounted("remount,size=2m")
+    server.requests.clear()
+    assert run(drawing)[0] == 0
+    assert not finished.keys() & set(server.downloads)
+
+
+def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted, server, monkeypatch):  # noqa: F811
+    cache = mounted("ro")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    drawing = generate(Path("sd14"), Path("x.png"))
+    code, said = run(drawing)
+    assert code == 2
+    assert "Read-only file system" in said
+    assert str(cache) in said
+    assert "check that folder, or set HF_HOME to another" in said
+    assert "try again" not in said
+    mounted("remount,rw,size=2m")
+    assert run(drawing)[0] == 0
+    mounted("remount,ro")
+    assert run(drawing)[0] == 0
 
 
 @pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
@@ -422,19 +538,116 @@ def asked(monkeypatch) -> list[tuple]:
     return asked
 
 
-def test_offline_nothing_is_connected_to(run, tiny_original, asked, monkeypatch, tmp_path):
+@pytest.fixture
+def in_short(monkeypatch, tmp_path) -> list[list[str]]:
+    """`demo` and `compare` as they are called, but quick: of the same code, with few steps, concepts and images."""
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))  # or what another test has measured would be read
+    enough = cpe.Prompts(FEW.templates, FEW.general, [*FEW.domain, *map(str, range(36))])  # for every group of images
+    monkeypatch.setattr(compare, "read_prompts", lambda preset: enough)
+    monkeypatch.setattr(compare, "SCENARIOS", {"object": compare.Scenario(("red heart",))})
+    monkeypatch.setattr(compare, "QUICK", compare.Budget(erased=1, near=1, others=1, attacked=0, steps=1))
+    monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.005))
+    return [["demo", "--images", "1", "--steps", "1"], ["compare", "--quick"]]
+
+
+def test_offline_nothing_is_connected_to(run, tiny_original, asked, in_short, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert run(train(tiny_original, Path("x.safetensors")))[0] == 0
     gates = ["--gates", "x.safetensors", "--before-after"]
     assert run(generate(tiny_original, Path("x.png"), *gates))[0] == 0
     assert run(["inspect", "x.safetensors", "--prompt", "a cat", "--model", str(tiny_original)])[0] == 0
+    assert run(bake(tiny_original, Path("baked"), Path("gates.safetensors"), "--images", "1", "--steps", "1"))[0] == 0
     assert run(generate(Path("sd14"), Path("y.png")))[0] == 2
+    assert run(["compare", "--quick", "--model", "sd14"])[0] == 2
+    assert run(["compare", "--quick", "--clip", "openai/clip-vit-base-patch32"])[0] == 2
+    for arguments in in_short:
+        assert run(arguments)[0] == 0
     assert asked == []
 
 
-def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked):  # noqa: F811
+def gates_for(name: str) -> Path:
+    """A gate file that fits sd14, or the embedded model; its metadata say as little of that as the authors' do."""
+    d, widths = commands.wanted_sizes(weights.expected_unet(name))
+    gates = cpe.ResAG(widths, d, r=1).initialise(torch.Generator().manual_seed(0))
+    save_file(cpe.to_tensors(gates), f"{name}.safetensors", {"prompts": "red heart"})
+    return Path(f"{name}.safetensors")
+
+
+WITH_GATES = {
+    "generate": ["generate", "a cat", "--gates"],
+    "generate many": ["generate", "--prompts", "prompts.txt", "--gates"],
+    "inspect": ["inspect", "--prompt", "a cat"],
+    "bake": ["bake", "--out", "baked", "--gates"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_GATES)
+def test_gates_of_another_model_are_named_before_one_is_downloaded(run, server, asked, command):  # noqa: F811
+    Path("prompts.txt").write_text("a cat")
+    for gates, model, title in (
+        ("emoji", "sd14", "the embedded model"),
+        ("sd14", "emoji", "Stable Diffusion 1.x"),
+    ):
+        code, said = run([*WITH_GATES[command], str(gates_for(gates)), "--model", model])
+        assert code == 2
+        assert f"{gates}.safetensors is of another model" in said
+        assert f"It fits {title}: use --model {gates}." in said
+    assert asked == []
+
+
+def test_gates_of_an_unknown_model_are_for_the_one_that_they_were_trained_for(run, asked):
+    gates = cpe.ResAG({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 8}, d=1024)
+    save_file(cpe.to_tensors(gates.initialise(torch.Generator())), "x.safetensors")  # no metadata
+    code, said = run([*WITH_GATES["inspect"], "x.safetensors"])
+    assert code == 2
+    assert "context of width 1024, sd14 has 32 of width 768. Use the --model that it was trained for" in said
+    assert asked == []
+
+
+def test_of_several_gates_the_one_of_another_model_is_named(run):
+    two = ["--gates", str(gates_for("emoji")), "--gates", str(gates_for("sd14"))]
+    code, said = run(["generate", "a cat", *two, "--model", "emoji"])
+    assert code == 2
+    assert said.startswith("cpe.py: sd14.safetensors is of another model")
+
+
+def test_gates_that_say_nothing_of_their_model_are_used_if_they_fit(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "not in the Hugging Face cache" in run([*WITH_GATES["inspect"], str(gates_for("sd14"))])[1]
+    assert run([*WITH_GATES["inspect"], str(gates_for("emoji")), "--model", "emoji"])[0] == 0
+
+
+def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked, monkeypatch, tmp_path):  # noqa: F811
     assert run(generate(Path("sd14"), Path("x.png")))[0] == 0
+    monkeypatch.setitem(weights.SD14_CONFIGS, "unet", ON_DISK["unet"])  # whose gates these are
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert run([*bake(server.folder, Path("baked"), Path("gates.safetensors")), "--model", "sd14"])[0] == 0
+    assert server.downloads.count("text_encoder/model.safetensors") == 2
+    assert set(asked) == {("127.0.0.1", server.server_port)}
+
+
+def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_short):  # noqa: F811
+    for arguments in in_short:
+        assert run(arguments)[0] == 0
+    assert asked == []
+
+
+def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):  # noqa: F811
+    server.folder = Path(shutil.copytree(tiny / "tokenizer", tiny / "clip", dirs_exist_ok=True))
+    comparison = [
+        "compare",
+        "--quick",
+        "--eraser",
+        "uce",
+        "--model",
+        str(tiny),
+        "--clip",
+        weights.SD14,
+    ]  # the server's only name
+    assert run(comparison)[0] == 0
+    assert "model.safetensors" in server.downloads
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
 
@@ -547,6 +760,48 @@ def test_a_text_encoder_is_baked_on_the_device(model, elsewhere):
 
 def test_images_on_the_device_are_compared(elsewhere):
     assert evaluate.cmmd(torch.ones(3, 4, device=elsewhere), torch.ones(2, 4, device=elsewhere)) is not None
+
+
+@pytest.fixture
+def card() -> str:
+    """A real graphics card; skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no graphics card")
+    return "cuda"
+
+
+def test_a_graphics_card_draws_what_the_cpu_draws(tiny_original, tmp_path, card, monkeypatch):
+    bake(tiny_original, tmp_path / "x", tmp_path / "gates.safetensors")  # writes the gates
+    starts, sample, latents = [], sampler.sample, {}
+
+    def watched(unet, schedule, start, *settings):
+        starts.append(start.cpu())
+        return sample(unet, schedule, start, *settings)
+
+    monkeypatch.setattr(sampler, "sample", watched)
+    for device in ("cpu", card):
+        model = weights.load_model(tiny_original, device=device)
+        for gates in (None, commands.load_gates([tmp_path / "gates.safetensors"], model)):
+            *_, last = cpe.denoise(model, ["a red heart", "a cat"], [3, 4], gates, steps=4)
+            assert last.device.type == device
+            assert cpe.decode(model, last).isfinite().all()
+            latents[device, gates is not None] = last.cpu()
+    assert all(torch.equal(start, starts[0]) for start in starts)
+    for with_gates in (False, True):  # a card rounds what its convolutions multiply to eleven bits
+        torch.testing.assert_close(latents[card, with_gates], latents["cpu", with_gates], rtol=0, atol=0.05)
+    assert (latents[card, True] - latents[card, False]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["resag", "context"])
+def test_a_graphics_card_trains_what_the_cpu_trains(run, tiny_original, card, kind):
+    losses = {}
+    for device in ("cpu", card):
+        arguments = train(tiny_original, Path("x.safetensors"), "red heart", "--gate", kind, "--device", device)
+        assert run([*arguments, "--json", "x.json"])[0] == 0
+        losses[device] = json.loads(Path("x.json").read_text())["losses"]
+        gates = commands.load_gates([Path("x.safetensors")])
+        assert all(parameter.isfinite().all() for parameter in gates.parameters())
+    assert losses[card] == pytest.approx(losses["cpu"], rel=0.01)
 
 
 def test_a_device_without_float64_is_told_from_one_that_has_it(elsewhere):
