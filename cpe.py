@@ -963,8 +963,8 @@ def denoise(
 ) -> Iterator[Tensor]:
     """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
 
-    An image depends on its own prompt and seed alone, whatever else is in the batch. ValueError as of
-    `sampler.check_steps`, at the first step.
+    An image depends on its own prompt and seed alone, whatever else is in the batch. ValueError unless there
+    are as many of both, and as of `sampler.check_steps`, at the first step.
     """
     return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
 
@@ -979,7 +979,12 @@ def denoise_context(
     guidance_scale: float = 7.5,
     method: str = "ddim",
 ) -> Iterator[Tensor]:
-    """As `denoise`, from contexts [B, T, d]: what an attacker who feeds embeddings instead of words gets."""
+    """As `denoise`, from contexts [B, T, d]: what an attacker who feeds embeddings instead of words gets.
+
+    ValueError unless there are as many seeds as contexts.
+    """
+    if len(seeds) != len(context):
+        raise ValueError(f"every image needs a prompt and a seed, not {len(context)} prompts and {len(seeds)} seeds")
     unet = model.unet
     c, size = unet.config["in_channels"], unet.config["sample_size"]
     noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

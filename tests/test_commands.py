@@ -76,6 +76,13 @@ def test_an_image_depends_on_its_own_prompt_and_seed_alone(tiny):
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("prompts", "seeds"), [(["a cat"], [3, 4]), (["a cat", "a dog"], [3])])
+def test_an_image_without_a_prompt_or_a_seed_is_no_image(tiny_original, prompts, seeds):
+    model = weights.load_model(tiny_original)
+    with pytest.raises(ValueError, match="every image needs a prompt and a seed"):
+        list(cpe.denoise(model, prompts, seeds, steps=1))
+
+
 def test_gates_change_the_image(run):
     run(*TRAIN, "--steps-scale", "0.2")
     code, _ = run(
@@ -168,7 +175,7 @@ def test_inspect_prints_a_gate_value_for_every_token(run):
     assert figures["targets"] == ["red heart"]
     assert len(figures["gates"][0]) == len(figures["tokens"])
     assert all(token in said for token in figures["tokens"])
-    assert all(0 < value < 1 for value in figures["gates"][0])
+    assert all(0 <= value <= 1 for value in figures["gates"][0])  # far from its bend, a sigmoid rounds to these
 
 
 def test_words_that_the_embedded_model_never_read_are_named_where_gates_are_to_open():

@@ -8,6 +8,7 @@ import zlib
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
@@ -848,32 +849,89 @@ def test_all_outputs_of_a_layer_norm_agree_in_one_direction():
     torch.testing.assert_close(E @ cpe.constant_direction(norm), torch.ones(5, T, dtype=E.dtype))
 
 
-@pytest.mark.parametrize("kind", ["resag", "context", "bias"])
-def test_a_margin_moves_the_bend_of_the_gate_and_nothing_else(kind):
+def newton(X, sign, weight, ridge, steps=60):
+    """Logistic regression with a ridge on all but the last column of X, by Newton's method in numpy."""
+    X, sign, weight = (np.asarray(each, dtype=np.float64) for each in (X, sign, weight))
+    shrink, v = np.diag([2 * ridge] * (X.shape[1] - 1) + [0]), np.zeros(X.shape[1])
+
+    def total(v):
+        return (weight * np.logaddexp(0, -sign * (X @ v))).sum() + ridge * v[:-1] @ v[:-1]
+
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(sign * (X @ v)))
+        gradient = -X.T @ (weight * p * sign) + shrink @ v
+        step = np.linalg.solve((X.T * (weight * p * (1 - p))) @ X + shrink, gradient)
+        size = 1.0
+        while total(v - size * step) > total(v) and size > 1e-6:
+            size /= 2
+        v = v - size * step
+    return v
+
+
+def test_tokens_are_separated_as_by_logistic_regression():
+    wanted, spared = 0.5 + normal(30, d, seed=1).double(), normal(6, 20, d, seed=2).double()
+    shares = torch.rand(30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    v, b = cpe.separate(wanted, shares, spared)
+
+    rows, deviation = torch.cat([wanted, spared.flatten(0, 1)]), spared.flatten(0, 1).std(dim=0)
+    X = torch.cat([rows / deviation, torch.ones(len(rows), 1)], dim=1)
+    weights = torch.cat([shares, torch.full((120,), 10 / 120)])
+    expected = newton(X, [1] * 30 + [-1] * 120, weights, 1e-4)
+    np.testing.assert_allclose((rows @ v + b).numpy(), X.numpy() @ expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["resag", "context", "token-wise"])
+@pytest.mark.parametrize("adversaries", [0, 3])
+def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adversaries):
     norm = torch.nn.LayerNorm(d).double()
     with torch.no_grad():
         norm.weight.copy_(1 + 0.1 * normal(d, seed=1))
         norm.bias.copy_(normal(d, seed=2))
-        contexts = Data(*(norm(E.double()).detach() for E in (data().targets, data().surrogates, data().anchors)), None)
+        E = data()
+        contexts = Data(*map(norm, (2 * normal(d, seed=3) + E.targets, E.surrogates, E.anchors.double(), E.empty)))
     contexts.one = cpe.constant_direction(norm)
     made = variants.trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), 0, kind)
     randomised(made.gates)
-    made.core.scaler.data.copy_(contexts.targets.mean(dim=(0, 1))[:, None])  # open on the target
+    made.deltas = 0.1 * normal(adversaries, T, d, seed=5).double()
     made.begin()
     g, z = made.core.read(contexts.targets @ made.core.columns())
-    up = made.core.lora_up.clone()
+    before = {name: tensor.clone() for name, tensor in made.core.state_dict().items()}
     made.sharpen()
 
+    def attended(E):
+        return made.core.attended(E)[0].detach()
+
     energy = made.objective.energy(made.shifts)
-    logits, shares = torch.logit(g[0]), energy / energy.sum()
+    shares = energy / energy.sum()
+    i = torch.arange(adversaries) % len(contexts.targets)
+    moved = made.objective.energy(made.shifts[i] - made.deltas)
+    v, b = cpe.separate(
+        torch.cat([attended(contexts.targets), attended(contexts.targets[i] + made.deltas)]),
+        torch.cat([shares, moved / moved.sum()]),
+        torch.cat([attended(contexts.anchors), attended(contexts.empty)]),
+    )
+    logits = attended(contexts.targets) @ v + b
     by_logit = sorted(zip(logits.flatten().tolist(), shares.flatten().tolist(), strict=True))
     m = next(l for i, (l, _) in enumerate(by_logit) if sum(share for _, share in by_logit[: i + 1]) >= 0.2)
-    assert m > 0
+    assert m > 0.1
     new = torch.sigmoid(4 * (logits - 0.6 * m) / (0.4 * m))
     sharp, codes = made.core.read(contexts.targets @ made.core.columns())
     torch.testing.assert_close(sharp[0], new)
-    torch.testing.assert_close(made.core.lora_up, up * (shares * g[0]).sum() / (shares * new).sum())
     torch.testing.assert_close(codes / sharp[..., None], z / g[..., None])
+    after = made.core.state_dict()
+    torch.testing.assert_close(after["lora_up"], before["lora_up"] * (shares * g[0]).sum() / (shares * new).sum())
+    assert all(after[name].equal(before[name]) for name in ("w_qs", "lora_down", "scale"))
+
+
+def test_a_gate_that_cannot_tell_the_target_is_left_as_it_was():
+    contexts = data()
+    contexts.anchors, contexts.one = contexts.targets.half(), normal(d)
+    made = Trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.5))
+    randomised(made.gates)
+    made.begin()
+    before = {name: tensor.clone() for name, tensor in made.gates.state_dict().items()}
+    made.sharpen()
+    assert all(tensor.equal(before[name]) for name, tensor in made.gates.state_dict().items())
 
 
 @pytest.mark.parametrize("wrong", [{"margin": 0.5}, {"margin": 1.0}, {"margin": -0.1}])
