@@ -478,7 +478,7 @@ class Recipe:
     noise: float = 1e-3  # of an anchor, as a share of its Frobenius norm
     even: bool = False  # whether all templates weigh alike, however long their shifts; the paper's weigh as they are
     rise: float = 0.0  # share of the first stage in which lambda grows from 0, as the square of the steps; paper: none
-    margin: float = 0.0  # where a trained gate bends, as a share of its logit on the target; paper: at 0. See `sharpen`
+    margin: float = 0.0  # if not 0, a trained gate is solved for anew, to bend there; paper: never. See `sharpen`
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe with `factor` times the steps: trades quality for time. ValueError unless factor > 0."""
@@ -506,7 +506,7 @@ PRESETS = {
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,
-        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.5,
+        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25,
     ),
 }  # fmt: skip
 # A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone. It
@@ -646,23 +646,25 @@ def prepare(
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
-def separate(wanted: Tensor, shares: Tensor, spared: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression of tokens: v [d] and b [] with h v + b > 0 on the side of `wanted`, by L-BFGS.
+def separate(wanted: Tensor, shares: Tensor, spared: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Logistic regression of tokens near a known solution v_0: v [d] and b [], h v + b > 0 on the side of `wanted`.
 
-        sum_t shares_t log(1 + exp(-l_t)) + 10 mean_a log(1 + exp(l_a)) + 1e-4 |v|^2  least of all,   l = h v + b
+        sum_t shares_t log(1 + exp(-l_t)) + 10 mean_a log(1 + exp(l_a)) + 1e-3 |v - v_0|^2  least,   l = h v + b
 
-    wanted [..., d], with shares [...], against spared [..., d], in whose deviations |v| is measured.
+    wanted [..., d], with shares [...], against spared [..., d], in whose deviations |v - v_0| is measured; v_0 is
+    `start` [d]. Convex; by L-BFGS.
     """
     wanted, shares, spared = wanted.flatten(0, -2), shares.flatten(), spared.flatten(0, -2)
     mean, deviation = spared.mean(dim=0), spared.std(dim=0).clamp(min=1e-6)
     wanted, spared = (wanted - mean) / deviation, (spared - mean) / deviation
-    v, b = wanted.new_zeros(wanted.shape[1], requires_grad=True), wanted.new_zeros((), requires_grad=True)
+    v_0 = start * deviation
+    v, b = v_0.clone().requires_grad_(), (mean @ start).requires_grad_()
     optimizer = torch.optim.LBFGS([v, b], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         missed = (shares * F.softplus(-(wanted @ v + b))).sum()
-        total = missed + 10 * F.softplus(spared @ v + b).mean() + 1e-4 * v @ v
+        total = missed + 10 * F.softplus(spared @ v + b).mean() + 1e-3 * (v - v_0).square().sum()
         total.backward()
         return total
 
@@ -888,7 +890,7 @@ class Trainer:
     def sharpen(self) -> None:
         """Solve the scaler of the trained gate anew, with a margin; ours, not the paper's.
 
-            v, b  separate what is to be moved from the anchors,  l = H v + b  (`separate`)
+            v, b  separate what is to be moved from the anchors (`separate`),   l = H v + b
             g = sigmoid(t (l - c)),   c = margin m,   t = 4 / (m - c)
 
         At most a fifth of what must be moved lies at tokens of the target with l below m. Steps of training stop
@@ -905,7 +907,8 @@ class Trainer:
             H = core.attended(data.targets)[0]
             H_adv = core.attended(data.targets[i] + self.deltas)[0]
             H_anchor = [core.attended(part.to(H))[0] for part in (*data.anchors.split(64), data.empty)]
-        v, b = separate(torch.cat([H, H_adv]), torch.cat([shares, attacked]), torch.cat(H_anchor))
+        wanted, spared = torch.cat([H, H_adv]), torch.cat(H_anchor)
+        v, b = separate(wanted, torch.cat([shares, attacked]), spared, core.scaler[0, :, 0].detach())
         logits, order = (H @ v + b).flatten().sort()
         m = logits[(shares.flatten()[order].cumsum(0) < 0.2).sum().clamp(max=len(logits) - 1)].item()
         if m < 0.1:  # it is hardly open on the target, and would become a step

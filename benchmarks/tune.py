@@ -40,7 +40,7 @@ def product(**choices: list) -> list[dict]:
 
 ASIDE = {  # two more questions about CPE's preset, on scenarios of their own
     "surrogate": (TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
-    "margin": ([TEN], product(margin=[0.5, 0.0])),  # merged gates: with one target it changes little
+    "margin": ([TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
 }
 GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
     "cpe": [

@@ -849,17 +849,17 @@ def test_all_outputs_of_a_layer_norm_agree_in_one_direction():
     torch.testing.assert_close(E @ cpe.constant_direction(norm), torch.ones(5, T, dtype=E.dtype))
 
 
-def newton(X, sign, weight, ridge, steps=60):
-    """Logistic regression with a ridge on all but the last column of X, by Newton's method in numpy."""
-    X, sign, weight = (np.asarray(each, dtype=np.float64) for each in (X, sign, weight))
-    shrink, v = np.diag([2 * ridge] * (X.shape[1] - 1) + [0]), np.zeros(X.shape[1])
+def newton(X, sign, weight, ridge, start, steps=60):
+    """Logistic regression, all but the last coefficient drawn to those of `start`, by Newton's method in numpy."""
+    X, sign, weight, start = (np.asarray(each, dtype=np.float64) for each in (X, sign, weight, start))
+    shrink, v = np.diag([2 * ridge] * (X.shape[1] - 1) + [0]), start
 
     def total(v):
-        return (weight * np.logaddexp(0, -sign * (X @ v))).sum() + ridge * v[:-1] @ v[:-1]
+        return (weight * np.logaddexp(0, -sign * (X @ v))).sum() + shrink.diagonal() @ (v - start) ** 2 / 2
 
     for _ in range(steps):
         p = 1 / (1 + np.exp(sign * (X @ v)))
-        gradient = -X.T @ (weight * p * sign) + shrink @ v
+        gradient = -X.T @ (weight * p * sign) + shrink @ (v - start)
         step = np.linalg.solve((X.T * (weight * p * (1 - p))) @ X + shrink, gradient)
         size = 1.0
         while total(v - size * step) > total(v) and size > 1e-6:
@@ -871,12 +871,13 @@ def newton(X, sign, weight, ridge, steps=60):
 def test_tokens_are_separated_as_by_logistic_regression():
     wanted, spared = 0.5 + normal(30, d, seed=1).double(), normal(6, 20, d, seed=2).double()
     shares = torch.rand(30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    v, b = cpe.separate(wanted, shares, spared)
+    start = normal(d, seed=4).double()
+    v, b = cpe.separate(wanted, shares, spared, start)
 
     rows, deviation = torch.cat([wanted, spared.flatten(0, 1)]), spared.flatten(0, 1).std(dim=0)
     X = torch.cat([rows / deviation, torch.ones(len(rows), 1)], dim=1)
     weights = torch.cat([shares, torch.full((120,), 10 / 120)])
-    expected = newton(X, [1] * 30 + [-1] * 120, weights, 1e-4)
+    expected = newton(X, [1] * 30 + [-1] * 120, weights, 1e-3, torch.cat([start * deviation, torch.zeros(1)]))
     np.testing.assert_allclose((rows @ v + b).numpy(), X.numpy() @ expected, rtol=0.02, atol=0.05)
 
 
@@ -909,6 +910,7 @@ def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adv
         torch.cat([attended(contexts.targets), attended(contexts.targets[i] + made.deltas)]),
         torch.cat([shares, moved / moved.sum()]),
         torch.cat([attended(contexts.anchors), attended(contexts.empty)]),
+        before["scaler"][0, :, 0],
     )
     logits = attended(contexts.targets) @ v + b
     by_logit = sorted(zip(logits.flatten().tolist(), shares.flatten().tolist(), strict=True))
