@@ -647,12 +647,17 @@ def run(
 def fill(
     model: str, clip: str | None, preset: str, scenario: Scenario, methods: list[str], budget: Budget, seed: int
 ) -> None:
-    """Measure the cells of one scenario, on one core; they stay on disk, where `run` finds them."""
+    """Measure the cells of one scenario, on one core; they stay on disk, where `run` finds them.
+
+    It ends after a cell when the process that began it is no more: nobody is left to wait for the next.
+    """
     torch.set_num_threads(1)
     known = METHODS | ABLATIONS
     world = World(load_model(model), clip, preset)
+    parent = multiprocessing.parent_process()
     for _ in run(world, {"": scenario}, [known[name] for name in methods], budget, seed):
-        pass
+        if parent and not parent.is_alive():
+            return
 
 
 def side_by_side(

@@ -1,6 +1,7 @@
 """compare.py and variants.py: the rules that make the table honest, and the arithmetic of its cells."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,3 +294,13 @@ def test_a_preset_whose_scenarios_cannot_be_judged_is_refused(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert commands.main(["compare", *arguments]) == 2
     assert "--preset goes with --target, and styles are judged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("alive", "measured"), [(True, 3), (False, 1)])
+def test_a_process_whose_parent_was_killed_measures_no_further_cell(tiny_original, monkeypatch, alive, measured):
+    monkeypatch.setattr(compare.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: alive))
+    monkeypatch.setattr(compare, "run", lambda *all: (cells.append(i) for i in range(3)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    cells: list[int] = []
+    compare.fill(str(tiny_original), None, "emoji", compare.SCENARIOS["object"], ["cpe"], SMALL, 0)
+    assert len(cells) == measured
