@@ -699,7 +699,7 @@ def run_trainer(
     progress = bar(None, trainer.total, text)
     progress.update(trainer.done)
     try:
-        with between_steps() as asked:
+        with kept(state), between_steps() as asked:
             for report in trainer.steps():
                 losses |= report.losses
                 shown = {name: f"{value:.2g}" for name, value in report.losses.items()}

@@ -380,7 +380,8 @@ METHODS = {
     )
 }
 
-# What reviewers asked: each row changes one thing of CPE, or gives a linear eraser what CPE has.
+# What reviewers asked: each row changes one thing of CPE, or gives a linear eraser what CPE has. Bias, hard and mlp
+# keep the scaler that training found (`variants.trainer`): compare them with "cpe, no margin".
 ABLATIONS = {
     method.name: method
     for method in (

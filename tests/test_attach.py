@@ -346,7 +346,11 @@ def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
     reference.reference("diffusers", "StableDiffusionPipeline")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emoji").symlink_to(EMOJI)
-    weights.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(emoji_gates()[2]))
+    objective = emoji_gates()[1]
+    context_gate = cpe.ContextGate(192, r=4, k=2)
+    for parameter in context_gate.parameters():  # strong enough to be seen
+        parameter.data.normal_(0, 3 * parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
+    weights.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(context_gate.expand(objective.W)))
     names, hooks, images = {}, [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -357,5 +361,9 @@ def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
             images.append(names["image"])
     assert hooks == [2 * 7, 0]
     assert [image.size for image in images] == [(64, 64)] * 2
-    before, after = (torch.tensor(list(image.convert("L").tobytes())).float() for image in images)
-    assert (before - after).abs().mean() < 8  # of 255: one is the other's least-squares answer for all layers
+    torch.manual_seed(0)
+    cpe.detach(names["pipe"].unet)
+    images.append(names["pipe"](PROMPT, num_inference_steps=20, guidance_scale=4).images[0])
+    hooked, embedded, plain = (torch.tensor(list(image.convert("L").tobytes())).float() for image in images)
+    assert (hooked - plain).abs().mean() > 20  # of 255
+    assert (hooked - embedded).abs().mean() < 1  # expanded from one, so that the answer for all layers is exact

@@ -4,6 +4,7 @@ Nothing half-written is ever found, and a person is told what to do. Each comman
 model; `pytest -m slow tests/test_faults.py` kills each of them forty times on the embedded one.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -736,13 +737,23 @@ def test_images_are_made_on_the_device_from_noise_of_the_cpu(model, elsewhere, d
 
 
 @pytest.mark.parametrize("kind", ["resag", "context"])
-def test_gates_are_trained_on_the_device_from_chance_of_the_cpu(model, elsewhere, drawn_on, kind):
+def test_gates_are_trained_on_the_device_from_chance_of_the_cpu(model, elsewhere, drawn_on, kind, monkeypatch):
+    def separate(*tensors):  # L-BFGS looks at numbers, which this device has not
+        assert all(tensor.device == elsewhere for tensor in tensors)
+        separated.append(tensors)
+        return tensors[-1], tensors[-1].sum()
+
+    separated: list = []
+    monkeypatch.setattr(cpe, "separate", separate)
     model, prompts = moved(model, elsewhere), cpe.Prompts(["a {}", "{}"], ["dog", "cat"], ["tree", "house"])
     recipe = cpe.Recipe("x", 0.3, 1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=2, deltas=2, anchors=2)
-    data = cpe.prepare(recipe, prompts, ["heart"], model.encode, lambda wanted: model.encode(wanted).half().cpu())
+    recipe = dataclasses.replace(recipe, margin=0.25)
+    one = torch.ones(16).to(elsewhere)
+    data = cpe.prepare(recipe, prompts, ["heart"], model.encode, lambda wanted: model.encode(wanted).half().cpu(), one)
     layers = {name: x for name, x in model.unet.state_dict().items() if "attn2" in name}
     trainer = cpe.Trainer(cpe.Objective(layers), data, recipe, kind=kind)
     assert sum(1 for _ in trainer.steps()) == 6
+    assert len(separated) == 1
     assert {parameter.device for parameter in trainer.gates.parameters()} == {elsewhere}
     assert set(drawn_on) == {torch.device("cpu")}
 
