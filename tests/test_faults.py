@@ -5,6 +5,7 @@ model; `pytest -m slow tests/test_faults.py` kills each of them forty times on t
 """
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -401,6 +402,25 @@ def test_what_was_trained_before_the_disk_was_full_is_not_lost(run, mounted, tin
     assert run([*arguments, "--resume"])[0] == 0
     assert_whole(folder)
     assert list(folder.iterdir()) == [folder / "x"]
+
+
+def test_a_disk_that_fills_up_during_training_leaves_the_last_state(run, tiny_original, tmp_path, monkeypatch):
+    saved, save = [], weights.save_tensors
+
+    def save_once(path, *rest):
+        if saved:
+            raise weights.Unwritten(path, OSError(errno.ENOSPC, "No space left on device"))
+        if path.name.endswith(".state.safetensors"):
+            saved.append(path)
+        save(path, *rest)
+
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(weights, "save_tensors", save_once)
+    code, said = run(train(tiny_original, tmp_path / "x.safetensors"))
+    assert code == 2
+    assert "the disk is full: make room, then go on with --resume" in said
+    monkeypatch.setattr(weights, "save_tensors", save)
+    assert run([*train(tiny_original, tmp_path / "x.safetensors"), "--resume"])[0] == 0
 
 
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
