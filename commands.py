@@ -535,7 +535,7 @@ class Training:
 
 
 def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
-    """16 hexadecimal digits of a preset's prompts and of some weights [...]."""
+    """16 hexadecimal digits of a preset's prompts and of some weights."""
     import dataclasses
 
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(prompts)).encode())
@@ -641,10 +641,9 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
 
 @contextmanager
 def between_steps() -> Iterator[list[int]]:
-    """Ctrl-C is noted in the list that is given, for the block to end when it can; a second time it ends it at once.
+    """Ctrl-C is noted in the list that is given, for the block to end when it can; a second is a KeyboardInterrupt.
 
-    By KeyboardInterrupt. A state that is saved in the middle of a step has drawn its random numbers already: it would
-    not go on bit for bit.
+    A state that is saved in the middle of a step has drawn its random numbers already: it would not go on bit for bit.
     """
     asked: list[int] = []
 

@@ -194,7 +194,7 @@ def write_text(path: str | Path, text: str) -> None:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file in one piece, or not at all; `metadata` maps strings to strings.
 
-    Tensors of any shapes [...], on any device. UserError as of `atomic`.
+    Tensors of any shapes, on any device. UserError as of `atomic`.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
@@ -236,7 +236,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors [...] of a safetensors file, and its metadata. UserError for a pickle, or as of `opened`."""
+    """All tensors of a safetensors file, and its metadata. UserError for a pickle, or as of `opened`."""
     refuse_pickles(Path(path))
     with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -304,7 +304,7 @@ class Part:
         return names
 
     def check(self, expected: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-        """UserError that names every kind of mismatch between the tensors `expected` [...] and those in the file."""
+        """UserError that names every kind of mismatch between the tensors `expected` and those in the file."""
         bad = []
         with opened(self.path) as file:
             for name in expected.keys() & keys.keys():
@@ -333,7 +333,7 @@ class Part:
     ) -> Iterator[tuple[str, Tensor]]:
         """The tensors `expected` names, one after another, in a dtype on a device; call `check` first.
 
-        In the shapes [...] of `expected`. On a CPU and in the file's own dtype they ARE the memory map: not copied, and
+        In the shapes of `expected`. On a CPU and in the file's own dtype they ARE the memory map: not copied, and
         paged in on first use. UserError as of `opened`, KeyError for a name that the file does not have.
         """
         keys = self.keys()
@@ -774,7 +774,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hexadecimal digits of SHA-256 over named tensors [...]: names, shapes, and values rounded to half precision.
+    """16 hexadecimal digits of SHA-256 over named tensors: names, shapes, and values rounded to half precision.
 
     So files in any layout and both precisions of one model agree, and no edit escapes, as it would a sample.
     """
@@ -900,7 +900,7 @@ class Model:
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
         """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied.
 
-        KeyError for a tensor that the part does not have, RuntimeError for one of another shape [...].
+        KeyError for a tensor that the part does not have, RuntimeError for one of another shape.
         """
         twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
@@ -1099,7 +1099,7 @@ def same_files(one: Path, other: Path) -> bool:
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     """One network of a model: its file as it is, unless its tensors changed or lie among others.
 
-    ValueError for a `state` whose names or shapes [...] are not those of the network.
+    ValueError for a `state` whose names or shapes are not those of the network.
     """
     part = model.part(name)
     folder.mkdir(parents=True)
