@@ -347,6 +347,7 @@ class Objective:
         self.w = {name: a / (len(W[name]) * len(W)) for name, a in self.a.items()}
         # Neighbours of one width lie in one tensor [n, d_l, d]: a few batched products instead of 32 small ones.
         self.stacks = [torch.stack([W[n] for n in names]) for _, names in groupby(W, key=lambda name: len(W[name]))]
+        self.turned = [stack.mT.contiguous() for stack in self.stacks]  # see `Through`
         self.W = dict(zip(W, (each for stack in self.stacks for each in stack), strict=True))
         self.M = sum(self.w[name] * each.T @ each for name, each in self.W.items())
 
@@ -376,7 +377,7 @@ class Objective:
         ups = [run.unflatten(-1, W.shape[:2]).transpose(1, 2) for run, W in zip(runs, self.stacks, strict=True)]
         w = self.M.new_tensor(list(self.w.values())).split([len(W) for W in self.stacks])
         wU = [w_l[:, None, None] * U for w_l, U in zip(w, ups, strict=True)]
-        P = torch.cat([Through.apply(*pair) for pair in zip(wU, self.stacks, strict=True)], dim=1)
+        P = torch.cat([Through.apply(*each) for each in zip(wU, self.stacks, self.turned, strict=True)], dim=1)
         G = torch.cat([each @ U.mT for each, U in zip(wU, ups, strict=True)], dim=1)
         return P.flatten(1, 2), G
 
@@ -410,22 +411,27 @@ class Objective:
 class Through(torch.autograd.Function):
     """U W of stacked layers, U [N, n, k, d_l] and frozen W [n, d_l, d]: the one product that reads every weight.
 
-    Its gradient (W g^T)^T reads W row by row; autograd's g W^T is the same but takes twice as long.
+    Memory bounds it, and a product that reads a matrix row by row is the fastest: so it is given W^T [n, d, d_l], too,
+    for the way forward, and reads W for the gradient of U.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, U: Tensor, W: Tensor) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, U: Tensor, W: Tensor, W_T: Tensor) -> Tensor:
         """U W [N, n, k, d]."""
         ctx.save_for_backward(W)
-        return torch.einsum("Nnku,nud->Nnkd", U, W)
+        return by_rows(W_T, U)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of U [N, n, k, d_l], from that of U W; W has none."""
-        (W,) = ctx.saved_tensors
-        N, n, k, d = gradient.shape
-        columns = gradient.permute(1, 3, 0, 2).reshape(n, d, N * k)
-        return (W @ columns).unflatten(-1, (N, k)).permute(2, 0, 3, 1), None
+        return by_rows(ctx.saved_tensors[0], gradient), None, None
+
+
+def by_rows(W: Tensor, x: Tensor) -> Tensor:
+    """x W^T of stacked layers, W [n, m, c] and few rows x [N, n, k, c] -> [N, n, k, m], as (W x^T)^T."""
+    N, n, k, c = x.shape
+    columns = x.permute(1, 3, 0, 2).reshape(n, c, N * k)
+    return (W @ columns).unflatten(-1, (N, k)).permute(2, 0, 3, 1)
 
 
 def penalty(z: Tensor, G: Tensor) -> Tensor:
@@ -762,13 +768,11 @@ class Trainer:
         """Anchor contexts [n+1, T, d], mixed from random pairs, and their noise [n+1]; the last is '' without noise."""
         n, count = self.recipe.anchors, len(self.data.anchors)
         first, second = torch.randint(count, (2, n), generator=self.generator)
-        # Beta(1, 1) is uniform.
-        beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype)
-        E, mixed = self.data.anchors, self.shifts.new_empty(n + 1, *self.shifts.shape[1:])
-        # In place: these are the largest tensors of a step, and most of their cost is memory.
-        mixed[:n].copy_(E.index_select(0, second)).lerp_(
-            E.index_select(0, first).to(mixed), beta[:, None, None].to(mixed)
-        )
+        # Beta(1, 1) is uniform. Mixed in half precision, as the anchors are kept: half the memory, which is the cost here.
+        E = self.data.anchors
+        beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype).to(E.dtype)
+        mixed = self.shifts.new_empty(n + 1, *self.shifts.shape[1:])
+        mixed[:n] = E.index_select(0, second).lerp_(E.index_select(0, first), beta[:, None, None].to(E))
         mixed[n:] = self.data.empty
         # beta (E_1 + n_1) + (1 - beta) (E_2 + n_2): two independent Gaussians are one
         sigma = ((beta * self.sigmas[first]) ** 2 + ((1 - beta) * self.sigmas[second]) ** 2).sqrt()

@@ -52,7 +52,7 @@ def cross_attention(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 def data(dtype: torch.dtype = torch.float64) -> Data:
     """Random contexts: 5 pairs of prompts and 9 anchors."""
     targets, surrogates = normal(5, T, d, seed=1, dtype=dtype), normal(5, T, d, seed=2, dtype=dtype)
-    return Data(targets, surrogates, normal(9, T, d, seed=3).half(), normal(1, T, d, seed=4, dtype=dtype))
+    return Data(targets, surrogates, normal(9, T, d, seed=3, dtype=dtype), normal(1, T, d, seed=4, dtype=dtype))
 
 
 def randomised(gates: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
