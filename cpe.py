@@ -768,7 +768,7 @@ class Trainer:
         """Anchor contexts [n+1, T, d], mixed from random pairs, and their noise [n+1]; the last is '' without noise."""
         n, count = self.recipe.anchors, len(self.data.anchors)
         first, second = torch.randint(count, (2, n), generator=self.generator)
-        # Beta(1, 1) is uniform. Mixed in half precision, as the anchors are kept: half the memory, which is the cost here.
+        # Beta(1, 1) is uniform. Mixed in half precision, as the anchors are kept: memory is what this costs.
         E = self.data.anchors
         beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype).to(E.dtype)
         mixed = self.shifts.new_empty(n + 1, *self.shifts.shape[1:])
