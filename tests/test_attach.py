@@ -266,16 +266,20 @@ def test_the_context_gate_of_an_expanded_one_is_itself(unet):
 # --- diffusers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def opened(dtype: torch.dtype):
     """The embedded model, opened by diffusers."""
     (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
-    kwargs = {"torch_dtype": torch.float32, "local_files_only": True, "safety_checker": None}
+    kwargs = {"torch_dtype": dtype, "local_files_only": True, "safety_checker": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = pipeline.from_pretrained(EMOJI, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return opened(torch.float32)
 
 
 def emoji_gates() -> tuple[weights.Model, cpe.Objective, cpe.ResAG]:
@@ -284,14 +288,27 @@ def emoji_gates() -> tuple[weights.Model, cpe.Objective, cpe.ResAG]:
     return model, objective, open_gates(objective.W, scale=0.3)
 
 
+def trained_gates(model: weights.Model) -> cpe.ResAG:
+    """Gates that a few steps of the preset's recipe have trained on PROMPT, with its margin."""
+    recipe, prompts = cpe.PRESETS["emoji"].scaled(0.05), weights.read_prompts("emoji")
+    few = cpe.Prompts(prompts.templates, prompts.general[:4], prompts.domain[:20])
+    one = cpe.constant_direction(model.text_encoder.text_model.final_layer_norm)
+    data = cpe.prepare(recipe, few, ["red heart"], model.encode, model.encode, one)
+    trainer = cpe.Trainer(cpe.Objective(model.cross_attention()), data, recipe)
+    for _ in trainer.steps():
+        pass
+    return trainer.gates.requires_grad_(False)
+
+
 def their_latents(pipe, **prompt) -> torch.Tensor:
-    """4 steps of DDIM, seed 3, guidance 4."""
-    generator = torch.Generator().manual_seed(3)
-    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
+    """4 steps of DDIM, guidance 4, from the noise of our seed 3."""
+    noise = torch.randn(1, *LATENTS, generator=torch.Generator().manual_seed(3)).to(pipe.unet.dtype)
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent", "latents": noise}
     return pipe(**prompt, **settings).images
 
 
 PROMPT = "a picture of a red heart"
+LATENTS = (16, 8, 8)
 
 
 @pytest.mark.oracle
@@ -305,6 +322,19 @@ def test_attached_to_diffusers_equals_our_pipeline(pipe):
     assert reference.difference(ours, gated) <= 1e-5
     assert torch.equal(their_latents(pipe, prompt=PROMPT), before)
     assert reference.difference(before, gated) > 1e-2
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_trained_gates_on_diffusers_are_our_pipeline_up_to_rounding(dtype, bound):
+    pipe, model = opened(dtype), weights.load_model("emoji", dtype)
+    gates = trained_gates(weights.load_model("emoji")).to(dtype)
+    before = their_latents(pipe, prompt=PROMPT)
+    cpe.attach(pipe.unet, gates)
+    gated = their_latents(pipe, prompt=PROMPT)
+    *_, ours = cpe.denoise(model, [PROMPT], [3], gates, steps=4, guidance_scale=4.0)
+    assert reference.difference(ours, gated) <= bound * gated.abs().max()
+    assert reference.difference(before, gated) > 0.1
 
 
 @pytest.mark.oracle
