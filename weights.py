@@ -710,6 +710,28 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def no_network(repository: str, file: str, error: BaseException) -> UserError:
+    """What to say when a file is not in the cache and its repository is not reached."""
+    return UserError(
+        f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used "
+        f"({first_line(error)}). {HELP}"
+    )
+
+
+def check_network(repository: str, file: str, revision: str) -> None:
+    """UserError where no connection is made: a download would try, and wait, for half a minute before it says so.
+
+    What the server answers, and whether it takes its time to, is left to the download.
+    """
+    import huggingface_hub as hub
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, revision=revision))
+    except Exception as error:  # by name: of another library in every other version of the hub's client
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
+            raise no_network(repository, file, error) from error
+
+
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     """The folder of a Hugging Face repository in the local cache, with the wanted files in it.
 
@@ -730,6 +752,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
             path = hub.try_to_load_from_cache(repository, name, revision=revision)
             if isinstance(path, str):
                 return path
+        check_network(repository, names[0], revision)
         for name in names:
             try:
                 return hub.hf_hub_download(repository, name, revision=revision)
@@ -745,10 +768,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
         except UserError:
             raise
         except LocalEntryNotFoundError as error:
-            raise UserError(
-                f"{names[0]} of {repository} is not in the Hugging Face cache, and the network cannot be used "
-                f"({first_line(error.__cause__ or error)}). {HELP}"
-            ) from error
+            raise no_network(repository, names[0], error.__cause__ or error) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
             advice = "try again"
             if disk_full(error):
