@@ -1064,8 +1064,8 @@ TOKENIZER_CONFIG = {
 def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
     """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
 
-    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written,
-    ValueError for a part that no model has, or tensors that are not that part's.
+    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written, or a
+    file of the model cannot be read; ValueError for a part that no model has, or tensors that are not that part's.
     """
     if changed.keys() - PARTS.keys():
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
@@ -1080,7 +1080,7 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
             write_part(model, "clip", temporary / "clip", changed.get("clip"))
         (temporary / "tokenizer").mkdir()
         for file in TOKENIZER:
-            shutil.copyfile(model.tokenizer_folder / file, temporary / "tokenizer" / file)
+            copy_file(model.tokenizer_folder / file, temporary / "tokenizer" / file)
         length = model.part("text_encoder").config.get("max_position_embeddings", 77)
         tokenizer = {**TOKENIZER_CONFIG, "model_max_length": length}
         write_text(temporary / "tokenizer" / "tokenizer_config.json", json.dumps(tokenizer, indent=2))
@@ -1116,6 +1116,15 @@ def same_files(one: Path, other: Path) -> bool:
     return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file. UserError when the source cannot be read, OSError when the target cannot be written."""
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}): check the folder of the model") from error
+    shutil.copyfile(source, target)
+
+
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     """One network of a model: its file as it is, unless its tensors changed or lie among others.
 
@@ -1125,7 +1134,7 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
     folder.mkdir(parents=True)
     target = folder / f"{PARTS[name][1]}.safetensors"
     if state is None and model.path.is_dir():
-        shutil.copyfile(part.path, target)
+        copy_file(part.path, target)
     else:
         expected = part.empty().state_dict()
         if state is None:
