@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     import many
-    from weights import UserError, check_writable  # imports torch: only now
+    from weights import UserError  # imports torch: only now
 
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
     for stream in (sys.stdout, sys.stderr):
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_text(arguments)
         if args.json:
-            check_writable(args.json)
+            check_out(args.json, "--json")
         figures = args.run(args)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
         if args.json:
@@ -301,11 +301,14 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
 
     gates, names, unet = [], [], model and model.part("unet").empty()
     for path in paths:
+        if not os.path.exists(path):
+            first = command("train", "--target", "...")
+            raise UserError(f"the gate file {path} does not exist: check its name, or train it first: {first}")
         tensors, metadata = load_tensors(path)
         try:
             gates.append(cpe.from_tensors(tensors))
         except ValueError as error:
-            raise UserError(f"{path}: {error}.") from error
+            raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
         name = metadata.get("target") or metadata.get("prompts") or path.stem
         names.append("".join(letter if letter.isprintable() else "?" for letter in name))  # no terminal obeys it
         if model:
@@ -324,9 +327,12 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
 
 
 def check_gates(paths: Sequence[Path], model: str) -> None:
-    """UserError for gate files that are damaged, or do not fit --model: said before that is downloaded, perhaps."""
-    from weights import expected_unet
+    """UserError for gate files that are damaged, do not fit --model, or come twice: before a model is downloaded."""
+    from weights import UserError, expected_unet
 
+    real = [os.path.realpath(path) for path in paths]
+    if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
+        raise UserError(f"the gate file {twice[0]} is given twice, and would act twice: give it once.")
     unet = expected_unet(model) if paths and model in ("sd14", "emoji") else None  # others are not downloaded
     for path in paths:
         gates = load_gates([path])
@@ -382,6 +388,24 @@ def slug(name: str, empty: str = "target") -> str:
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
         words = f"{words.encode()[:71].decode(errors='ignore')}-{digest}"
     return words
+
+
+def check_out(path: Path, option: str = "--out") -> None:
+    """`weights.check_writable`, whose UserError names the option that the path comes from."""
+    from weights import UserError, check_writable
+
+    try:
+        check_writable(path)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """UserError for a blank prompt: what a shell makes of a variable that is not set. Files skip such lines."""
+    from weights import UserError
+
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("the prompt is empty: give some words. (`generate` draws without a prompt at --guidance 0.)")
 
 
 def check_picture(path: Path) -> None:
@@ -563,7 +587,26 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
         if shared.args.surrogate is None and shared.preset not in ("emoji", "emoji-style"):
             raise UserError(f"--preset {shared.preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
         check_emoji_words([shared.recipe.surrogate])
+        check_style(names[0], shared)
     return names
+
+
+def check_style(name: str, shared: Training) -> None:
+    """UserError for a style of the embedded model without the preset for styles, or another name with it."""
+    from cpe import normalised
+    from weights import UserError
+
+    styles = style_names(shared.prompts)
+    if shared.preset == "emoji-style" and normalised(name) not in styles:
+        known = ", ".join(styles)
+        raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
+    if shared.preset == "emoji" and normalised(name) in styles:
+        raise UserError(f"{name!r} is a style: give --preset emoji-style.")
+
+
+def style_names(prompts: "Prompts") -> list[str]:
+    """The styles that the embedded model knows, of prompts that were written for it."""
+    return [word for word in prompts.general if word.endswith(" style")]
 
 
 def is_emoji(model: str) -> bool:
@@ -800,7 +843,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     UserError for options that do not go together, or as of `load_gates`, `open_model` and `draw`.
     """
-    from weights import UserError, check_writable
+    from weights import UserError
 
     if bool(args.prompts) == bool(args.prompt_file):
         raise UserError("say what to draw: either prompts, or a file of them with --prompts FILE.")
@@ -811,11 +854,12 @@ def generate(args: argparse.Namespace) -> dict:
 
         return many.generate(args)
     out = args.out or Path("images/generated.png")
+    check_prompts(args.prompts)
     check_picture(out)
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
-    check_writable(out)
+    check_out(out)
     warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
@@ -843,6 +887,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
+    check_prompts([args.prompt])
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
     gates = load_gates(args.gates, model)
@@ -873,14 +918,14 @@ def demo(args: argparse.Namespace) -> dict:
     UserError for a target that is none of its concepts, or an --out that cannot be written.
     """
     import evaluate
-    from weights import UserError, check_writable
+    from weights import UserError
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
     if args.target not in concepts:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
     check_picture(args.out)
-    check_writable(args.out)
+    check_out(args.out)
     gate_file = args.out.with_suffix(".safetensors")
     options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
     there = state_file(gate_file).exists()
@@ -955,11 +1000,12 @@ def compare(args: argparse.Namespace) -> dict:
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
     import compare as table
-    from weights import UserError, check_writable, write_text
+    from weights import UserError, write_text
 
     check_picture(args.out)
-    for path in filter(None, (args.out, args.markdown)):
-        check_writable(path)
+    check_out(args.out)
+    if args.markdown:
+        check_out(args.markdown, "--markdown")
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
@@ -971,8 +1017,7 @@ def compare(args: argparse.Namespace) -> dict:
         raise UserError("--preset goes with --target, and styles are judged on the embedded model alone: emoji-style.")
     if args.target:
         prompts = read_prompts(args.preset)
-        styles = [word for word in prompts.general if word.endswith(" style")]
-        known = styles if args.preset.endswith("style") else prompts.domain
+        known = style_names(prompts) if args.preset.endswith("style") else prompts.domain
         if unknown := [name for name in args.target if name not in known]:
             raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
         scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
@@ -1025,11 +1070,11 @@ def bake(args: argparse.Namespace) -> dict:
     """
     import dataclasses
 
-    from weights import UserError, check_writable, load_model, save_model
+    from weights import UserError, load_model, save_model
 
     if os.path.exists(args.out):
-        raise UserError(f"{args.out} exists already: choose another name.")
-    check_writable(args.out)
+        raise UserError(f"--out: {args.out} exists already: choose another name, or remove it.")
+    check_out(args.out)
     preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
     prompts = read_prompts(preset)
     check_gates(args.gates, args.model)

@@ -12,6 +12,7 @@ must be there with its shape and no other. Nothing is unpickled: safetensors fil
 Whatever a user can mend raises `UserError`. Built on torch and safetensors; huggingface_hub downloads.
 """
 
+import difflib
 import errno
 import filecmp
 import glob
@@ -224,13 +225,13 @@ Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or N
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
     if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
-        said = "is a folder: give a file in it" if os.path.isdir(path) else "does not exist: check the path"
-        raise UserError(f"{path} {said}, or get the file again")
+        missing = "does not exist: check the path, or get the file again"
+        raise UserError(f"{path} {'is a folder: give a file in it' if os.path.isdir(path) else missing}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): get it again") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): give another, or get it again") from error
     except OSError as error:
         raise UserError(f"{path} could not be read: {error}") from error
 
@@ -976,6 +977,10 @@ def shipped(name: str) -> Path:
     )
 
 
+NAMED = ("sd14", "emoji")
+MODELS = "sd14, emoji, a folder in the diffusers layout, or one .safetensors checkpoint"
+
+
 def load_model(
     name: str | Path = "sd14",
     dtype: torch.dtype = torch.float32,
@@ -993,7 +998,8 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
         there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
-        raise UserError(f"the device {device} cannot be used ({reason}): here is {', '.join(there)}") from error
+        said = f"the device {device} cannot be used ({reason}): here is {', '.join(there)}"
+        raise UserError(f"{said}. Leave --device out, or install a torch that is built for that device") from error
     name, repository = str(name), None
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
@@ -1002,8 +1008,10 @@ def load_model(
     else:
         path = Path(os.path.expanduser(name))
         refuse_pickles(path)
-        if not os.path.exists(path):
-            raise UserError(f"there is no model {name}: choose sd14, emoji, or the path of a folder or a .safetensors")
+        if not os.path.isdir(path) and not (os.path.isfile(path) and path.suffix == ".safetensors"):
+            said = f"{name} is no model" if os.path.exists(path) else f"there is no model {name}"
+            near = "".join(f"did you mean {known}? " for known in difflib.get_close_matches(name.lower(), NAMED, 1))
+            raise UserError(f"{said}: {near}--model takes {MODELS}")
     model = Model(name, path, dtype, device, repository)
     for part in parts:
         model.part(part)

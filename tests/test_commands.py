@@ -199,19 +199,39 @@ def test_words_that_the_embedded_model_never_read_are_named_where_gates_are_to_o
         (("train", "--target", "…"), "empty"),
         (("train", "--target", "An  Object", "--preset", "object"), "surrogate"),
         (("train", "--target", "x", "--preset", "object", "--surrogate", " \t"), "the surrogate is empty"),
-        (("train", "--target", "x", "--model", "nowhere"), "there is no model"),
+        (("train", "--target", "x", "--model", "nowhere"), "there is no model nowhere: --model takes"),
+        (("train", "--target", "red heart", "--alias", "Brad", "--model", "emoji"), "never seen 'Brad'"),
+        (("train", "--target", "red heart", "--preset", "emoji-style", "--model", "emoji"), "leave --preset out"),
+        (("train", "--target", "Noto style", "--model", "emoji"), "is a style: give --preset emoji-style"),
         (("train", "--target", "x", "--model", "model.ckpt"), "pickle"),
         (("train", "--target", "Brad Pitt", "--model", "emoji"), "never seen"),
-        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "could not be written"),
-        (("generate", "x", "--gates", "none.safetensors"), "does not exist"),
+        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "--out: /dev/null/x.safetensors could not be"),
+        (("generate", "x", "--out", "/dev/null/x.png"), "--out: /dev/null/x.png could not be written"),
+        (("generate", "x", "--json", "/dev/null/x.json"), "--json: /dev/null/x.json could not be written"),
+        (
+            ("compare", "--out", "x.png", "--markdown", "/dev/null/x.md"),
+            "--markdown: /dev/null/x.md could not be written",
+        ),
+        (
+            ("generate", "x", "--gates", "none.safetensors"),
+            "the gate file none.safetensors does not exist: check its name, or train it first: python cpe.py train",
+        ),
+        (("generate", "a cat", ""), "the prompt is empty: give some words"),
+        (("inspect", "none.safetensors", "--prompt", " \n"), "the prompt is empty"),
+        (
+            ("generate", "x", "--gates", "wide.safetensors", "--gates", "other/../wide.safetensors"),
+            "the gate file other/../wide.safetensors is given twice",
+        ),
+        (("inspect", "wide.safetensors", "wide.safetensors", "--prompt", "x"), "is given twice"),
         (("generate", "x", "--before-after"), "--gates"),
         (("generate", "x", "--gates", "gate.pt"), "pickle"),
-        (("generate", "x", "--gates", "other.safetensors"), "not a gate file"),
+        (("generate", "x", "--gates", "other.safetensors"), "Give a gate file, as `train` writes it."),
         (("generate", "x", "--gates", "wide.safetensors"), "another model"),
     ],
 )
 def test_what_the_user_can_mend_ends_with_a_sentence_and_exit_code_2(run, tmp_path, arguments, words):
-    (tmp_path / "model.ckpt").write_bytes(b"")
+    for name in ("model.ckpt", "gate.pt"):
+        (tmp_path / name).write_bytes(b"")
     save_file({"a": torch.zeros(1)}, "other.safetensors")
     wide = cpe.ResAG({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 8}, d=32)
     save_file(cpe.to_tensors(wide.initialise(torch.Generator())), "wide.safetensors")

@@ -860,7 +860,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
     assert code == 2
     assert f"the device {device} cannot be used" in said
-    assert "here is cpu" in said
+    assert "here is cpu. Leave --device out" in said
     assert run(["demo", "--target", "cat", "--device", device]) == (code, said)
 
 

@@ -221,9 +221,15 @@ def test_a_missing_or_broken_tokenizer_is_named(tiny, file):
         _ = load_model(tiny).encode(["x"])
 
 
-def test_an_unknown_model_says_what_there_is():
-    with pytest.raises(UserError, match="sd14, emoji"):
-        load_model("no-such-model")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("no-such-model", "there is no model no-such-model: --model takes sd14, emoji, a folder"),
+     ("SD1.4", "did you mean sd14?"), ("emojis", "did you mean emoji?"),
+     (str(reference.ROOT / "README.md"), r"README\.md is no model: --model takes sd14")],
+)  # fmt: skip
+def test_what_is_no_model_says_what_there_is(name, said):
+    with pytest.raises(UserError, match=said):
+        load_model(name)
 
 
 def test_without_weights_and_network_both_ways_out_are_named(tmp_path, monkeypatch):
