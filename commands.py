@@ -876,10 +876,12 @@ def generate(args: argparse.Namespace) -> dict:
     return figures | {"next": after_drawing(args, args.prompts[0])}
 
 
-def after_drawing(args: argparse.Namespace, prompt: str) -> str:
-    """The command that follows `generate`."""
+def after_drawing(args: argparse.Namespace, prompt: str) -> str | None:
+    """The command that follows `generate`; none for a folder, which may be one that `bake` has erased from already."""
     if args.gates:
         return command("inspect", args.gates[0], "--prompt", prompt, "--model", args.model)
+    if args.model not in ("sd14", "emoji") and os.path.isdir(os.path.expanduser(args.model)):
+        return None
     return command("train", "--target", "...", "--model", args.model)
 
 

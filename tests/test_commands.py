@@ -109,11 +109,20 @@ def test_gates_of_another_text_encoder_are_used_with_a_warning(run, tiny):
 
 def test_the_next_command_can_be_copied_into_a_shell(run):
     for prompt in ('say "hi" $HOME', "it's"):
-        said = run("generate", prompt, "--steps", "1", "--out", "a picture.png")[1]
-        assert shlex.split(said.split("next ")[1])[:5] == ["python", "cpe.py", "train", "--target", "..."]
         run(*TRAIN, "--out", "g 0.safetensors")
         said = run("generate", prompt, "--gates", "g 0.safetensors", "--steps", "1")[1]
         assert shlex.split(said.split("next ")[1])[2:6] == ["inspect", "g 0.safetensors", "--prompt", prompt]
+
+
+@pytest.mark.parametrize(
+    ("model", "erased"), [("emoji", False), ("sd14", False), ("model.safetensors", False), ("tiny", True)]
+)
+def test_erasing_is_next_unless_the_model_may_have_been_baked(tiny, monkeypatch, model, erased):
+    monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "emoji").mkdir()  # as in a clone
+    args = commands.parser().parse_args(["generate", "a cat", "--model", model])
+    said = commands.after_drawing(args, "a cat")
+    assert said == (None if erased else f"python cpe.py train --target ... --model {model}")
 
 
 def test_train_never_builds_the_unet(run, monkeypatch):
