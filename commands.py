@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add_device(sub)
     add_sampling(sub, 20, 4.0)
     sub.set_defaults(sampler="dpm", model="emoji")
-    sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture")
+    sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture; its gates beside it")
 
     sub = add("train", train, "train a gate that erases a concept")
     target = sub.add_mutually_exclusive_group(required=True)
@@ -741,7 +741,7 @@ def run_trainer(
     progress = bar(None, trainer.total, text)
     progress.update(trainer.done)
     try:
-        with kept(state), between_steps() as asked:
+        with kept(state, run), between_steps() as asked:
             for report in trainer.steps():
                 losses |= report.losses
                 shown = {name: f"{value:.2g}" for name, value in report.losses.items()}
@@ -785,25 +785,64 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
+def kept_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole safetensors file; none if it is not there, or damaged."""
+    from weights import UserError, load_tensors
+
+    with suppress(UserError):
+        return load_tensors(path)[1]
+    return {}
+
+
+def is_of_run(state: Path, run: str) -> bool:
+    """Whether there is a state of an unfinished run, and of this one."""
+    return kept_metadata(state).get("run") == run
+
+
+PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers"}  # what a user would call these settings
+PLAINLY |= dict.fromkeys(("first_steps", "later_steps", "attack_steps"), "steps")
+
+
+def is_finished(out: Path, settings: dict) -> bool:
+    """Whether a gate file of the same settings is there already; UserError for any other file: none is replaced.
+
+    Removes the state that is left of a run which was killed after it had written its gate file.
+    """
+    from weights import UserError
+
+    if not os.path.isfile(out):
+        return False
+    there = kept_metadata(out)
+    other = [PLAINLY.get(key, key) for key, value in in_metadata(settings).items() if there.get(key) != value]
+    if other:
+        named = ", ".join(list(dict.fromkeys(other))[:3])
+        how = f"trained with other settings ({named})" if "target" in there else "no finished gate file"
+        raise UserError(f"{out} is there already, {how}: choose another --out, or remove it.")
+    if is_of_run(state_file(out), run_name(settings)):
+        state_file(out).unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
-def kept(state: Path) -> Iterator[None]:
-    """Where the disk is too full for what was trained, UserError says that the training need not begin anew."""
+def kept(state: Path, run: str) -> Iterator[None]:
+    """Where the disk is too full for what was trained, UserError says so if the state of this run can go on."""
     from weights import Unwritten, UserError, disk_full
 
     try:
         yield
     except Unwritten as error:
-        if disk_full(error.error) and state.exists():
+        if disk_full(error.error) and is_of_run(state, run):
             raise UserError(f"{error}, then go on with --resume") from error
         raise
 
 
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
-    """Train the gates of one target and write their file; its settings, losses and place."""
+    """Train the gates of one target and write their file, over any that is there; its settings, losses and place."""
     import cpe
     from weights import save_tensors
 
-    losses = run_trainer(trainer, state_file(out), run_name(settings), resume, text)
+    state, run = state_file(out), run_name(settings)
+    losses = run_trainer(trainer, state, run, resume, text)
     gates = finished_gates(trainer, trainer.objective)
     metadata = {
         "prompts": settings["target"],
@@ -811,16 +850,14 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
         "alpha": str(gates.alpha[0].item()),
         "version": "1",
     }
-    with kept(state_file(out)):
+    with kept(state, run):
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
-    state_file(out).unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return {**settings, "losses": losses, "out": str(out)}
 
 
 def train(args: argparse.Namespace) -> dict:
     """`train`: one gate file for one target, or with --targets for each of many."""
-    from weights import check_writable
-
     if args.targets:
         import many
 
@@ -828,10 +865,14 @@ def train(args: argparse.Namespace) -> dict:
     shared = Training(args)
     names = check_names((args.target, *args.alias), shared)
     out, model = args.out or Path("gates") / f"{slug(args.target)}.safetensors", shared.model
-    check_writable(out)
     settings = shared.settings(names)
-    figures = train_target(build_trainer(shared, names), settings, out, args.resume)
-    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
+    if is_finished(out, settings):
+        figures = {**settings, "out": str(out), "kept": True}
+        print(f"kept    {out}: is finished already")
+    else:
+        check_out(out)
+        figures = train_target(build_trainer(shared, names), settings, out, args.resume)
+        print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
 
 
@@ -929,14 +970,7 @@ def demo(args: argparse.Namespace) -> dict:
     check_picture(args.out)
     check_out(args.out)
     gate_file = args.out.with_suffix(".safetensors")
-    options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
-    there = state_file(gate_file).exists()
-    try:
-        trained = train(parser().parse_args(["train", "--target", args.target, *options]))
-    except KeyboardInterrupt:  # a minute's work: it begins anew
-        if not there:
-            state_file(gate_file).unlink(missing_ok=True)
-        raise
+    trained = train_demo(args, gate_file)
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
@@ -967,6 +1001,21 @@ def demo(args: argparse.Namespace) -> dict:
     print(f"\nwrote   {gate_file} and {args.out} (above: before, below: after)")
     following = command("inspect", gate_file, "--prompt", texts[0], "--model", "emoji")
     return figures | {"out": str(args.out), "next": following}
+
+
+def train_demo(args: argparse.Namespace, out: Path) -> dict:
+    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced."""
+    options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
+    shared = Training(parser().parse_args(["train", *options]))
+    names = check_names([args.target], shared)
+    check_out(out)
+    there = state_file(out).exists()
+    try:
+        return train_target(build_trainer(shared, names), shared.settings(names), out, resume=False)
+    except KeyboardInterrupt:  # a minute's work: it begins anew
+        if not there:
+            state_file(out).unlink(missing_ok=True)
+        raise
 
 
 UNFAMILIAR = (  # words that no caption of the embedded model has
@@ -1087,10 +1136,11 @@ def bake(args: argparse.Namespace) -> dict:
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
-    run_trainer(baker, state_file(args.out), run_name(settings), args.resume, "baking")
-    with kept(state_file(args.out)):
+    state, run = state_file(args.out), run_name(settings)
+    run_trainer(baker, state, run, args.resume, "baking")
+    with kept(state, run):
         save_model(model, args.out, text_encoder=baker.tensors())
-    state_file(args.out).unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)

@@ -51,6 +51,50 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run):
     assert not torch.equal(files[0][key], files[2][key])
 
 
+def test_a_finished_gate_file_is_kept(run, monkeypatch):
+    assert run(*TRAIN)[0] == 0
+    before = Path("gates/red-heart.safetensors").read_bytes()
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    code, said = run(*TRAIN, "--json", "figures.json")
+    assert code == 0
+    assert "kept    gates/red-heart.safetensors: is finished already" in said
+    assert "next    python cpe.py generate" in said
+    assert json.loads(Path("figures.json").read_text())["kept"]
+    assert Path("gates/red-heart.safetensors").read_bytes() == before
+
+
+def test_a_gate_file_of_other_settings_is_not_replaced(run):
+    assert run(*TRAIN)[0] == 0
+    before = Path("gates/red-heart.safetensors").read_bytes()
+    for other, names in (
+        (("--seed", "1"), "seed"),
+        (("--alias", "love"), "aliases"),
+        (("--steps-scale", "0.03"), "steps"),
+        (("--preset", "object"), "preset, prompts or layers, surrogate"),
+    ):
+        code, said = run(*TRAIN, *other)
+        assert code == 2
+        assert f"gates/red-heart.safetensors is there already, trained with other settings ({names})" in said
+        assert "choose another --out, or remove it" in said
+        assert Path("gates/red-heart.safetensors").read_bytes() == before
+
+
+def test_a_file_that_is_no_gate_file_is_not_replaced(run):
+    Path("notes.txt").write_text("mine")
+    code, said = run(*TRAIN, "--out", "notes.txt")
+    assert code == 2
+    assert "notes.txt is there already, no finished gate file: choose another --out, or remove it." in said
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_the_demo_replaces_its_own_gates(run, monkeypatch, tmp_path):
+    Path("demo.safetensors").write_bytes(b"of another target")
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: None)
+    monkeypatch.setattr(commands, "train_target", lambda trainer, settings, out, **_: {"out": out})
+    args = commands.parser().parse_args(["demo"])
+    assert commands.train_demo(args, Path("demo.safetensors")) == {"out": Path("demo.safetensors")}
+
+
 def test_a_context_gate_is_saved_as_gates_of_every_layer(run):
     code, _ = run(*TRAIN, "--gate", "context")
     assert code == 0
@@ -292,7 +336,7 @@ def test_the_embedded_models_preset_ends_with_a_margin(run, monkeypatch, tiny_or
     assert run(*TRAIN)[0] == 0
     said = weights.load_model(tiny_original).encode(["a cat", "two dogs"]) @ directions[0]
     torch.testing.assert_close(said, torch.ones_like(said), rtol=1e-4, atol=1e-4)
-    assert run(*TRAIN, "--preset", "object")[0] == 0
+    assert run(*TRAIN, "--preset", "object", "--out", "other.safetensors")[0] == 0
     assert len(directions) == 1
 
 
