@@ -853,7 +853,21 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
     with kept(state, run):
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
     state.unlink(missing_ok=True)
-    return {**settings, "losses": losses, "out": str(out)}
+    return {**settings, "losses": losses, "reached": check_reached(trainer, settings["target"]), "out": str(out)}
+
+
+def check_reached(trainer: "Trainer", target: str) -> float:
+    """The share of its change that trained gates make to the target, as of `cpe.reached`; a warning if it is small."""
+    import cpe
+
+    share = cpe.reached(trainer.objective, trainer.gates, trainer.data.targets, trainer.shifts)
+    if share < 0.25:
+        warnings.warn(
+            f"the gates make only {max(share, 0):.0%} of the change that erases {target!r}: it may not be erased. "
+            "Train with more steps (--steps-scale), or with another --preset",
+            stacklevel=2,
+        )
+    return share
 
 
 def train(args: argparse.Namespace) -> dict:

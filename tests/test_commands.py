@@ -95,6 +95,17 @@ def test_the_demo_replaces_its_own_gates(run, monkeypatch, tmp_path):
     assert commands.train_demo(args, Path("demo.safetensors")) == {"out": Path("demo.safetensors")}
 
 
+@pytest.mark.parametrize(("share", "warns"), [(0.9, False), (0.04, True), (-0.1, True)])
+def test_gates_that_hardly_change_their_target_are_a_warning(run, monkeypatch, share, warns):
+    monkeypatch.setattr(cpe, "reached", lambda *_: share)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert run(*TRAIN, "--json", "figures.json")[0] == 0
+    words = f"the gates make only {max(share, 0):.0%} of the change that erases 'red heart'"
+    assert [words in str(each.message) for each in said] == [True] * warns
+    assert json.loads(Path("figures.json").read_text())["reached"] == share
+
+
 def test_a_context_gate_is_saved_as_gates_of_every_layer(run):
     code, _ = run(*TRAIN, "--gate", "context")
     assert code == 0
