@@ -673,17 +673,8 @@ def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_sh
 
 def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):  # noqa: F811
     server.folder = Path(shutil.copytree(tiny / "tokenizer", tiny / "clip", dirs_exist_ok=True))
-    comparison = [
-        "compare",
-        "--quick",
-        "--eraser",
-        "uce",
-        "--model",
-        str(tiny),
-        "--clip",
-        weights.SD14,
-    ]  # the server's only name
-    assert run(comparison)[0] == 0
+    judged = ["--clip", weights.SD14]  # the server's only name
+    assert run(["compare", "--quick", "--eraser", "uce", "--model", str(tiny), *judged])[0] == 0
     assert "model.safetensors" in server.downloads
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
