@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add_device(sub)
     add_sampling(sub, 20, 4.0)
     sub.set_defaults(sampler="dpm", model="emoji")
-    sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture")
+    sub.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture; its gates beside it")
 
     sub = add("train", train, "train a gate that erases a concept")
     target = sub.add_mutually_exclusive_group(required=True)
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     import many
-    from weights import UserError, check_writable  # imports torch: only now
+    from weights import UserError  # imports torch: only now
 
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
     for stream in (sys.stdout, sys.stderr):
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_text(arguments)
         if args.json:
-            check_writable(args.json)
+            check_out(args.json, "--json")
         figures = args.run(args)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
         if args.json:
@@ -301,11 +301,14 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
 
     gates, names, unet = [], [], model and model.part("unet").empty()
     for path in paths:
+        if not os.path.exists(path):
+            first = command("train", "--target", "...")
+            raise UserError(f"the gate file {path} does not exist: check its name, or train it first: {first}")
         tensors, metadata = load_tensors(path)
         try:
             gates.append(cpe.from_tensors(tensors))
         except ValueError as error:
-            raise UserError(f"{path}: {error}.") from error
+            raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
         name = metadata.get("target") or metadata.get("prompts") or path.stem
         names.append("".join(letter if letter.isprintable() else "?" for letter in name))  # no terminal obeys it
         if model:
@@ -324,9 +327,12 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
 
 
 def check_gates(paths: Sequence[Path], model: str) -> None:
-    """UserError for gate files that are damaged, or do not fit --model: said before that is downloaded, perhaps."""
-    from weights import expected_unet
+    """UserError for gate files that are damaged, do not fit --model, or come twice: before a model is downloaded."""
+    from weights import UserError, expected_unet
 
+    real = [os.path.realpath(path) for path in paths]
+    if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
+        raise UserError(f"the gate file {twice[0]} is given twice, and would act twice: give it once.")
     unet = expected_unet(model) if paths and model in ("sd14", "emoji") else None  # others are not downloaded
     for path in paths:
         gates = load_gates([path])
@@ -382,6 +388,24 @@ def slug(name: str, empty: str = "target") -> str:
         digest = hashlib.sha256(words.encode()).hexdigest()[:8]
         words = f"{words.encode()[:71].decode(errors='ignore')}-{digest}"
     return words
+
+
+def check_out(path: Path, option: str = "--out") -> None:
+    """`weights.check_writable`, whose UserError names the option that the path comes from."""
+    from weights import UserError, check_writable
+
+    try:
+        check_writable(path)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """UserError for a blank prompt: what a shell makes of a variable that is not set. Files skip such lines."""
+    from weights import UserError
+
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("the prompt is empty: give some words. (`generate` draws without a prompt at --guidance 0.)")
 
 
 def check_picture(path: Path) -> None:
@@ -563,7 +587,26 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
         if shared.args.surrogate is None and shared.preset not in ("emoji", "emoji-style"):
             raise UserError(f"--preset {shared.preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
         check_emoji_words([shared.recipe.surrogate])
+        check_style(names[0], shared)
     return names
+
+
+def check_style(name: str, shared: Training) -> None:
+    """UserError for a style of the embedded model without the preset for styles, or another name with it."""
+    from cpe import normalised
+    from weights import UserError
+
+    styles = style_names(shared.prompts)
+    if shared.preset == "emoji-style" and normalised(name) not in styles:
+        known = ", ".join(styles)
+        raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
+    if shared.preset == "emoji" and normalised(name) in styles:
+        raise UserError(f"{name!r} is a style: give --preset emoji-style.")
+
+
+def style_names(prompts: "Prompts") -> list[str]:
+    """The styles that the embedded model knows, of prompts that were written for it."""
+    return [word for word in prompts.general if word.endswith(" style")]
 
 
 def is_emoji(model: str) -> bool:
@@ -698,7 +741,7 @@ def run_trainer(
     progress = bar(None, trainer.total, text)
     progress.update(trainer.done)
     try:
-        with kept(state), between_steps() as asked:
+        with kept(state, run), between_steps() as asked:
             for report in trainer.steps():
                 losses |= report.losses
                 shown = {name: f"{value:.2g}" for name, value in report.losses.items()}
@@ -742,25 +785,64 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
+def kept_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole safetensors file; none if it is not there, or damaged."""
+    from weights import UserError, load_tensors
+
+    with suppress(UserError):
+        return load_tensors(path)[1]
+    return {}
+
+
+def is_of_run(state: Path, run: str) -> bool:
+    """Whether there is a state of an unfinished run, and of this one."""
+    return kept_metadata(state).get("run") == run
+
+
+PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers"}  # what a user would call these settings
+PLAINLY |= dict.fromkeys(("first_steps", "later_steps", "attack_steps"), "steps")
+
+
+def is_finished(out: Path, settings: dict) -> bool:
+    """Whether a gate file of the same settings is there already; UserError for any other file: none is replaced.
+
+    Removes the state that is left of a run which was killed after it had written its gate file.
+    """
+    from weights import UserError
+
+    if not os.path.isfile(out):
+        return False
+    there = kept_metadata(out)
+    other = [PLAINLY.get(key, key) for key, value in in_metadata(settings).items() if there.get(key) != value]
+    if other:
+        named = ", ".join(list(dict.fromkeys(other))[:3])
+        how = f"trained with other settings ({named})" if "target" in there else "no finished gate file"
+        raise UserError(f"{out} is there already, {how}: choose another --out, or remove it.")
+    if is_of_run(state_file(out), run_name(settings)):
+        state_file(out).unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
-def kept(state: Path) -> Iterator[None]:
-    """Where the disk is too full for what was trained, UserError says that the training need not begin anew."""
+def kept(state: Path, run: str) -> Iterator[None]:
+    """Where the disk is too full for what was trained, UserError says so if the state of this run can go on."""
     from weights import Unwritten, UserError, disk_full
 
     try:
         yield
     except Unwritten as error:
-        if disk_full(error.error) and state.exists():
+        if disk_full(error.error) and is_of_run(state, run):
             raise UserError(f"{error}, then go on with --resume") from error
         raise
 
 
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
-    """Train the gates of one target and write their file; its settings, losses and place."""
+    """Train the gates of one target and write their file, over any that is there; its settings, losses and place."""
     import cpe
     from weights import save_tensors
 
-    losses = run_trainer(trainer, state_file(out), run_name(settings), resume, text)
+    state, run = state_file(out), run_name(settings)
+    losses = run_trainer(trainer, state, run, resume, text)
     gates = finished_gates(trainer, trainer.objective)
     metadata = {
         "prompts": settings["target"],
@@ -768,16 +850,28 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
         "alpha": str(gates.alpha[0].item()),
         "version": "1",
     }
-    with kept(state_file(out)):
+    with kept(state, run):
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
-    state_file(out).unlink(missing_ok=True)
-    return {**settings, "losses": losses, "out": str(out)}
+    state.unlink(missing_ok=True)
+    return {**settings, "losses": losses, "reached": check_reached(trainer, settings["target"]), "out": str(out)}
+
+
+def check_reached(trainer: "Trainer", target: str) -> float:
+    """The share of its change that trained gates make to the target, as of `cpe.reached`; a warning if it is small."""
+    import cpe
+
+    share = cpe.reached(trainer.objective, trainer.gates, trainer.data.targets, trainer.shifts)
+    if share < 0.25:
+        warnings.warn(
+            f"the gates make only {max(share, 0):.0%} of the change that erases {target!r}: it may not be erased. "
+            "Train with more steps (--steps-scale), or with another --preset",
+            stacklevel=2,
+        )
+    return share
 
 
 def train(args: argparse.Namespace) -> dict:
     """`train`: one gate file for one target, or with --targets for each of many."""
-    from weights import check_writable
-
     if args.targets:
         import many
 
@@ -785,10 +879,14 @@ def train(args: argparse.Namespace) -> dict:
     shared = Training(args)
     names = check_names((args.target, *args.alias), shared)
     out, model = args.out or Path("gates") / f"{slug(args.target)}.safetensors", shared.model
-    check_writable(out)
     settings = shared.settings(names)
-    figures = train_target(build_trainer(shared, names), settings, out, args.resume)
-    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
+    if is_finished(out, settings):
+        figures = {**settings, "out": str(out), "kept": True}
+        print(f"kept    {out}: is finished already")
+    else:
+        check_out(out)
+        figures = train_target(build_trainer(shared, names), settings, out, args.resume)
+        print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
 
 
@@ -800,7 +898,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     UserError for options that do not go together, or as of `load_gates`, `open_model` and `draw`.
     """
-    from weights import UserError, check_writable
+    from weights import UserError
 
     if bool(args.prompts) == bool(args.prompt_file):
         raise UserError("say what to draw: either prompts, or a file of them with --prompts FILE.")
@@ -811,11 +909,12 @@ def generate(args: argparse.Namespace) -> dict:
 
         return many.generate(args)
     out = args.out or Path("images/generated.png")
+    check_prompts(args.prompts)
     check_picture(out)
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
-    check_writable(out)
+    check_out(out)
     warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
@@ -832,10 +931,12 @@ def generate(args: argparse.Namespace) -> dict:
     return figures | {"next": after_drawing(args, args.prompts[0])}
 
 
-def after_drawing(args: argparse.Namespace, prompt: str) -> str:
-    """The command that follows `generate`."""
+def after_drawing(args: argparse.Namespace, prompt: str) -> str | None:
+    """The command that follows `generate`; none for a folder, which may be one that `bake` has erased from already."""
     if args.gates:
         return command("inspect", args.gates[0], "--prompt", prompt, "--model", args.model)
+    if args.model not in ("sd14", "emoji") and os.path.isdir(os.path.expanduser(args.model)):
+        return None
     return command("train", "--target", "...", "--model", args.model)
 
 
@@ -843,6 +944,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
+    check_prompts([args.prompt])
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
     gates = load_gates(args.gates, model)
@@ -873,23 +975,16 @@ def demo(args: argparse.Namespace) -> dict:
     UserError for a target that is none of its concepts, or an --out that cannot be written.
     """
     import evaluate
-    from weights import UserError, check_writable
+    from weights import UserError
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
     if args.target not in concepts:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
     check_picture(args.out)
-    check_writable(args.out)
+    check_out(args.out)
     gate_file = args.out.with_suffix(".safetensors")
-    options = ["--model", "emoji", "--device", args.device, "--seed", str(args.seed), "--out", str(gate_file)]
-    there = state_file(gate_file).exists()
-    try:
-        trained = train(parser().parse_args(["train", "--target", args.target, *options]))
-    except KeyboardInterrupt:  # a minute's work: it begins anew
-        if not there:
-            state_file(gate_file).unlink(missing_ok=True)
-        raise
+    trained = train_demo(args, gate_file)
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
@@ -920,6 +1015,21 @@ def demo(args: argparse.Namespace) -> dict:
     print(f"\nwrote   {gate_file} and {args.out} (above: before, below: after)")
     following = command("inspect", gate_file, "--prompt", texts[0], "--model", "emoji")
     return figures | {"out": str(args.out), "next": following}
+
+
+def train_demo(args: argparse.Namespace, out: Path) -> dict:
+    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced."""
+    options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
+    shared = Training(parser().parse_args(["train", *options]))
+    names = check_names([args.target], shared)
+    check_out(out)
+    there = state_file(out).exists()
+    try:
+        return train_target(build_trainer(shared, names), shared.settings(names), out, resume=False)
+    except KeyboardInterrupt:  # a minute's work: it begins anew
+        if not there:
+            state_file(out).unlink(missing_ok=True)
+        raise
 
 
 UNFAMILIAR = (  # words that no caption of the embedded model has
@@ -955,11 +1065,12 @@ def compare(args: argparse.Namespace) -> dict:
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
     import compare as table
-    from weights import UserError, check_writable, write_text
+    from weights import UserError, write_text
 
     check_picture(args.out)
-    for path in filter(None, (args.out, args.markdown)):
-        check_writable(path)
+    check_out(args.out)
+    if args.markdown:
+        check_out(args.markdown, "--markdown")
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
@@ -971,8 +1082,7 @@ def compare(args: argparse.Namespace) -> dict:
         raise UserError("--preset goes with --target, and styles are judged on the embedded model alone: emoji-style.")
     if args.target:
         prompts = read_prompts(args.preset)
-        styles = [word for word in prompts.general if word.endswith(" style")]
-        known = styles if args.preset.endswith("style") else prompts.domain
+        known = style_names(prompts) if args.preset.endswith("style") else prompts.domain
         if unknown := [name for name in args.target if name not in known]:
             raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
         scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
@@ -1025,11 +1135,11 @@ def bake(args: argparse.Namespace) -> dict:
     """
     import dataclasses
 
-    from weights import UserError, check_writable, load_model, save_model
+    from weights import UserError, load_model, save_model
 
     if os.path.exists(args.out):
-        raise UserError(f"{args.out} exists already: choose another name.")
-    check_writable(args.out)
+        raise UserError(f"--out: {args.out} exists already: choose another name, or remove it.")
+    check_out(args.out)
     preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
     prompts = read_prompts(preset)
     check_gates(args.gates, args.model)
@@ -1040,10 +1150,11 @@ def bake(args: argparse.Namespace) -> dict:
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
-    run_trainer(baker, state_file(args.out), run_name(settings), args.resume, "baking")
-    with kept(state_file(args.out)):
+    state, run = state_file(args.out), run_name(settings)
+    run_trainer(baker, state, run, args.resume, "baking")
+    with kept(state, run):
         save_model(model, args.out, text_encoder=baker.tensors())
-    state_file(args.out).unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)

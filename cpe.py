@@ -457,6 +457,18 @@ def misfit(energy: Tensor, xP: Tensor, z: Tensor, G: Tensor) -> Tensor:
     return energy - 2 * (xP * z).sum(dim=-1) + penalty(z, G)
 
 
+@torch.no_grad()
+def reached(objective: Objective, gates: "ResAG | ContextGate", context: Tensor, x: Tensor) -> float:
+    """How much of the shifts x [B, T, d] gates of one concept make to a context [B, T, d]: 1 is all, 0 nothing.
+
+    1 - sum |W_l x - R_l(E)|^2 / sum |W_l x|^2    over layers, weighted as in `Objective`, prompts and tokens
+    """
+    core: ResAG = getattr(gates, "inner", gates)
+    energy, z = objective.energy(x), core.read(context @ core.columns())[1]
+    missed = residual(x[None], energy[None], z, *objective.products(gates))
+    return 1 - (missed.sum() / energy.sum()).item()
+
+
 # --- Recipes and prompts -----------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ import torch
 
 import commands
 import cpe
-from weights import Model, UserError, check_writable, load_tensors
+from weights import Model, UserError, check_writable
 
 # --- Processes ---------------------------------------------------------------------------------------------------
 
@@ -164,25 +164,16 @@ def read_targets(path: Path, folder: Path, shared: commands.Training) -> list[Ta
     return targets
 
 
-def kept_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a whole safetensors file; none if it is not there, or damaged."""
-    with suppress(UserError):
-        return load_tensors(path)[1]
-    return {}
-
-
 def train_line(target: Target, shared: commands.Training, text: str, last: bool) -> dict | None:
     """Train one target, going on where an earlier run with the same settings stopped; None if one has finished it.
 
-    UserError as of `commands.build_trainer` and `commands.run_trainer`.
+    UserError as of `commands.is_finished`, `commands.build_trainer` and `commands.run_trainer`.
     """
-    settings, state = shared.settings(target.names), commands.state_file(target.out)
-    goes_on = "run" in (saved := kept_metadata(state)) and saved["run"] == commands.run_name(settings)
-    if commands.in_metadata(settings).items() <= kept_metadata(target.out).items():
-        if goes_on:  # it was stopped between writing one file and removing the other
-            state.unlink(missing_ok=True)
+    settings = shared.settings(target.names)
+    if commands.is_finished(target.out, settings):
         return None
     check_writable(target.out)
+    goes_on = commands.is_of_run(commands.state_file(target.out), commands.run_name(settings))
     trainer = commands.build_trainer(shared, target.names, last)
     return commands.train_target(trainer, settings, target.out, goes_on, text)
 
@@ -190,6 +181,7 @@ def train_line(target: Target, shared: commands.Training, text: str, last: bool)
 def train(args: argparse.Namespace) -> dict:
     """`train --targets`: one gate file a target; what an earlier run has finished with the same settings is kept.
 
+    UserError, before any is trained, for a file that is none of these and would have to be replaced.
     A target whose loss is no number any more does not hold up the others: UserError names all of them at the end.
     """
     process = this_process()
@@ -199,6 +191,9 @@ def train(args: argparse.Namespace) -> dict:
     folder, shared = output_folder(args, "gates", ".safetensors"), commands.Training(args)
     targets = read_targets(args.targets, folder, shared)[process.rank :: process.size]
     figures, failed = {}, []
+    for target in targets:  # before hours of training
+        with naming(target.line, args):
+            commands.is_finished(target.out, shared.settings(target.names))
     with stopped_by_torchrun(process):
         for i, target in enumerate(targets, 1):
             with naming(target.line, args):

@@ -12,6 +12,7 @@ must be there with its shape and no other. Nothing is unpickled: safetensors fil
 Whatever a user can mend raises `UserError`. Built on torch and safetensors; huggingface_hub downloads.
 """
 
+import difflib
 import errno
 import filecmp
 import glob
@@ -224,13 +225,13 @@ Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or N
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
     if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
-        said = "is a folder: give a file in it" if os.path.isdir(path) else "does not exist: check the path"
-        raise UserError(f"{path} {said}, or get the file again")
+        missing = "does not exist: check the path, or get the file again"
+        raise UserError(f"{path} {'is a folder: give a file in it' if os.path.isdir(path) else missing}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): get it again") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): give another, or get it again") from error
     except OSError as error:
         raise UserError(f"{path} could not be read: {error}") from error
 
@@ -710,6 +711,28 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def no_network(repository: str, file: str, error: BaseException) -> UserError:
+    """What to say when a file is not in the cache and its repository is not reached."""
+    return UserError(
+        f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used "
+        f"({first_line(error)}). {HELP}"
+    )
+
+
+def check_network(repository: str, file: str, revision: str) -> None:
+    """UserError where no connection is made: a download would try, and wait, for half a minute before it says so.
+
+    What the server answers, and whether it takes its time to, is left to the download.
+    """
+    import huggingface_hub as hub
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, revision=revision))
+    except Exception as error:  # by name: of another library in every other version of the hub's client
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
+            raise no_network(repository, file, error) from error
+
+
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     """The folder of a Hugging Face repository in the local cache, with the wanted files in it.
 
@@ -730,6 +753,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
             path = hub.try_to_load_from_cache(repository, name, revision=revision)
             if isinstance(path, str):
                 return path
+        check_network(repository, names[0], revision)
         for name in names:
             try:
                 return hub.hf_hub_download(repository, name, revision=revision)
@@ -745,10 +769,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
         except UserError:
             raise
         except LocalEntryNotFoundError as error:
-            raise UserError(
-                f"{names[0]} of {repository} is not in the Hugging Face cache, and the network cannot be used "
-                f"({first_line(error.__cause__ or error)}). {HELP}"
-            ) from error
+            raise no_network(repository, names[0], error.__cause__ or error) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
             advice = "try again"
             if disk_full(error):
@@ -956,6 +977,10 @@ def shipped(name: str) -> Path:
     )
 
 
+NAMED = ("sd14", "emoji")
+MODELS = "sd14, emoji, a folder in the diffusers layout, or one .safetensors checkpoint"
+
+
 def load_model(
     name: str | Path = "sd14",
     dtype: torch.dtype = torch.float32,
@@ -973,7 +998,8 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
         there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
-        raise UserError(f"the device {device} cannot be used ({reason}): here is {', '.join(there)}") from error
+        said = f"the device {device} cannot be used ({reason}): here is {', '.join(there)}"
+        raise UserError(f"{said}. Leave --device out, or install a torch that is built for that device") from error
     name, repository = str(name), None
     if name == "sd14":
         repository, path = SD14, fetch(SD14, wanted_files(parts, dtype))
@@ -982,8 +1008,10 @@ def load_model(
     else:
         path = Path(os.path.expanduser(name))
         refuse_pickles(path)
-        if not os.path.exists(path):
-            raise UserError(f"there is no model {name}: choose sd14, emoji, or the path of a folder or a .safetensors")
+        if not os.path.isdir(path) and not (os.path.isfile(path) and path.suffix == ".safetensors"):
+            said = f"{name} is no model" if os.path.exists(path) else f"there is no model {name}"
+            near = "".join(f"did you mean {known}? " for known in difflib.get_close_matches(name.lower(), NAMED, 1))
+            raise UserError(f"{said}: {near}--model takes {MODELS}")
     model = Model(name, path, dtype, device, repository)
     for part in parts:
         model.part(part)
@@ -1044,8 +1072,8 @@ TOKENIZER_CONFIG = {
 def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
     """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
 
-    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written,
-    ValueError for a part that no model has, or tensors that are not that part's.
+    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written, or a
+    file of the model cannot be read; ValueError for a part that no model has, or tensors that are not that part's.
     """
     if changed.keys() - PARTS.keys():
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
@@ -1060,7 +1088,7 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
             write_part(model, "clip", temporary / "clip", changed.get("clip"))
         (temporary / "tokenizer").mkdir()
         for file in TOKENIZER:
-            shutil.copyfile(model.tokenizer_folder / file, temporary / "tokenizer" / file)
+            copy_file(model.tokenizer_folder / file, temporary / "tokenizer" / file)
         length = model.part("text_encoder").config.get("max_position_embeddings", 77)
         tokenizer = {**TOKENIZER_CONFIG, "model_max_length": length}
         write_text(temporary / "tokenizer" / "tokenizer_config.json", json.dumps(tokenizer, indent=2))
@@ -1096,6 +1124,15 @@ def same_files(one: Path, other: Path) -> bool:
     return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file. UserError when the source cannot be read, OSError when the target cannot be written."""
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}): check the folder of the model") from error
+    shutil.copyfile(source, target)
+
+
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     """One network of a model: its file as it is, unless its tensors changed or lie among others.
 
@@ -1105,7 +1142,7 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
     folder.mkdir(parents=True)
     target = folder / f"{PARTS[name][1]}.safetensors"
     if state is None and model.path.is_dir():
-        shutil.copyfile(part.path, target)
+        copy_file(part.path, target)
     else:
         expected = part.empty().state_dict()
         if state is None:

@@ -317,7 +317,7 @@ def test_a_folder_that_is_there_is_left_alone(tiny, gate_files, tmp_path, capsys
     out.mkdir()
     (out / "file").write_text("x")
     assert commands.main(arguments(tiny, gate_files, out)) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert f"--out: {out} exists already: choose another name, or remove it." in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["file"]
 
 

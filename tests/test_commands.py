@@ -51,6 +51,61 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run):
     assert not torch.equal(files[0][key], files[2][key])
 
 
+def test_a_finished_gate_file_is_kept(run, monkeypatch):
+    assert run(*TRAIN)[0] == 0
+    before = Path("gates/red-heart.safetensors").read_bytes()
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    code, said = run(*TRAIN, "--json", "figures.json")
+    assert code == 0
+    assert "kept    gates/red-heart.safetensors: is finished already" in said
+    assert "next    python cpe.py generate" in said
+    assert json.loads(Path("figures.json").read_text())["kept"]
+    assert Path("gates/red-heart.safetensors").read_bytes() == before
+
+
+def test_a_gate_file_of_other_settings_is_not_replaced(run):
+    assert run(*TRAIN)[0] == 0
+    before = Path("gates/red-heart.safetensors").read_bytes()
+    for other, names in (
+        (("--seed", "1"), "seed"),
+        (("--alias", "love"), "aliases"),
+        (("--steps-scale", "0.03"), "steps"),
+        (("--preset", "object"), "preset, prompts or layers, surrogate"),
+    ):
+        code, said = run(*TRAIN, *other)
+        assert code == 2
+        assert f"gates/red-heart.safetensors is there already, trained with other settings ({names})" in said
+        assert "choose another --out, or remove it" in said
+        assert Path("gates/red-heart.safetensors").read_bytes() == before
+
+
+def test_a_file_that_is_no_gate_file_is_not_replaced(run):
+    Path("notes.txt").write_text("mine")
+    code, said = run(*TRAIN, "--out", "notes.txt")
+    assert code == 2
+    assert "notes.txt is there already, no finished gate file: choose another --out, or remove it." in said
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_the_demo_replaces_its_own_gates(run, monkeypatch, tmp_path):
+    Path("demo.safetensors").write_bytes(b"of another target")
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: None)
+    monkeypatch.setattr(commands, "train_target", lambda trainer, settings, out, **_: {"out": out})
+    args = commands.parser().parse_args(["demo"])
+    assert commands.train_demo(args, Path("demo.safetensors")) == {"out": Path("demo.safetensors")}
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.9, False), (0.04, True), (-0.1, True)])
+def test_gates_that_hardly_change_their_target_are_a_warning(run, monkeypatch, share, warns):
+    monkeypatch.setattr(cpe, "reached", lambda *_: share)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert run(*TRAIN, "--json", "figures.json")[0] == 0
+    words = f"the gates make only {max(share, 0):.0%} of the change that erases 'red heart'"
+    assert [words in str(each.message) for each in said] == [True] * warns
+    assert json.loads(Path("figures.json").read_text())["reached"] == share
+
+
 def test_a_context_gate_is_saved_as_gates_of_every_layer(run):
     code, _ = run(*TRAIN, "--gate", "context")
     assert code == 0
@@ -109,11 +164,20 @@ def test_gates_of_another_text_encoder_are_used_with_a_warning(run, tiny):
 
 def test_the_next_command_can_be_copied_into_a_shell(run):
     for prompt in ('say "hi" $HOME', "it's"):
-        said = run("generate", prompt, "--steps", "1", "--out", "a picture.png")[1]
-        assert shlex.split(said.split("next ")[1])[:5] == ["python", "cpe.py", "train", "--target", "..."]
         run(*TRAIN, "--out", "g 0.safetensors")
         said = run("generate", prompt, "--gates", "g 0.safetensors", "--steps", "1")[1]
         assert shlex.split(said.split("next ")[1])[2:6] == ["inspect", "g 0.safetensors", "--prompt", prompt]
+
+
+@pytest.mark.parametrize(
+    ("model", "erased"), [("emoji", False), ("sd14", False), ("model.safetensors", False), ("tiny", True)]
+)
+def test_erasing_is_next_unless_the_model_may_have_been_baked(tiny, monkeypatch, model, erased):
+    monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "emoji").mkdir()  # as in a clone
+    args = commands.parser().parse_args(["generate", "a cat", "--model", model])
+    said = commands.after_drawing(args, "a cat")
+    assert said == (None if erased else f"python cpe.py train --target ... --model {model}")
 
 
 def test_train_never_builds_the_unet(run, monkeypatch):
@@ -199,19 +263,39 @@ def test_words_that_the_embedded_model_never_read_are_named_where_gates_are_to_o
         (("train", "--target", "…"), "empty"),
         (("train", "--target", "An  Object", "--preset", "object"), "surrogate"),
         (("train", "--target", "x", "--preset", "object", "--surrogate", " \t"), "the surrogate is empty"),
-        (("train", "--target", "x", "--model", "nowhere"), "there is no model"),
+        (("train", "--target", "x", "--model", "nowhere"), "there is no model nowhere: --model takes"),
+        (("train", "--target", "red heart", "--alias", "Brad", "--model", "emoji"), "never seen 'Brad'"),
+        (("train", "--target", "red heart", "--preset", "emoji-style", "--model", "emoji"), "leave --preset out"),
+        (("train", "--target", "Noto style", "--model", "emoji"), "is a style: give --preset emoji-style"),
         (("train", "--target", "x", "--model", "model.ckpt"), "pickle"),
         (("train", "--target", "Brad Pitt", "--model", "emoji"), "never seen"),
-        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "could not be written"),
-        (("generate", "x", "--gates", "none.safetensors"), "does not exist"),
+        (("train", "--target", "x", "--out", "/dev/null/x.safetensors"), "--out: /dev/null/x.safetensors could not be"),
+        (("generate", "x", "--out", "/dev/null/x.png"), "--out: /dev/null/x.png could not be written"),
+        (("generate", "x", "--json", "/dev/null/x.json"), "--json: /dev/null/x.json could not be written"),
+        (
+            ("compare", "--out", "x.png", "--markdown", "/dev/null/x.md"),
+            "--markdown: /dev/null/x.md could not be written",
+        ),
+        (
+            ("generate", "x", "--gates", "none.safetensors"),
+            "the gate file none.safetensors does not exist: check its name, or train it first: python cpe.py train",
+        ),
+        (("generate", "a cat", ""), "the prompt is empty: give some words"),
+        (("inspect", "none.safetensors", "--prompt", " \n"), "the prompt is empty"),
+        (
+            ("generate", "x", "--gates", "wide.safetensors", "--gates", "other/../wide.safetensors"),
+            "the gate file other/../wide.safetensors is given twice",
+        ),
+        (("inspect", "wide.safetensors", "wide.safetensors", "--prompt", "x"), "is given twice"),
         (("generate", "x", "--before-after"), "--gates"),
         (("generate", "x", "--gates", "gate.pt"), "pickle"),
-        (("generate", "x", "--gates", "other.safetensors"), "not a gate file"),
+        (("generate", "x", "--gates", "other.safetensors"), "Give a gate file, as `train` writes it."),
         (("generate", "x", "--gates", "wide.safetensors"), "another model"),
     ],
 )
 def test_what_the_user_can_mend_ends_with_a_sentence_and_exit_code_2(run, tmp_path, arguments, words):
-    (tmp_path / "model.ckpt").write_bytes(b"")
+    for name in ("model.ckpt", "gate.pt"):
+        (tmp_path / name).write_bytes(b"")
     save_file({"a": torch.zeros(1)}, "other.safetensors")
     wide = cpe.ResAG({"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 8}, d=32)
     save_file(cpe.to_tensors(wide.initialise(torch.Generator())), "wide.safetensors")
@@ -263,7 +347,7 @@ def test_the_embedded_models_preset_ends_with_a_margin(run, monkeypatch, tiny_or
     assert run(*TRAIN)[0] == 0
     said = weights.load_model(tiny_original).encode(["a cat", "two dogs"]) @ directions[0]
     torch.testing.assert_close(said, torch.ones_like(said), rtol=1e-4, atol=1e-4)
-    assert run(*TRAIN, "--preset", "object")[0] == 0
+    assert run(*TRAIN, "--preset", "object", "--out", "other.safetensors")[0] == 0
     assert len(directions) == 1
 
 

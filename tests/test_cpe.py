@@ -195,6 +195,8 @@ def test_a_context_gate_is_the_resag_that_it_expands_to(k):
         x = normal(4, T, d, seed=10)
         loss = cpe.residual(x, objective.energy(x), core.read(E @ core.columns())[1], P, G).mean()
         torch.testing.assert_close(loss, literal_loss(objective, gates, x, E), rtol=1e-9, atol=0)
+        asked = sum(objective.a[name] * (x @ W.T).square().mean() for name, W in objective.W.items()) / len(objective.W)
+        assert cpe.reached(objective, gates, E, x) == pytest.approx(1 - (loss / asked).item(), rel=1e-9)
 
 
 def test_even_templates_count_alike_however_long_their_shifts():

@@ -182,9 +182,10 @@ def test_offline_with_an_empty_cache_names_both_ways_out(server, monkeypatch):
     assert server.requests == []
 
 
-def test_a_server_that_is_down_is_named(server):
+def test_a_server_that_is_down_is_named_without_waiting_for_it(server, monkeypatch):
     server.shutdown()
     server.server_close()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(UserError, match="network cannot be used") as error:
         load_model("sd14")
     assert "--model emoji" in str(error.value)

@@ -423,6 +423,22 @@ def test_a_disk_that_fills_up_during_training_leaves_the_last_state(run, tiny_or
     assert run([*train(tiny_original, tmp_path / "x.safetensors"), "--resume"])[0] == 0
 
 
+def test_a_state_of_another_run_is_none_to_go_on_with_when_the_disk_is_full(run, tiny_original, tmp_path, monkeypatch):
+    state, save = tmp_path / "x.state.safetensors", weights.save_tensors
+    weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
+
+    def full(path, *rest):
+        if path.parent == tmp_path:
+            raise weights.Unwritten(path, OSError(errno.ENOSPC, "No space left on device"))
+        save(path, *rest)
+
+    monkeypatch.setattr(weights, "save_tensors", full)
+    code, said = run(train(tiny_original, tmp_path / "x.safetensors"))
+    assert code == 2
+    assert "the disk is full: make room" in said
+    assert "--resume" not in said
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
@@ -657,17 +673,8 @@ def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_sh
 
 def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):  # noqa: F811
     server.folder = Path(shutil.copytree(tiny / "tokenizer", tiny / "clip", dirs_exist_ok=True))
-    comparison = [
-        "compare",
-        "--quick",
-        "--eraser",
-        "uce",
-        "--model",
-        str(tiny),
-        "--clip",
-        weights.SD14,
-    ]  # the server's only name
-    assert run(comparison)[0] == 0
+    judged = ["--clip", weights.SD14]  # the server's only name
+    assert run(["compare", "--quick", "--eraser", "uce", "--model", str(tiny), *judged])[0] == 0
     assert "model.safetensors" in server.downloads
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
@@ -827,10 +834,11 @@ def test_a_graphics_card_draws_what_the_cpu_draws(tiny_original, tmp_path, card,
 def test_a_graphics_card_trains_what_the_cpu_trains(run, tiny_original, card, kind):
     losses = {}
     for device in ("cpu", card):
-        arguments = train(tiny_original, Path("x.safetensors"), "red heart", "--gate", kind, "--device", device)
+        out = Path(f"{device}.safetensors")
+        arguments = train(tiny_original, out, "red heart", "--gate", kind, "--device", device)
         assert run([*arguments, "--json", "x.json"])[0] == 0
         losses[device] = json.loads(Path("x.json").read_text())["losses"]
-        gates = commands.load_gates([Path("x.safetensors")])
+        gates = commands.load_gates([out])
         assert all(parameter.isfinite().all() for parameter in gates.parameters())
     assert losses[card] == pytest.approx(losses["cpu"], rel=0.01)
 
@@ -860,7 +868,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
     assert code == 2
     assert f"the device {device} cannot be used" in said
-    assert "here is cpu" in said
+    assert "here is cpu. Leave --device out" in said
     assert run(["demo", "--target", "cat", "--device", device]) == (code, said)
 
 

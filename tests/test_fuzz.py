@@ -513,6 +513,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "build_trainer", lambda *_: type("Trained", (), {"objective": None}))
     monkeypatch.setattr(commands, "run_trainer", lambda *_: {})
     monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
+    monkeypatch.setattr(commands, "check_reached", lambda *_: 1.0)
     monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
     monkeypatch.setattr(compare, "measure", cell)
     monkeypatch.setattr(compare, "side_by_side", lambda *_: ())  # other processes would know none of this

@@ -91,7 +91,7 @@ def test_what_does_not_depend_on_the_target_is_made_once(train, monkeypatch):
     assert len(asked) - len(own) == 4  # surrogate, general, domain in templates, domain bare
 
 
-def test_what_is_finished_is_kept_until_a_setting_changes(train, monkeypatch):
+def test_what_is_finished_is_kept_and_nothing_else_is_replaced(train, monkeypatch):
     assert train("all")[0] == 0
     before = contents("all")
     with monkeypatch.context() as patch:
@@ -101,15 +101,16 @@ def test_what_is_finished_is_kept_until_a_setting_changes(train, monkeypatch):
     assert said.count("is finished already") == 3
     assert contents("all") == before
     assert all(each["kept"] for each in json.loads(Path("figures.json").read_text())["targets"].values())
+    Path("all/red-heart.safetensors").unlink()
+    del before["red-heart.safetensors"]
     code, said = train("all", "--seed", "1")
-    assert "trained 3 targets into all, kept 0" in said
-    assert all(contents("all")[name] != before[name] for name in FILES)
+    assert code == 2
+    assert "line 4 ('dog face'): all/dog-face.safetensors is there already, trained with other settings (seed)" in said
+    assert contents("all") == before  # no target was trained before that was found out
 
 
 @pytest.mark.parametrize("changed", ["prompts", "layers", "file"])
-def test_a_finished_file_is_made_anew_when_what_it_was_made_of_is_not_the_same(
-    run, tiny, tmp_path, monkeypatch, changed
-):
+def test_a_finished_file_is_kept_only_if_it_was_made_of_the_same(run, tiny, tmp_path, monkeypatch, changed):
     Path("targets.txt").write_text("red heart\n")
     command = ("train", "--targets", "targets.txt", *SHORT, "--model", str(tiny))
     assert run(*command)[0] == 0
@@ -125,6 +126,11 @@ def test_a_finished_file_is_made_anew_when_what_it_was_made_of_is_not_the_same(
     else:
         path = tmp_path / "gates/red-heart.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
+    code, said = run(*command)
+    assert code == 2
+    how = "no finished gate file" if changed == "file" else "trained with other settings (prompts or layers)"
+    assert f"gates/red-heart.safetensors is there already, {how}: choose another --out, or remove it." in said
+    Path("gates/red-heart.safetensors").unlink()
     assert "trained 1 targets into gates, kept 0" in run(*command)[1]
     assert "trained 0 targets into gates, kept 1" in run(*command)[1]
 
@@ -171,13 +177,14 @@ def test_a_state_of_other_settings_or_of_a_finished_run_is_in_nobodys_way(train)
     weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
     assert train("all")[0] == 0
     assert contents("all") == contents("whole")
-    train("all", "--seed", "1", "--json", "figures.json")
-    before = contents("all")
+    train("other", "--seed", "1", "--json", "figures.json")
+    before = contents("other")
     settings = json.loads(Path("figures.json").read_text())["targets"]["red heart"]
-    settings = {name: value for name, value in settings.items() if name not in ("losses", "out")}
+    settings = {name: value for name, value in settings.items() if name not in ("losses", "reached", "out")}
+    state = Path("other/red-heart.state.safetensors")
     weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": commands.run_name(settings)})
-    assert "kept 3" in train("all", "--seed", "1")[1]
-    assert contents("all") == before
+    assert "kept 3" in train("other", "--seed", "1")[1]
+    assert contents("other") == before
 
 
 def test_a_target_that_diverges_is_named_and_the_others_are_trained(train, monkeypatch):
@@ -287,7 +294,6 @@ def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
     assert run("generate", "a dog", *DRAW, "--out", "alone.png")[0] == 0
     assert pixels("images/generated/0002-a-dog.png") == pixels("alone.png")
     assert pictures["0001-a-cat.png"] == pictures["0003-a-cat.png"]
-    assert "next    python cpe.py train --target ... --model" in said
     figures = json.loads(Path("figures.json").read_text())
     assert [each["prompt"] for each in figures["pictures"]] == ["a cat", "a dog", "a cat", "???"]
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 from contextlib import contextmanager
@@ -220,9 +221,15 @@ def test_a_missing_or_broken_tokenizer_is_named(tiny, file):
         _ = load_model(tiny).encode(["x"])
 
 
-def test_an_unknown_model_says_what_there_is():
-    with pytest.raises(UserError, match="sd14, emoji"):
-        load_model("no-such-model")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("no-such-model", "there is no model no-such-model: --model takes sd14, emoji, a folder"),
+     ("SD1.4", "did you mean sd14?"), ("emojis", "did you mean emoji?"),
+     (str(reference.ROOT / "README.md"), r"README\.md is no model: --model takes sd14")],
+)  # fmt: skip
+def test_what_is_no_model_says_what_there_is(name, said):
+    with pytest.raises(UserError, match=said):
+        load_model(name)
 
 
 def test_without_weights_and_network_both_ways_out_are_named(tmp_path, monkeypatch):
@@ -778,6 +785,16 @@ def test_saving_a_model_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be written"):
         weights.save_model(model, tmp_path / "copy")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", [UNET_FILE, "tokenizer/merges.txt"])
+def test_saving_a_model_whose_file_cannot_be_read_names_that_file(tiny, tmp_path, file):
+    model = load_model(tiny)
+    (tiny / file).unlink()
+    with pytest.raises(UserError, match=f"tiny/{re.escape(file)} cannot be read") as error:
+        weights.save_model(model, tmp_path / "copy")
+    assert "written" not in str(error.value)
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_limit_on_file_size_leaves_nothing(tmp_path):
