@@ -546,3 +546,4 @@ ATTACKS: dict[str, Attack] = {
     "tokens": learned_tokens,
     "paraphrases": paraphrases,
 }
+RANDOM = ("inversion", "tokens")  # their seed decides what they find; all images of one search come back, or none

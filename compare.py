@@ -48,7 +48,7 @@ from weights import (
     save_tensors,
 )
 
-VERSIONS = {"cpe": 3}  # of the measurements, by eraser, else 1: raise it when a change makes kept figures wrong
+VERSIONS = {"cpe": 4, "lora": 2}  # of measurements, by eraser, else 1: raise it when a change makes kept figures wrong
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -105,6 +105,7 @@ class Budget:
     near: int = 2  # of each near concept
     others: int = 1  # of each other concept
     attacked: int = 8  # of each attack; 0: no attacks
+    searches: int = 2  # of each attack that searches by chance, which share its images
     steps: int = 12
     guidance_scale: float = 4.0
     method: str = "dpm"
@@ -370,6 +371,8 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "lora": {"k": 8, "lam": 30.0},
 }
 
+MANY: dict[str, dict] = {}  # and what differs for several targets at once, of linear erasers
+
 METHODS = {
     method.name: method
     for method in (
@@ -407,6 +410,8 @@ def tuned(method: Method, scenario: Scenario) -> dict:
     They were found on things. A style has a preset of its own, whose lambda holds for the context gate, too.
     """
     found = TUNED.get(method.name, TUNED.get(method.name.split(",")[0], {}))
+    if len(scenario.targets) > 1:
+        found = found | MANY.get(method.name, {})
     if method.name == "cpe, context gate" and scenario.style:
         return {name: value for name, value in found.items() if name != "lam"}
     return found
@@ -521,8 +526,10 @@ def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budge
     judge, template = ("style", "a picture of a robot, {}") if scenario.style else ("concept", "a picture of a {}")
     for name, attack in attacks.ATTACKS.items():
         options = {"preset": scenario.preset} if name == "paraphrases" else {}
-        contexts = attack(victim, target, (template,), seed, **options).contexts
-        contexts = contexts[torch.arange(budget.attacked) % len(contexts)]
+        searches = budget.searches if name in attacks.RANDOM else 1
+        tried = [attack(victim, target, (template,), seed + i, **options).contexts for i in range(searches)]
+        each = max(1, budget.attacked // searches)
+        contexts = torch.cat([one[torch.arange(each) % len(one)] for one in tried])
         drawn = draw(erased.model, contexts, range(len(contexts)), erased.gates, budget)
         seen = world.see(drawn, judge)
         found[name] = {"images": len(seen), "hits": int((seen == known.index(target.removesuffix(" style"))).sum())}

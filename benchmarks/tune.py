@@ -8,6 +8,7 @@ of the best, which is less than an image, that one wins which changes least of w
 disk: an interrupted run goes on, two runs side by side share the work.
 Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
+"uce, many" and so on ask linear erasers for ten targets at once: `MANY` of compare.py.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
+import cpe
 import weights
 from compare import METHODS, Budget, Scenario
 
@@ -38,10 +40,12 @@ def product(**choices: list) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-ASIDE = {  # two more questions about CPE's preset, on scenarios of their own
-    "surrogate": (TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
-    "margin": ([TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
-}
+def steps(times: int) -> dict:
+    """The steps of a LoRA, so many times those of CPE's preset."""
+    preset = cpe.PRESETS["emoji"]
+    return {name: times * getattr(preset, name) for name in cpe.STEPS}
+
+
 GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
     "cpe": [
         {},
@@ -68,6 +72,19 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 }
 
 
+ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
+    "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
+    "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
+    # What linear erasers need for many targets at once; the first values are those found for one.
+    "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False, True], s_p=[1.0, 10.0])),
+    "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[1, 3], s_p=[0.1, 1.0])),
+    "mace, many": ("mace", [TEN], GRIDS["mace"]),
+    "speed, many": ("speed", [TEN], product(threshold=[1.0, 0.1, 3.0, 10.0], templates=["all", ""], augment=[10])),
+    "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3, 5)]),
+    "lora, many": ("lora", [TEN], [compare.TUNED["lora"] | steps(n) for n in (1, 3)]),
+}
+
+
 def score(figures: dict) -> tuple[float, float]:
     """Harmonic mean of erasing and keeping, and minus the mean change of what should stay: larger is better."""
     groups = dict(figures["groups"])
@@ -87,13 +104,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     compare.TUNED.clear()  # start from every eraser's own defaults
+    compare.MANY.clear()
     world, best = compare.World(weights.load_model(args.model)), {}
     for name in args.methods:
         found = []
-        scenarios, grid = ASIDE.get(name) or (TARGETS, GRIDS[name])
+        eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name])
         kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
         for settings in grid:
-            method = dataclasses.replace(METHODS.get(name, METHODS["cpe"]), settings=settings)
+            method = dataclasses.replace(METHODS[eraser], settings=settings)
             cells = [
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
             ]

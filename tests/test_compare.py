@@ -220,15 +220,16 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
     asked = []
 
     def plain(victim, target, templates, seed, **options):
-        asked.append(target)
+        asked.append((target, seed))
         contexts = victim.original.encode([template.format(target) for template in templates])
         return compare.attacks.Found(contexts, [], None, None, 0.0)
 
-    monkeypatch.setattr(compare.attacks, "ATTACKS", {"plain": plain, "paraphrases": plain})
-    budget = dataclasses.replace(SMALL, attacked=4)
+    monkeypatch.setattr(compare.attacks, "ATTACKS", dict.fromkeys(("revival", "tokens", "paraphrases"), plain))
+    budget = dataclasses.replace(SMALL, attacked=4, searches=2)
     erased = compare.Erased(world.model, None, 0, 0)
     found = compare.under_attack(world, compare.SCENARIOS[name], erased, budget, 0)
-    assert asked == [compare.SCENARIOS[name].targets[0]] * 2
+    target = compare.SCENARIOS[name].targets[0]
+    assert asked == [(target, 0), (target, 0), (target, 1), (target, 0)]  # tokens are searched for twice
     assert all(group["images"] == 4 for group in found.values())
     assert all(0 <= group["hits"] <= group["images"] for group in found.values())
 
