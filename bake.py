@@ -209,7 +209,7 @@ class Recipe:
     steps: int = 1000  # for one concept
     more: int = 100  # further steps for each further concept
     lr: float = 1e-2  # falls to zero along a cosine
-    keep: float = 15.0  # weight of the prompts that shall stay
+    keep: float = 30.0  # weight of the prompts that shall stay
     targets: int = 16  # prompts of targets per step
     others: int = 48  # other prompts per step, half of them drawn by how far they had moved when last seen
     warmup: int = 10
