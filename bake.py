@@ -5,8 +5,11 @@ same thing, and what all of them together ask for is another context (`Objective
 
     E' = E + (sum_l w_l R_l(E) W_l) M^-1
 
-The text encoder is a network: its last layers can learn to say E' by themselves. They are trained here to do so on
-prompts of the target, and to say what they always said on all others, as far as the U-Net sees the difference:
+The text encoder is a network that can learn to say E' by itself. Were whole layers trained, all prompts would move with
+them. But a hidden unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output
+layer, is nothing where w . x + b is far below zero. So the few units of the last MLP that matter least are taken away,
+the rest made to do without them, and put back as detectors of the target. They alone are trained, to say E' on prompts
+of the target and nothing on all others, as far as the U-Net sees the difference:
 
     loss = mean |tower(p) - E'(p)|_M^2 over prompts p of the target  +  keep * mean |tower(p) - E(p)|_M^2 over others
 
@@ -14,21 +17,22 @@ Two things cannot be learnt. The tower is causal, so a token does not know what 
 ends in a LayerNorm, whose outputs lie on an ellipsoid, and E' need not (`on_ellipsoid`; a Baker's `unreachable`).
 Needs torch, cpe.py and the text tower of clip.py; of the U-Net nothing but M.
 
-Shapes: P prompts, T tokens, d width of the context.
+Shapes: P prompts, T tokens, d width of the context, h hidden units of an MLP, n of them trained, S states.
 """
 
-import copy
 import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpe
-from clip import TextEncoder
+from clip import MLP, TextEncoder
 from cpe import ContextGate, Diverged, Objective, Progress, Prompts, ResAG
 
 # --- What is erased, and what stays ------------------------------------------------------------------------------
@@ -71,13 +75,15 @@ def in_company(texts: Sequence[str], words: Sequence[str], chance: random.Random
 
 
 def training_prompts(
-    concepts: Sequence[Concept], prompts: Prompts, seed: int, least: int = 300
+    concepts: Sequence[Concept], prompts: Prompts, seed: int, least: int = 300, total: int = 1200
 ) -> tuple[list[str], list[str]]:
     """Prompts of the targets, and others: as they are, then in company.
 
-    Every name in every template, again and again until there are `least` of each concept; anchor words in four
-    templates each, and ''. ValueError as of `cpe.anchor_words`.
+    Every name in every template, again and again until there are `least` of each concept and about `total` of all;
+    anchor words in four templates each, and '', with three companies; "tiger" and "face with tears" are none for
+    "tiger face". ValueError as of `cpe.anchor_words`.
     """
+    least = max(least, total // len(concepts))
     chance = random.Random(seed)
     anchors = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     words = [*anchors.general, *anchors.domain]
@@ -87,39 +93,84 @@ def training_prompts(
         copies = max(1, math.ceil(least / len(plain)) - 1)
         targets += plain + in_company(plain * copies, words, chance)
     others = ["", *cpe.anchor_prompts(words, prompts.templates)]
-    return targets, others + in_company(others, words, chance)
+    names = [f" {cpe.normalised(name)} " for concept in concepts for name in concept.names]
+    company = [
+        text
+        for text in in_company(others * 3, words, chance)
+        if not any(name in f" {cpe.normalised(text)} " for name in names)
+    ]
+    return targets, others + company
 
 
-# --- The part of the text tower that is trained ------------------------------------------------------------------
+# --- The units that are trained ----------------------------------------------------------------------------------
 
 
-class Tail(nn.Module):
-    """The last layers of a text tower and its final LayerNorm, copied: hidden states [P, T, d] -> context [P, T, d].
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation, of any shape."""
+    return x * torch.sigmoid(1.702 * x)
 
-    ValueError unless the tower has so many `layers`, and they are one or more.
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [n] and covariance [n, n] of x [S, n], on the CPU: Apple's graphics cards have no float64."""
+    mean = x.mean(dim=0)
+    return mean.cpu().double(), ((x - mean).T @ (x - mean) / len(x)).cpu().double()
+
+
+@torch.no_grad()
+def spare_units(mlp: MLP, x: Tensor, metric: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The units that matter least at inputs x [S, d], and an output layer that does without them: [n], [d, h], [d].
+
+    What the spared units P said is regressed on what the others K say, by least squares with a little ridge:
+
+        a_P ~ mean_P + (a_K - mean_K) B,   B = (C_KK + ridge)^-1 C_KP   with the covariance C of activations
+
+    `metric` [d, d] weighs what an MLP says.
+    """
+    weight, bias = mlp.fc2.weight.cpu().double(), mlp.fc2.bias.cpu().double()
+    mean, C = moments(quick_gelu(mlp.fc1(x)))
+    heard = ((weight.T @ metric.cpu().double()) * weight.T).sum(dim=1)  # |column|^2 in the metric
+    order = (C.diagonal() * heard).argsort()
+    P, K = order[:count], order[count:]
+    ridge = 1e-3 * C.diagonal()[K].mean() * torch.eye(len(K)).to(C)
+    B = torch.linalg.solve(C[K][:, K] + ridge, C[K][:, P])
+    bias += weight[:, P] @ (mean[P] - B.T @ mean[K])
+    weight[:, K] += weight[:, P] @ B.T
+    weight[:, P] = 0
+    return P.to(x.device), weight.to(x), bias.to(x)
+
+
+@torch.no_grad()
+def detectors(points: Tensor, x: Tensor, shut: float = -3.0, fires: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Units that fire at `points` [n, d] and at next to none of the inputs x [S, d]: weights [n, d], biases [n].
+
+    Each reads w = (cov x)^-1 (point - mean x), scaled so that w . x + b is `fires` at its point, and `shut` or less at
+    all but a thousandth of x.
+    """
+    (mean, C), c = moments(x), points.cpu().double()
+    w = torch.linalg.solve(C + 1e-2 * C.diagonal().mean() * torch.eye(len(C)).to(C), (c - mean).T).T
+    own = (w * c).sum(dim=1)
+    highest = (x @ w.T.to(x)).cpu().double().kthvalue(math.ceil(0.999 * len(x)), dim=0).values
+    # A point among x itself has no room between: its unit fires nearby, too, and training sees to that.
+    middle = w @ mean
+    highest = torch.minimum(highest, middle + 0.9 * (own - middle))
+    slope = (fires - shut) / (own - highest)
+    return (slope[:, None] * w).to(x), (shut - slope * highest).to(x)
+
+
+class Units(nn.Module):
+    """Hidden units of an MLP on their own, x [..., d] -> what they add to the residual stream [..., d].
+
+    They begin as `detectors` that say nothing yet: weights [n, d], biases [n].
     """
 
-    def __init__(self, tower: TextEncoder, layers: int):
+    def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
-        body = tower.text_model
-        self.first = len(body.encoder.layers) - layers
-        if self.first < 0 or layers < 1:
-            raise ValueError(f"of {len(body.encoder.layers)} layers {layers} cannot be trained")
-        self.layers = copy.deepcopy(body.encoder.layers[self.first :])
-        self.final_layer_norm = copy.deepcopy(body.final_layer_norm)
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.columns = nn.Parameter(torch.zeros_like(weight.T, memory_format=torch.contiguous_format))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What the whole tower says, from the states [P, T, d] that enter its last layers: [P, T, d]."""
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return self.final_layer_norm(hidden)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors, named as in the text encoder."""
-        named = {f"text_model.final_layer_norm.{name}": t for name, t in self.final_layer_norm.state_dict().items()}
-        for i, layer in enumerate(self.layers, self.first):
-            named |= {f"text_model.encoder.layers.{i}.{name}": t for name, t in layer.state_dict().items()}
-        return named
+    def forward(self, x: Tensor) -> Tensor:
+        """columns quick_gelu(weight x + bias), [..., d] -> [..., d]."""
+        return F.linear(quick_gelu(F.linear(x, self.weight, self.bias)), self.columns)
 
 
 def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
@@ -152,15 +203,15 @@ def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the last layers are trained."""
+    """How the units are trained."""
 
-    layers: int = 2  # of the text tower, from its end; the final LayerNorm is trained with them
-    steps: int = 700  # for one concept
+    units: int = 64  # of the last MLP, a quarter of them at most
+    steps: int = 1000  # for one concept
     more: int = 100  # further steps for each further concept
-    lr: float = 1.5e-3  # falls to zero along a cosine
+    lr: float = 1e-2  # falls to zero along a cosine
     keep: float = 30.0  # weight of the prompts that shall stay
-    targets: int = 8  # prompts of targets per step
-    others: int = 16  # other prompts per step, half of them drawn by how far they had moved when last seen
+    targets: int = 16  # prompts of targets per step
+    others: int = 48  # other prompts per step, half of them drawn by how far they had moved when last seen
     warmup: int = 10
 
     def of(self, concepts: int, scale: float = 1.0) -> "Recipe":
@@ -168,15 +219,21 @@ class Recipe:
         return replace(self, steps=max(1, round(scale * (self.steps + self.more * (concepts - 1)))))
 
 
+class Seen(NamedTuple):
+    """What prompts are at the last MLP, [P, T, d] in half precision."""
+
+    inputs: Tensor  # of the MLP
+    rest: Tensor  # of the final LayerNorm, if the trained units say nothing
+
+
 class Baker:
-    """Trains the last layers: iterate over `steps()`, stop and go on wherever you like, then take `tensors()`.
+    """Trains the units: iterate over `steps()`, stop and go on wherever you like, then take `tensors()`.
 
     A seed repeats a run on one machine. What a step reports are shares of the shift that the gates ask for: "missing",
     how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
 
     `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
-    shall stay as they are. What enters the last layers is computed once, and kept in half precision. ValueError as of
-    `Tail`.
+    shall stay as they are. All but the units is frozen: what it says is computed once.
     """
 
     def __init__(
@@ -190,22 +247,33 @@ class Baker:
         seed: int = 0,
     ):
         self.tower, self.recipe, self.objective = tower, recipe, objective
-        self.tail = Tail(tower, recipe.layers).requires_grad_(True)
+        self.last, self.norm = tower.text_model.encoder.layers[-1], tower.text_model.final_layer_norm
         self.generator = torch.Generator().manual_seed(seed)
-        self.targets, self.others = self.hidden_states(targets), self.hidden_states(others)
-        self.kept = self.contexts(self.others)
-        self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
-        self.done, self.optimizer = 0, self.new_optimizer()
         # How far the longest prompt reaches, and one token of padding beyond.
         self.length = 2 + max((rows != rows[:, -1:]).sum(dim=1).max().item() for rows in (targets, others))
-        before = self.contexts(self.targets).to(objective.M)
+        target_states, other_states = self.hidden_states(targets), self.hidden_states(others)
         with torch.no_grad():
+            before = torch.cat([self.norm(h + self.last.mlp(x)) for h, x in self.batches(target_states)])
             wanted = torch.cat([gate(E) for E in before.split(32)])
-            self.scale = objective.energy(wanted - before).mean().clamp(min=1e-30)  # of the shift, per token
+            shift = objective.energy(wanted - before)
+            self.scale = shift.mean().clamp(min=1e-30)  # of the shift, per token
             some = wanted[:: max(1, len(wanted) // 32)]
-            lost = objective.energy(on_ellipsoid(self.tail.final_layer_norm, some, objective.M) - some)
-        self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
-        self.wanted = wanted.half()
+            lost = objective.energy(on_ellipsoid(self.norm, some, objective.M) - some)
+            self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
+            self.wanted = wanted.half()
+
+            sample = other_states[:: max(1, len(other_states) // 256)]
+            x = torch.cat([x for _, x in self.batches(sample)]).flatten(0, 1)
+            g = self.norm.weight
+            count = min(recipe.units, len(self.last.mlp.fc1.bias) // 4)
+            self.free, self.weight, self.bias = spare_units(self.last.mlp, x, g[:, None] * objective.M * g, count)
+            self.targets, self.others = self.seen(target_states), self.seen(other_states)
+            # Units begin at tokens of targets, drawn by how much is asked there (of a gate that is shut: anywhere).
+            drawn = torch.multinomial(shift.flatten().cpu() + 1e-30, count, replacement=True, generator=self.generator)
+            points = self.targets.inputs.flatten(0, 1)[drawn.to(x.device)].to(x)
+        self.units = Units(*detectors(points, x))
+        self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
+        self.done, self.optimizer = 0, self.new_optimizer()
 
     @property
     def total(self) -> int:
@@ -214,41 +282,55 @@ class Baker:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser before the first step."""
-        return torch.optim.Adam(self.tail.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
+        return torch.optim.Adam(self.units.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """What enters the last layers of tokens [P, T]: [P, T, d] in half precision."""
+        """What the last MLP adds to, of tokens [P, T]: [P, T, d] in half precision."""
         body, parts = self.tower.text_model, []
         for batch in tokens.split(32):
             hidden = body.embeddings(batch)
-            for layer in body.encoder.layers[: self.tail.first]:
+            for layer in body.encoder.layers[:-1]:
                 hidden = layer(hidden)
-            parts.append(hidden.half())
+            parts.append((hidden + self.last.self_attn(self.last.layer_norm1(hidden))).half())
         return torch.cat(parts)
 
+    def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the states that the last MLP adds to, and what it reads of them: two of [b, T, d] each."""
+        for batch in hidden.split(32):
+            states = batch.to(self.objective.M)
+            yield states, self.last.layer_norm2(states)
+
     @torch.no_grad()
-    def contexts(self, hidden: Tensor) -> Tensor:
-        """What the last layers make of hidden states as they are now, [P, T, d] in half precision."""
-        return torch.cat([self.tail(batch.to(self.objective.M)).half() for batch in hidden.split(32)])
+    def seen(self, hidden: Tensor) -> Seen:
+        """What training reads of the states [P, T, d] that the last MLP adds to; it overwrites them."""
+        mlp, inputs = self.last.mlp, torch.empty_like(hidden)
+        for (h, x), kept, rest in zip(self.batches(hidden), inputs.split(32), hidden.split(32), strict=True):
+            kept.copy_(x)
+            rest.copy_(h + F.linear(quick_gelu(mlp.fc1(x)), self.weight, self.bias))
+        return Seen(inputs, hidden)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Rows of a step: prompts of targets [P], and others [Q], half at random and half where errors are large."""
         recipe, generator = self.recipe, self.generator
-        rows = torch.randperm(len(self.targets), generator=generator)[: recipe.targets]
-        count = min(recipe.others, len(self.others))
+        rows = torch.randperm(len(self.wanted), generator=generator)[: recipe.targets]
+        count = min(recipe.others, len(self.errors))
         hard = torch.multinomial(self.errors, (count + 1) // 2, generator=generator)
-        return rows, torch.cat([hard, torch.randperm(len(self.others), generator=generator)[: count // 2]])
+        return rows, torch.cat([hard, torch.randperm(len(self.errors), generator=generator)[: count // 2]])
 
     def misfits(self, rows: Tensor, others: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
         """|tower(p) - wanted(p)|_M^2 over the first `length` tokens of prompts, as shares of the shift: [P], [Q]."""
-        hidden = torch.cat([self.targets[rows], self.others[others]])[:, :length].to(self.objective.M)
-        wanted = torch.cat([self.wanted[rows], self.kept[others]])[:, :length].to(self.objective.M)
-        shares = self.objective.energy(self.tail(hidden) - wanted).mean(dim=-1) / self.scale
+        M = self.objective.M
+        x, rest = (
+            torch.cat([target[rows, :length], other[others, :length]]).to(M)
+            for target, other in zip(self.targets, self.others, strict=True)
+        )
+        wanted = torch.cat([self.wanted[rows, :length].to(M), self.norm(rest[len(rows) :])])
+        shares = self.objective.energy(self.norm(rest + self.units(x)) - wanted).mean(dim=-1) / self.scale
         return shares[: len(rows)], shares[len(rows) :]
 
     def update(self) -> dict[str, float]:
-        """One step of the optimiser; Diverged, with the layers as they were, when the loss is not finite."""
+        """One step of the optimiser; Diverged, with the units as they were, when the loss is not finite."""
         recipe, step = self.recipe, self.done
         rows, others = self.draw()
         # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
@@ -259,7 +341,7 @@ class Baker:
             raise Diverged(f"the loss became {loss.item()} in step {step + 1}")
         self.optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(nn.utils.clip_grad_norm_(self.tail.parameters(), 1.0).item()):
+        if not math.isfinite(nn.utils.clip_grad_norm_(self.units.parameters(), 1.0).item()):
             raise Diverged(f"the gradient overflowed in step {step + 1}")
         rise = min(1.0, (step + 1) / (recipe.warmup + 1))
         for group in self.optimizer.param_groups:
@@ -277,14 +359,16 @@ class Baker:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors for a safetensors file."""
-        state = {f"tail.{name}": t for name, t in self.tail.state_dict().items()} | cpe.moments(self.optimizer)
+        state = {f"units.{name}": t for name, t in self.units.state_dict().items()} | cpe.moments(self.optimizer)
         state |= {"errors": self.errors, "generator": self.generator.get_state(), "done": torch.tensor(self.done)}
         return {name: t.detach().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
         try:
-            self.tail.load_state_dict({n.removeprefix("tail."): t for n, t in state.items() if n.startswith("tail.")})
+            self.units.load_state_dict(
+                {n.removeprefix("units."): t for n, t in state.items() if n.startswith("units.")}
+            )
             self.done = int(state["done"])
             if not 0 <= self.done <= self.total:
                 raise ValueError(f"it has no step {self.done}")
@@ -299,9 +383,20 @@ class Baker:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
+    @torch.no_grad()
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that are not as they were, all of the last MLP, named as in the text encoder."""
+        mlp, units, free = self.last.mlp, self.units, self.free
+        changed = {"fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight)}
+        changed["fc1.bias"] = mlp.fc1.bias.index_copy(0, free, units.bias)
+        changed["fc2.weight"] = self.weight.index_copy(1, free, units.columns)
+        changed["fc2.bias"] = self.bias
+        place = f"text_model.encoder.layers.{len(self.tower.text_model.encoder.layers) - 1}.mlp"
+        return {f"{place}.{name}": t.detach() for name, t in changed.items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """The text encoder's tensors, those that were trained replaced: what `weights.save_model` writes."""
-        return self.tower.state_dict() | {name: t.detach() for name, t in self.tail.tensors().items()}
+        """The text encoder's tensors, those that changed replaced: what `weights.save_model` writes."""
+        return self.tower.state_dict() | self.changed()
 
 
 # --- What was lost -----------------------------------------------------------------------------------------------

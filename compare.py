@@ -312,7 +312,7 @@ def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erase
     baker = bake.Baker(world.model.text_encoder, gate, world.objective, *tokens, bake.Recipe().of(len(concepts)), seed)
     for _ in baker.steps():
         pass
-    changed = baker.tail.tensors()
+    changed = baker.changed()
     size = sum(tensor.numel() for tensor in changed.values())
     return Erased(world.model.with_text_encoder(changed), None, size, 4 * size, seconds)
 

@@ -44,8 +44,8 @@ def main() -> None:
     torch.nn.init.normal_(gate.inner.lora_up, std=0.01)
 
     prompts = read_prompts(args.preset)
-    others = 2 * (1 + 4 * len([*prompts.general, *prompts.domain]))
-    total = max(300, 2 * len(prompts.templates)) + others  # of one concept, without aliases; as in training_prompts
+    others = 4 * (1 + 4 * len([*prompts.general, *prompts.domain]))
+    total = max(1200, 2 * len(prompts.templates)) + others  # of one concept, without aliases; as in training_prompts
     eos = 49407
     tokens = torch.randint(eos - 1, (2 * args.prompts, 77))
     tokens[:, args.reach - 2 :] = eos

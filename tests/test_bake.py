@@ -19,6 +19,7 @@ import bake
 import commands
 import cpe
 import weights
+from clip import MLP
 from cpe import ContextGate, Objective
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ def open_gate(d: int, seed: int = 0) -> ContextGate:
 def small_baker(model: weights.Model, objective: Objective, **settings) -> bake.Baker:
     targets = model.tokenizer(["red heart", "a red heart", "love"])
     others = model.tokenizer(["", "dog face", "a dog face", "blue heart"])
-    recipe = dataclasses.replace(bake.Recipe(layers=1, steps=40, lr=3e-3), **settings)
+    recipe = dataclasses.replace(bake.Recipe(steps=40), **settings)
     return bake.Baker(model.text_encoder, open_gate(16), objective, targets, others, recipe)
 
 
@@ -72,6 +73,14 @@ def test_others_hold_the_empty_prompt_and_no_name_of_a_target():
     assert len({*others}) > 0.9 * len(others)
 
 
+def test_few_concepts_have_more_prompts_each():
+    names = [word for word in PROMPTS.domain if word.isascii()][:6]
+    concepts = [bake.Concept([name], "an object", 0.3) for name in names]
+    one, all_six = (len(bake.training_prompts(some, PROMPTS, seed=0)[0]) for some in (concepts[:1], concepts))
+    assert 1200 <= one < 1400
+    assert 6 * 300 <= all_six < 6 * 500
+
+
 def test_company_leaves_the_prompt_whole():
     texts = bake.in_company(["a red heart"] * 100, ["dog", "cat"], random.Random(0))
     assert len(texts) == 100
@@ -92,23 +101,79 @@ def test_a_gate_file_says_what_it_erases():
             bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
 
 
-# --- The tail and its ellipsoid ------------------------------------------------------------------------------------
+# --- The units and the ellipsoid -----------------------------------------------------------------------------------
+
+
+def correlated(*shape: int) -> torch.Tensor:
+    """Inputs [S, d] that lie near a subspace, away from 0."""
+    few, mix = reference.draw("few", shape[0], 3), reference.draw("mix", 3, shape[1])
+    return few @ mix + 0.05 * reference.draw("rest", *shape) + 1
 
 
 @torch.no_grad()
-def test_head_and_tail_are_the_tower(model, objective):
-    for layers in (1, 2):
-        baker = small_baker(model, objective, layers=layers)
-        context = baker.tail(baker.targets.float())
-        expected = model.encode(["red heart", "a red heart", "love"])
-        torch.testing.assert_close(context, expected, atol=2e-2, rtol=0)  # hidden states are kept in half precision
-        assert torch.equal(baker.kept, baker.contexts(baker.others))
+def test_others_take_over_what_the_spared_units_said():
+    """Against a least-squares fit of all the MLP says by the kept units and a constant."""
+    mlp, x = reference.filled(MLP(6, 24)), correlated(500, 6)
+    free, weight, bias = bake.spare_units(mlp, x, torch.eye(6), 6)
+    assert len({*free.tolist()}) == 6
+    assert (weight[:, free] == 0).all()
+    a = bake.quick_gelu(mlp.fc1(x))
+    kept = [i for i in range(24) if i not in free.tolist()]
+    left = (a @ weight.T + bias - mlp(x)).square().sum()
+    basis = torch.cat([a[:, kept], torch.ones(500, 1)], dim=1).double()
+    best = (basis @ torch.linalg.pinv(basis) @ mlp(x).double() - mlp(x)).square().sum()
+    dropped = (a[:, free] - a[:, free].mean(dim=0)) @ mlp.fc2.weight[:, free].T
+    assert best - 1e-4 <= left < 0.1 * dropped.square().sum()
 
 
-def test_more_layers_than_there_are_cannot_be_trained(model):
-    for layers in (0, 3):
-        with pytest.raises(ValueError, match="of 2 layers"):
-            bake.Tail(model.text_encoder, layers)
+@torch.no_grad()
+def test_the_units_that_are_spared_say_least_in_the_metric():
+    mlp, x = reference.filled(MLP(6, 24)), correlated(500, 6)
+    mlp.fc2.weight[:, 3] *= 1e-4
+    mlp.fc1.weight[7] = 0  # says much, but always the same
+    mlp.fc2.weight[:, 11] = torch.eye(6)[5]  # says much, but what the metric does not see
+    metric = torch.eye(6)
+    metric[5, 5] = 0
+    assert {*bake.spare_units(mlp, x, metric, 3)[0].tolist()} == {3, 7, 11}
+
+
+@torch.no_grad()
+def test_detectors_fire_at_their_points_and_are_shut_elsewhere():
+    x = correlated(5000, 6)
+    points = x[:4] + reference.draw("away", 4, 6)
+    weight, bias = bake.detectors(points, x)
+    torch.testing.assert_close((weight * points).sum(dim=1) + bias, torch.full((4,), 2.0), atol=1e-3, rtol=0)
+    said = x @ weight.T + bias
+    assert ((said <= -3 + 1e-3).float().mean(dim=0) >= 0.999).all()
+
+
+@torch.no_grad()
+def test_a_detector_of_one_of_many_is_finite_and_still_fires_there():
+    x = correlated(5000, 6)
+    weight, bias = bake.detectors(x[:4], x)
+    torch.testing.assert_close((weight * x[:4]).sum(dim=1) + bias, torch.full((4,), 2.0), atol=1e-2, rtol=0)
+
+
+@torch.no_grad()
+def test_what_training_reads_is_what_the_written_tower_says(model, objective):
+    """The split into frozen rest and units, in half precision, against the whole text encoder with its new tensors."""
+    baker = small_baker(model, objective)
+    for name, parameter in baker.units.named_parameters():  # less steep than detectors: half precision is rough there
+        parameter.copy_(0.3 * reference.draw(name, *parameter.shape))
+    baked = model.with_text_encoder(baker.changed())
+    for seen, names in (
+        (baker.targets, ["red heart", "a red heart", "love"]),
+        (baker.others, ["", "dog face", "a dog face", "blue heart"]),
+    ):
+        context = baker.norm(seen.rest.float() + baker.units(seen.inputs.float()))
+        torch.testing.assert_close(context, baked.encode(names), atol=2e-2, rtol=0)
+
+
+@torch.no_grad()
+def test_before_the_first_step_the_units_say_nothing(model, objective):
+    baker = small_baker(model, objective)
+    assert len(baker.free) == 8  # a quarter of 32: fewer than the recipe's
+    assert (baker.units(baker.targets.inputs.float()) == 0).all()
 
 
 @torch.no_grad()
@@ -140,27 +205,32 @@ def test_what_a_layer_norm_says_is_left_where_it_is_and_the_rest_moves_as_little
 # --- Training ------------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_the_gate_on_targets_and_the_tower_itself_on_others(model, objective):
+def test_the_teacher_is_the_gate_on_targets_and_the_frozen_tower_on_others(model, objective):
     baker = small_baker(model, objective)
     with torch.no_grad():
-        expected = open_gate(16)(baker.contexts(baker.targets).float())
-    assert torch.equal(baker.wanted, expected.half())
+        expected = open_gate(16)(model.encode(["red heart", "a red heart", "love"]))
+    torch.testing.assert_close(baker.wanted.float(), expected, atol=2e-2, rtol=0)
     missing, moved = baker.misfits(torch.arange(3), torch.arange(4), None)
-    assert missing.mean().item() == pytest.approx(1, rel=1e-2)  # nothing of the shift is there yet
-    assert moved.max() < 1e-3
+    assert missing.mean().item() == pytest.approx(1, rel=0.1)  # next to nothing of the shift is there yet
+    assert (moved == 0).all()
 
 
 def test_what_is_cut_off_changes_nothing_before_it(model, objective):
     baker = small_baker(model, objective)
-    whole = baker.tail(baker.targets.float())[:, : baker.length]
-    torch.testing.assert_close(baker.tail(baker.targets[:, : baker.length].float()), whole)
     assert (model.tokenizer(["a red heart"])[0, baker.length - 1 :] == model.tokenizer.eos).all()
+    rows, others = torch.arange(3), torch.arange(4)
+    whole = baker.misfits(rows, others, None)
+    baker.targets.rest[:, baker.length :] += 1
+    baker.others.rest[:, baker.length :] += 1
+    assert (baker.misfits(rows, others, None)[0] != whole[0]).all()
+    cut = small_baker(model, objective).misfits(rows, others, baker.length)
+    assert all(torch.equal(a, b) for a, b in zip(baker.misfits(rows, others, baker.length), cut, strict=True))
 
 
 def test_the_loss_falls_and_a_seed_repeats_it(model, objective):
-    first, second = (small_baker(model, objective, steps=150, lr=1e-2, keep=0.1) for _ in range(2))
+    first, second = (small_baker(model, objective, steps=150, keep=0.1) for _ in range(2))
     losses = [p.losses["missing"] + first.recipe.keep * p.losses["moved"] for p in first.steps()]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     list(second.steps())
     assert equal(first.state(), second.state())
 
@@ -201,8 +271,8 @@ def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(model, objective, step):
         {"generator": torch.zeros(3, dtype=torch.uint8)},
         {"optimizer.0.exp_avg": torch.zeros(3)},
         {"optimizer.0.step": torch.zeros(3)},
-        {"tail.final_layer_norm.weight": torch.zeros(3)},
-        {"tail.layers.1.layer_norm1.weight": torch.zeros(16)},
+        {"units.columns": torch.zeros(3)},
+        {"units.norm.weight": torch.zeros(16)},
     ],
 )
 def test_a_state_of_another_run_is_refused(model, objective, change):
@@ -211,7 +281,7 @@ def test_a_state_of_another_run_is_refused(model, objective, change):
         small_baker(model, objective).load_state(state | change)
 
 
-@pytest.mark.parametrize("name", ["done", "errors", "generator", "optimizer.0.step", "tail.final_layer_norm.weight"])
+@pytest.mark.parametrize("name", ["done", "errors", "generator", "optimizer.0.step", "units.weight"])
 def test_a_state_that_is_not_whole_is_refused(model, objective, name):
     state = stopped(small_baker(model, objective), 2)
     del state[name]
@@ -219,15 +289,20 @@ def test_a_state_that_is_not_whole_is_refused(model, objective, name):
         small_baker(model, objective).load_state(state)
 
 
-def test_only_the_named_layers_change(model, objective):
+def test_only_the_last_mlp_changes_and_of_its_first_layer_only_the_units(model, objective):
     baker = small_baker(model, objective)
     before = {name: t.clone() for name, t in model.text_encoder.state_dict().items()}
     list(baker.steps())
     state = baker.tensors()
     assert state.keys() == before.keys()
+    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in before.items()}
     changed = {name for name, t in state.items() if not torch.equal(t, before[name])}
-    trained = ("text_model.encoder.layers.1.", "text_model.final_layer_norm.")
-    assert changed == {name for name in before if name.startswith(trained)}
+    mlp = "text_model.encoder.layers.1.mlp."
+    assert changed == {f"{mlp}{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+    assert baker.changed().keys() == changed
+    for name in ("fc1.weight", "fc1.bias"):
+        rows = (state[mlp + name] != before[mlp + name]).reshape(32, -1).any(dim=1)
+        assert {*rows.nonzero().flatten().tolist()} == {*baker.free.tolist()}
     assert all(torch.equal(t, before[name]) for name, t in model.text_encoder.state_dict().items())
 
 
@@ -246,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_it(model, objective):
     assert equal(baker.state() | {"generator": before["generator"]}, before)
 
 
-def test_a_gradient_that_overflows_stops_before_it_reaches_the_layers(model, objective, monkeypatch):
+def test_a_gradient_that_overflows_stops_before_it_reaches_the_units(model, objective, monkeypatch):
     baker = small_baker(model, objective)
     before, misfits = stopped(baker, 2), baker.misfits
 

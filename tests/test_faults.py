@@ -790,7 +790,7 @@ def test_a_text_encoder_is_baked_on_the_device(model, elsewhere):
     objective = cpe.Objective({name: x for name, x in model.unet.state_dict().items() if "attn2" in name})
     gate = cpe.ContextGate(16, r=2, k=2).to(elsewhere).requires_grad_(False)
     tokens = (torch.randint(5, (n, 7)).to(elsewhere) for n in (3, 4))
-    recipe = baking.Recipe(layers=1, steps=5, targets=2, others=2)
+    recipe = baking.Recipe(steps=5, targets=2, others=2)
     baker = baking.Baker(model.text_encoder, gate, objective, *tokens, recipe)
     assert sum(1 for _ in baker.steps()) == 5
     assert {tensor.device for tensor in baker.tensors().values()} == {elsewhere}

@@ -351,7 +351,7 @@ def new_baker(tiny_original):
     gates = objective.new_gates("context", 2, 1, torch.Generator().manual_seed(0)).requires_grad_(False)
     gates.inner.lora_up += 0.3
     tokens = model.tokenizer(["a red heart"]), model.tokenizer(["", "a dog", "a cat"])
-    recipe = bake.Recipe(layers=1, steps=4, targets=1, others=2)
+    recipe = bake.Recipe(steps=4, targets=1, others=2)
     return lambda: bake.Baker(model.text_encoder, gates, objective, *tokens, recipe)
 
 
