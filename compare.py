@@ -371,7 +371,13 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "lora": {"k": 8, "lam": 30.0},
 }
 
-MANY: dict[str, dict] = {}  # and what differs for several targets at once, of linear erasers
+MANY: dict[str, dict] = {  # and what differs for several targets at once, of linear erasers; CPE's gates are merged
+    "uce": {"s_p": 10.0},
+    "rece": {"rounds": 3, "s_p": 1.0},
+    "speed": {"threshold": 0.1, "templates": ""},
+    "esd": {"steps": 400},
+    "lora": {},
+}
 
 METHODS = {
     method.name: method
