@@ -1159,7 +1159,7 @@ def bake(args: argparse.Namespace) -> dict:
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
     figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
-    print(f"{baker.unreachable:.1%} of it is out of reach of any text encoder: its final LayerNorm forbids it")
+    print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")
     again = drawing_of(concepts[0].names[0], str(args.out))
@@ -1218,7 +1218,12 @@ def losses_of_baking(
 
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     figures = {}
-    print("\nShares of the change that the target needs: left undone on it, and made to others. All are best at 0.")
+    print(
+        "\nleft: the share of the erasure that is missing on the target. near, others: how far other concepts move, as a"
+    )
+    print(
+        "share of it. All are best at 0. The templates are of no training: with words new to them gates may stay shut."
+    )
     print(f"{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
         rows = {}
