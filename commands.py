@@ -1218,8 +1218,12 @@ def losses_of_baking(
 
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     figures = {}
-    print("\nleft: the share of the erasure that is missing on the target. near, others: how far others move, as a share")
-    print("of it. All are best at 0. The templates are of no training: with words new to them gates may stay shut.")
+    print(
+        "\nleft: the share of the erasure that is missing on the target. near, others: how far others move, as a part"
+    )
+    print(
+        "of it. All are best at 0. The templates are of no training: at words that are new to it a gate may stay shut."
+    )
     print(f"{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
         rows = {}
