@@ -376,7 +376,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "rece": {"rounds": 3, "s_p": 1.0},
     "speed": {"threshold": 0.1, "templates": ""},
     "esd": {"steps": 400},
-    "lora": {},
+    "lora": {"lam": 10.0},
 }
 
 METHODS = {
