@@ -233,7 +233,7 @@ class Baker:
     how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
 
     `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
-    shall stay as they are. All but the units is frozen: what it says is computed once.
+    shall stay as they are. All but the units is frozen: what it says is computed once. ValueError as of `asked`.
     """
 
     def __init__(
@@ -252,15 +252,12 @@ class Baker:
         # How far the longest prompt reaches, and one token of padding beyond.
         self.length = 2 + max((rows != rows[:, -1:]).sum(dim=1).max().item() for rows in (targets, others))
         target_states, other_states = self.hidden_states(targets), self.hidden_states(others)
+        self.wanted, shift = self.asked(gate, target_states)
+        self.scale = shift.mean()  # of the shift, per token
+        some = self.wanted[:: max(1, len(self.wanted) // 32)].to(objective.M)
         with torch.no_grad():
-            before = torch.cat([self.norm(h + self.last.mlp(x)) for h, x in self.batches(target_states)])
-            wanted = torch.cat([gate(E) for E in before.split(32)])
-            shift = objective.energy(wanted - before)
-            self.scale = shift.mean().clamp(min=1e-30)  # of the shift, per token
-            some = wanted[:: max(1, len(wanted) // 32)]
             lost = objective.energy(on_ellipsoid(self.norm, some, objective.M) - some)
             self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
-            self.wanted = wanted.half()
 
             sample = other_states[:: max(1, len(other_states) // 256)]
             x = torch.cat([x for _, x in self.batches(sample)]).flatten(0, 1)
@@ -268,8 +265,8 @@ class Baker:
             count = min(recipe.units, len(self.last.mlp.fc1.bias) // 4)
             self.free, self.weight, self.bias = spare_units(self.last.mlp, x, g[:, None] * objective.M * g, count)
             self.targets, self.others = self.seen(target_states), self.seen(other_states)
-            # Units begin at tokens of targets, drawn by how much is asked there (of a gate that is shut: anywhere).
-            drawn = torch.multinomial(shift.flatten().cpu() + 1e-30, count, replacement=True, generator=self.generator)
+            # Units begin at tokens of targets, drawn by how much is asked there.
+            drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
             points = self.targets.inputs.flatten(0, 1)[drawn.to(x.device)].to(x)
         self.units = Units(*detectors(points, x))
         self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
@@ -294,6 +291,26 @@ class Baker:
                 hidden = layer(hidden)
             parts.append((hidden + self.last.self_attn(self.last.layer_norm1(hidden))).half())
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def asked(self, gate: ContextGate, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What gates make of prompts, [P, T, d] in half precision, and the energy of this shift, [P, T].
+
+        Of the states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
+        """
+        wanted, shift, size = [], [], []
+        for h, x in self.batches(hidden):
+            E = self.norm(h + self.last.mlp(x))
+            change = gate(E)
+            wanted.append(change.half())
+            shift.append(self.objective.energy(change - E))
+            size.append(self.objective.energy(E))
+        wanted, shift = torch.cat(wanted), torch.cat(shift)
+        if not (wanted.isfinite().all() and shift.isfinite().all()):
+            raise ValueError("the corrections of these gates overflow")
+        if shift.mean() <= 1e-8 * torch.cat(size).mean():  # rounding
+            raise ValueError("these gates change nothing on what they should erase")
+        return wanted, shift
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the states that the last MLP adds to, and what it reads of them: two of [b, T, d] each."""

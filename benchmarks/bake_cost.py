@@ -1,10 +1,11 @@
 """What baking costs at Stable Diffusion 1.4's size: a few steps are measured, the rest is extrapolated.
 
-    python benchmarks/bake_cost.py [--steps 4] [--prompts 16]
+    python benchmarks/bake_cost.py [--steps 4] [--prompts 64]
 
 The text encoder and the metric M are random, of the official sizes: time and memory do not depend on their values.
-Encoding is measured on a few prompts and scaled to all, one training step in four sees all 77 tokens (as in bake.py)
-and the others `--reach` of them: the total is an extrapolation, and is printed as one.
+Preparing is measured with two numbers of prompts, `--prompts` and four times as many, which tells what each costs and
+what does not depend on them. One training step in four sees all 77 tokens (as in bake.py) and the others `--reach` of
+them. Time and memory of a whole run are extrapolations, and are printed as such.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     """Print seconds per part, and their sum over a whole run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="training steps to measure, a multiple of 4")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts to encode, of each kind")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts to encode, of each kind")
     parser.add_argument("--reach", type=int, default=24, help="tokens of the longest prompt, with its first padding")
     parser.add_argument("--preset", default="celebrity", choices=commands.PRESET_NAMES)
     args = parser.parse_args()
@@ -47,12 +48,20 @@ def main() -> None:
     others = 4 * (1 + 4 * len([*prompts.general, *prompts.domain]))
     total = max(1200, 2 * len(prompts.templates)) + others  # of one concept, without aliases; as in training_prompts
     eos = 49407
-    tokens = torch.randint(eos - 1, (2 * args.prompts, 77))
-    tokens[:, args.reach - 2 :] = eos
-    begun = time.perf_counter()
-    baker = bake.Baker(tower, gate, objective, *tokens.split(args.prompts), recipe)
-    setup = (time.perf_counter() - begun) / len(tokens)
 
+    def prepared(count: int) -> tuple[bake.Baker, float, float]:
+        """A Baker of `count` prompts of each kind, the seconds it took, and GB at their peak so far."""
+        tokens = torch.randint(eos - 1, (2 * count, 77))
+        tokens[:, args.reach - 2 :] = eos
+        begun = time.perf_counter()
+        baker = bake.Baker(tower, gate, objective, *tokens.split(count), recipe)
+        return baker, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    prepared(args.prompts)  # the first products of a size are slow
+    _, few, _ = prepared(args.prompts)
+    baker, many, peak = prepared(4 * args.prompts)
+    each = (many - few) / (6 * args.prompts)
+    fixed = few - 2 * args.prompts * each
     seconds = []
     baker.recipe = replace(recipe, steps=args.steps)
     begun = time.perf_counter()
@@ -60,14 +69,16 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
     step = sum(seconds) / len(seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    kept = total * 77 * d * 2 * 2 / 2**30
-    print(f"measured      {setup:.2f} s per prompt to encode, {len(tokens)} prompts")
+    kept = 77 * d * 2 * 2 / 2**30  # of a prompt: what the last MLP reads of it, and what it adds to
+    print(f"measured      {each:.3f} s a prompt to prepare, and {fixed:.1f} s")
     print(f"measured      {step:.2f} s per step, {len(seconds)} steps: {', '.join(f'{s:.2f}' for s in seconds)}")
-    print(f"measured      {peak:.1f} GB peak memory, on {torch.get_num_threads()} threads")
-    minutes = (setup * total + step * recipe.steps) / 60
-    print(f"extrapolated  {minutes:.0f} minutes for {total} prompts and {recipe.steps} steps")
-    print(f"computed      {kept:.1f} GB of hidden states and contexts kept")
+    print(
+        f"measured      {peak:.1f} GB peak memory with {8 * args.prompts} prompts, on {torch.get_num_threads()} threads"
+    )
+    minutes = (fixed + each * total + step * recipe.steps) / 60
+    print(f"extrapolated  {minutes:.1f} minutes for {total} prompts and {recipe.steps} steps")
+    whole = peak + kept * (total - 8 * args.prompts)
+    print(f"extrapolated  {whole:.1f} GB, of which {kept * total:.1f} are kept of prompts")
 
 
 if __name__ == "__main__":

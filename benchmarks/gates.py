@@ -1,6 +1,6 @@
 """What merged gates cost at Stable Diffusion 1.4's size: memory, and time for one prompt of 77 tokens.
 
-    python benchmarks/gates.py [--concepts 1 10 50 100] [--step-ms 12000]
+    python benchmarks/gates.py [--concepts 1 10 50 100] [--step-ms 6000]
 
 Gates and context are random (the cost does not depend on their values); r = 16, k = 1 on 32 projections. They act
 once per prompt, on the keys and values, and not at all in a denoising step: `share` is their part of an image of 50
@@ -28,7 +28,7 @@ def main() -> None:
     """Print one row per number of concepts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 10, 50, 100])
-    parser.add_argument("--step-ms", type=float, default=12000, help="of one denoising step")
+    parser.add_argument("--step-ms", type=float, default=6000, help="of one denoising step")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with torch.device("meta"):
