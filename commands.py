@@ -453,6 +453,17 @@ def drawn_with(path: Path) -> str:
     return ""
 
 
+def check_sampling(model: "Model", args: argparse.Namespace) -> None:
+    """UserError for --steps that the --sampler cannot take on this model: asked before the work that ends in images."""
+    from sampler import check_steps
+    from weights import UserError
+
+    try:
+        check_steps(model.schedule, args.steps, args.sampler)
+    except ValueError as error:
+        raise UserError(f"--steps: {error}.") from error
+
+
 def draw(
     model: "Model",
     prompts: Sequence[str],
@@ -465,13 +476,9 @@ def draw(
     import torch
 
     import cpe
-    from sampler import check_steps
     from weights import UserError
 
-    try:
-        check_steps(model.schedule, args.steps, args.sampler)
-    except ValueError as error:
-        raise UserError(f"--steps: {error}.") from error
+    check_sampling(model, args)
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
     starts = range(0, len(prompts), batch)
 
@@ -972,7 +979,7 @@ def inspect(args: argparse.Namespace) -> dict:
 def demo(args: argparse.Namespace) -> dict:
     """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others.
 
-    UserError for a target that is none of its concepts, or an --out that cannot be written.
+    UserError for a target that is none of its concepts, an --out that cannot be written, or as of `check_sampling`.
     """
     import evaluate
     from weights import UserError
@@ -983,9 +990,10 @@ def demo(args: argparse.Namespace) -> dict:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
     check_picture(args.out)
     check_out(args.out)
+    model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
+    check_sampling(model, args)
     gate_file = args.out.with_suffix(".safetensors")
     trained = train_demo(args, gate_file)
-    model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
     features = evaluate.name_features(model.clip, model.tokenizer, concepts)
@@ -1131,7 +1139,8 @@ def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
 def bake(args: argparse.Namespace) -> dict:
     """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them.
 
-    UserError if --out exists already, or as of `load_gates`, `read_concepts`, `build_baker` and `run_trainer`.
+    UserError if --out exists already, or as of `check_sampling`, `load_gates`, `read_concepts`, `build_baker` and
+    `run_trainer`.
     """
     import dataclasses
 
@@ -1145,6 +1154,7 @@ def bake(args: argparse.Namespace) -> dict:
     check_gates(args.gates, args.model)
     concepts = read_concepts(args.gates, preset)
     model = open_model(args, ("text_encoder", "unet", "vae"))
+    check_sampling(model, args)
     gates = load_gates(args.gates, model)
     baker = build_baker(args, model, gates, concepts, prompts)
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}

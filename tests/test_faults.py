@@ -945,6 +945,19 @@ def test_more_steps_than_the_schedule_has_are_refused(run, tiny_original):
     assert "--steps: dpm takes steps between 1 and 999" in said
 
 
+@pytest.mark.parametrize("command", ["demo", "bake"])
+def test_steps_that_cannot_be_drawn_are_refused_before_any_work(run, tiny_original, tmp_path, monkeypatch, command):
+    baked = bake(tiny_original, Path("baked"), Path("gates.safetensors"), "--images", "1")  # writes the gates
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
+    arguments = {"demo": ["demo", "--target", "red heart", "--out", "x.png"], "bake": baked}[command]
+    code, said = run([*arguments, "--steps", "1000", "--sampler", "dpm"])
+    assert code == 2
+    assert said == "cpe.py: --steps: dpm takes steps between 1 and 999, not 1000.\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_half_a_surrogate_pair_is_not_text(run, tiny_original):
     for text in ("\ud800", "a\0b"):
         code, said = run(["generate", text, "--model", str(tiny_original)])
