@@ -400,6 +400,12 @@ def check_out(path: Path, option: str = "--out") -> None:
         raise UserError(f"{option}: {error}") from error
 
 
+def check_new(path: Path) -> None:
+    """`check_out` of a gate file, before a model is downloaded; one that is there is for `is_finished` to judge."""
+    if not os.path.isfile(path):
+        check_out(path)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """UserError for a blank prompt: what a shell makes of a variable that is not set. Files skip such lines."""
     from weights import UserError
@@ -885,13 +891,13 @@ def train(args: argparse.Namespace) -> dict:
         return many.train(args)
     shared = Training(args)
     names = check_names((args.target, *args.alias), shared)
-    out, model = args.out or Path("gates") / f"{slug(args.target)}.safetensors", shared.model
-    settings = shared.settings(names)
+    out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
+    check_new(out)
+    settings, model = shared.settings(names), shared.model
     if is_finished(out, settings):
         figures = {**settings, "out": str(out), "kept": True}
         print(f"kept    {out}: is finished already")
     else:
-        check_out(out)
         figures = train_target(build_trainer(shared, names), settings, out, args.resume)
         print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
@@ -918,10 +924,10 @@ def generate(args: argparse.Namespace) -> dict:
     out = args.out or Path("images/generated.png")
     check_prompts(args.prompts)
     check_picture(out)
+    check_out(out)
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
-    check_out(out)
     warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]

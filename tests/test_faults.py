@@ -447,22 +447,49 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, t
     assert_whole(tmp_path / "mounted")
 
 
-def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch):
-    folder = mounted("ro")
+def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch, server, asked):  # noqa: F811
+    folder, original = mounted("ro"), tiny_original
+    Path("lines.txt").write_text("cat\n")
     monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
     monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
-    for arguments in (
-        train(tiny_original, folder / "x.safetensors"),
-        bake(tiny_original, folder / "x", Path("gates.safetensors")),
-        generate(tiny_original, folder / "new" / "x.png"),
-        generate(tiny_original, Path("x.png"), "--json", str(folder / "x.json")),
-        generate(tiny_original, folder.parent),
-    ):
-        code, said = run(arguments)
-        assert code == 2
-        assert "Read-only file system: check the folder" in said or "is a folder" in said
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["gates.safetensors", "mounted"]
+    commands_to_try = (
+        train(original, folder / "x.safetensors"),
+        ["train", "--targets", "lines.txt", *train(original, folder / "new")[3:]],
+        bake(original, folder / "x", Path("gates.safetensors")),
+        generate(original, folder / "new" / "x.png"),
+        generate(original, Path("x.png"), "--json", str(folder / "x.json")),
+        generate(original, folder.parent),
+        ["generate", "--prompts", "lines.txt", *generate(original, folder / "new")[2:]],
+    )
+    before = sorted(path.name for path in folder.parent.iterdir())
+    for model in (original, "sd14"):  # nor is a model downloaded for nothing
+        for arguments in commands_to_try:
+            code, said = run([*arguments, "--model", str(model)])
+            assert code == 2
+            assert "Read-only file system: check the folder" in said or "is a folder" in said
+    assert asked == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+
+
+def test_a_folder_that_was_only_asked_about_is_not_left_behind(tmp_path, monkeypatch):
+    weights.check_writable(tmp_path / "new" / "inner" / "x.png")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").mkdir()
+    weights.check_writable(tmp_path / "old" / "x.png")
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"]
+    touch, removed = Path.touch, []
+
+    def robbed(path: Path, **options: bool) -> None:  # between mkdir and touch, another process removes the folder
+        if not removed:
+            removed.append(path.parent)
+            path.parent.rmdir()
+        touch(path, **options)
+
+    monkeypatch.setattr(Path, "touch", robbed)
+    weights.write_text(tmp_path / "shared" / "x.json", "whole")
+    assert removed == [tmp_path / "shared"]
+    assert (tmp_path / "shared" / "x.json").read_text() == "whole"
 
 
 def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):  # noqa: F811

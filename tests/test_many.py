@@ -421,7 +421,7 @@ def test_a_process_that_fails_names_its_target_and_leaves_nothing_half_written(
     settings = ("--targets", "targets.txt", "--preset", "emoji", "--model", str(tiny_original))
     done = torchrun(tmp_path, "train", *settings, "--out", "all")  # the first process would train for minutes
     assert done.returncode != 0
-    assert "cpe.py: targets.txt, line 4 ('dog face'): all/dog-face.safetensors is a folder" in done.stderr
+    assert "cpe.py: targets.txt, line 4 ('dog face'): --out: all/dog-face.safetensors is a folder" in done.stderr
     assert "exitcode  : 2" in done.stderr
     (tmp_path / "all/dog-face.safetensors").rmdir()
     for path in (*Path("all").iterdir(), *Path("cache").glob("*")):
