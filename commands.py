@@ -226,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         unfinished = args.command == "train" or (args.command == "bake" and not os.path.exists(args.out))
         more = " (go on with --resume)" if unfinished else ""
-        more = " (the same command goes on)" if getattr(args, "targets", None) else more
+        of_lines = getattr(args, "targets", None) or getattr(args, "prompt_file", None)
+        more = " (the same command goes on)" if of_lines else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
@@ -877,7 +878,7 @@ def check_reached(trainer: "Trainer", target: str) -> float:
     if share < 0.25:
         warnings.warn(
             f"the gates make only {max(share, 0):.0%} of the change that erases {target!r}: it may not be erased. "
-            "Train with more steps (--steps-scale), or with another --preset",
+            "`train` can take more steps (--steps-scale), or another --preset",
             stacklevel=2,
         )
     return share
@@ -1032,7 +1033,13 @@ def demo(args: argparse.Namespace) -> dict:
 
 
 def train_demo(args: argparse.Namespace, out: Path) -> dict:
-    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced."""
+    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced.
+
+    UserError if the loss became no number, or the gates cannot be written.
+    """
+    import cpe
+    from weights import Unwritten, UserError
+
     options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
     shared = Training(parser().parse_args(["train", *options]))
     names = check_names([args.target], shared)
@@ -1040,9 +1047,14 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     there = state_file(out).exists()
     try:
         return train_target(build_trainer(shared, names), shared.settings(names), out, resume=False)
-    except KeyboardInterrupt:  # a minute's work: it begins anew
+    except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
         if not there:
             state_file(out).unlink(missing_ok=True)
+        cause = error.__cause__  # without the advice of `train`, which has options that `demo` has not
+        if isinstance(cause, cpe.Diverged):
+            raise UserError(f"{cause}: try another --seed.") from cause
+        if isinstance(cause, Unwritten):
+            raise cause from cause.error
         raise
 
 
@@ -1200,9 +1212,9 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
 def build_baker(
     args: argparse.Namespace, model: "Model", gates: "ResAG", concepts: "Sequence[Concept]", prompts: "Prompts"
 ) -> "Baker":
-    """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained.
+    """Encode the prompts that shall change and those that shall stay, up to the last MLP, of which units are trained.
 
-    UserError when no anchor words are left.
+    UserError when no anchor words are left, or there is nothing to learn from these gates.
     """
     import bake as baking
     import cpe
@@ -1212,11 +1224,11 @@ def build_baker(
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)
     try:
         texts = baking.training_prompts(concepts, prompts, args.seed)
+        targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
+        gate = objective.context_gate(gates)
+        return baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
-    targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
-    gate = objective.context_gate(gates)
-    return baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
 
 
 def losses_of_baking(

@@ -396,6 +396,15 @@ def test_a_folder_that_is_there_is_left_alone(tiny, gate_files, tmp_path, capsys
     assert [p.name for p in out.iterdir()] == ["file"]
 
 
+def test_gates_that_cannot_be_baked_are_named(tiny, gate_files, tmp_path, capsys, monkeypatch):
+    def refuse(*_) -> None:
+        raise ValueError("their corrections overflow")
+
+    monkeypatch.setattr(bake.Baker, "__init__", refuse)
+    assert commands.main(arguments(tiny, gate_files, tmp_path / "baked")) == 2
+    assert capsys.readouterr().err == f"cpe.py: {gate_files[0]}, {gate_files[1]}: their corrections overflow.\n"
+
+
 @pytest.fixture
 def ctrl_c(monkeypatch):
     """A function that has the next baking interrupted in its third step."""

@@ -103,6 +103,7 @@ def test_gates_that_hardly_change_their_target_are_a_warning(run, monkeypatch, s
         assert run(*TRAIN, "--json", "figures.json")[0] == 0
     words = f"the gates make only {max(share, 0):.0%} of the change that erases 'red heart'"
     assert [words in str(each.message) for each in said] == [True] * warns
+    assert all("`train` can take more steps" in str(each.message) for each in said)  # `demo`, which warns too, cannot
     assert json.loads(Path("figures.json").read_text())["reached"] == share
 
 

@@ -199,6 +199,12 @@ def test_a_context_gate_is_the_resag_that_it_expands_to(k):
         assert cpe.reached(objective, gates, E, x) == pytest.approx(1 - (loss / asked).item(), rel=1e-9)
 
 
+def test_where_nothing_is_asked_nothing_is_reached():
+    objective, E = Objective(cross_attention(), tokens=T), normal(4, T, d, seed=9)
+    for gates in (gate(1), randomised(ContextGate(d, r=3, k=2))):
+        assert cpe.reached(objective, gates, E, torch.zeros(4, T, d, dtype=torch.float64)) == 0.0
+
+
 def test_even_templates_count_alike_however_long_their_shifts():
     t = trainer(even=True, templates=50)
     t.shifts *= torch.arange(1, 6, dtype=torch.float64)[:, None, None]

@@ -439,6 +439,34 @@ def test_a_state_of_another_run_is_none_to_go_on_with_when_the_disk_is_full(run,
     assert "--resume" not in said
 
 
+def diverge(trainer: cpe.Trainer) -> dict[str, float]:
+    """Stands in for a step whose loss is no number."""
+    raise cpe.Diverged("the loss became nan")
+
+
+def no_room(gates: cpe.ResAG) -> dict[str, torch.Tensor]:
+    """Stands in for a disk that had room for the state, and has none for the gates."""
+    raise weights.Unwritten(Path("x.safetensors"), OSError(errno.ENOSPC, "No space left on device"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault", "words"),
+    [
+        (cpe.Trainer, "update", diverge, "the loss became nan: try another --seed."),
+        (cpe, "to_tensors", no_room, "x.safetensors could not be written: the disk is full: make room"),
+    ],
+    ids=["diverged", "full disk"],
+)
+def test_the_demo_names_no_option_that_it_has_not(run, monkeypatch, tmp_path, owner, name, fault, words):
+    monkeypatch.setattr(owner, name, fault)
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.001))
+    code, said = run(["demo", "--out", "x.png"])
+    assert code == 2
+    assert said.splitlines()[-1].endswith(f"cpe.py: {words}")
+    assert list(tmp_path.iterdir()) == []  # no state that nothing could go on with
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
