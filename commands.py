@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
+# Of what trains gates, and of what bakes them: raise it when the same settings come to give other gates, another text
+# encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
+VERSIONS = {"train": 2, "bake": 2}
 
 
 # --- Arguments ---------------------------------------------------------------------------------------------------
@@ -547,6 +550,7 @@ class Training:
         import dataclasses
 
         settings = {"target": names[0], "aliases": names[1:], "gate": self.args.gate, "seed": self.args.seed}
+        settings |= {"version": VERSIONS["train"]}
         settings |= {"preset": self.preset, "fingerprint": self.model.fingerprint, "inputs": self.inputs}
         return settings | dataclasses.asdict(self.recipe)
 
@@ -730,7 +734,8 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
     except UserError as error:
         raise UserError(f"{error}, or begin anew without --resume") from error
     if metadata.get("run") != run:
-        raise UserError(f"{state} is of a run with other settings: use the same, or begin anew without --resume.")
+        what = "of a run with other settings, or of another version of cpe.py"
+        raise UserError(f"{state} is {what}: use the same, or begin anew without --resume.")
     try:
         trainer.load_state(tensors)
     except ValueError as error:
@@ -813,7 +818,8 @@ def is_of_run(state: Path, run: str) -> bool:
     return kept_metadata(state).get("run") == run
 
 
-PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers"}  # what a user would call these settings
+# What a user would call these settings.
+PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers", "version": "version of cpe.py"}
 PLAINLY |= dict.fromkeys(("first_steps", "later_steps", "attack_steps"), "steps")
 
 
@@ -858,12 +864,7 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
     state, run = state_file(out), run_name(settings)
     losses = run_trainer(trainer, state, run, resume, text)
     gates = finished_gates(trainer, trainer.objective)
-    metadata = {
-        "prompts": settings["target"],
-        "rank": str(gates.k),
-        "alpha": str(gates.alpha[0].item()),
-        "version": "1",
-    }
+    metadata = {"prompts": settings["target"], "rank": str(gates.k), "alpha": str(gates.alpha[0].item())}
     with kept(state, run):
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
     state.unlink(missing_ok=True)
@@ -1176,6 +1177,7 @@ def bake(args: argparse.Namespace) -> dict:
     gates = load_gates(args.gates, model)
     baker = build_baker(args, model, gates, concepts, prompts)
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
+    settings |= {"version": VERSIONS["bake"]}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     state, run = state_file(args.out), run_name(settings)

@@ -17,7 +17,9 @@ from safetensors.torch import load, save
 
 import bake
 import commands
+import compare
 import cpe
+import evaluate
 import weights
 from clip import MLP
 from cpe import ContextGate, Objective
@@ -450,11 +452,20 @@ def test_resume_refuses_a_state_of_other_settings_and_bake_without_it_begins_ane
     others = arguments(tiny, gate_files[1:], out), arguments(tiny, gate_files[:1], out, "--seed", "1")
     for other in (*others, arguments(tiny, gate_files[:1], out, "--steps-scale", "0.02")):
         assert commands.main([*other, "--images", "0", "--resume"]) == 2
-        assert "other settings: use the same, or begin anew without --resume" in capsys.readouterr().err
+        assert "other settings, or of another version of cpe.py: use the same, or begin anew" in capsys.readouterr().err
     assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 0
     assert commands.main(arguments(tiny, gate_files[:1], whole, "--images", "0")) == 0
     assert text_encoder(whole) == text_encoder(out)
     assert not commands.state_file(out).exists()
+
+
+def test_resume_refuses_a_state_of_another_version(tiny, gate_files, tmp_path, capsys, ctrl_c, monkeypatch):
+    call = arguments(tiny, gate_files[:1], tmp_path / "baked", "--images", "0")
+    ctrl_c()
+    assert commands.main(call) == 130
+    monkeypatch.setitem(commands.VERSIONS, "bake", commands.VERSIONS["bake"] + 1)
+    assert commands.main([*call, "--resume"]) == 2
+    assert "or of another version of cpe.py: use the same, or begin anew without --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
@@ -478,6 +489,29 @@ def test_an_interrupted_bake_leaves_no_model(tiny, gate_files, tmp_path, stop):
     assert "Traceback" not in errors
     left = [commands.state_file(out)] if stop == signal.SIGINT else []
     assert list(out.parent.iterdir()) == left
+
+
+# --- On images -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_default_recipe_erases_red_heart_from_the_embedded_model(monkeypatch, tmp_path):
+    """Gates of the preset, baked by the default recipe: what CLIP sees in images, before and after."""
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["train", "--target", "red heart", "--model", "emoji", "--out", "x.safetensors"]) == 0
+    settings = ["--gates", "x.safetensors", "--out", "baked", "--model", "emoji", "--images", "0"]
+    assert commands.main(["bake", *settings]) == 0
+    world = compare.World(weights.load_model("emoji"))
+    target = world.concepts.index("red heart")
+    concepts = torch.tensor([target] * 8 + evaluate.nearest(world.features, target, 10))
+    prompts = [world.prompt(world.concepts[c], i) for i, c in enumerate(concepts.tolist())]
+    right = {}
+    for name, model in (("before", world.model), ("after", weights.load_model("baked"))):
+        images = compare.draw(model, model.encode(prompts), range(len(prompts)), None, compare.Budget())
+        right[name] = world.see(images, "concept") == concepts
+    assert right["before"][:8].sum() >= 7  # or there would be nothing to erase
+    assert right["after"][:8].sum() <= 1
+    assert right["after"][8:].sum() >= right["before"][8:].sum() - 1
 
 
 # --- diffusers -----------------------------------------------------------------------------------------------------
