@@ -292,6 +292,22 @@ def test_the_empty_prompt_gets_no_noise_and_every_other_anchor_its_share():
     assert len(set(zip(first.tolist(), second.tolist(), strict=True))) > 70
 
 
+def test_anchors_in_half_precision_are_mixed_to_within_rounding():
+    contexts = data(torch.float32)
+    contexts.anchors = contexts.anchors.half()
+    t = Trainer(Objective(cross_attention(torch.float32), tokens=T), contexts, replace(RECIPE, anchors=500))
+    state = t.generator.get_state()
+    mixed = t.draw_anchors()[0]
+    t.generator.set_state(state)
+    first, second = (contexts.anchors[i].double() for i in torch.randint(9, (2, 500), generator=t.generator))
+    beta = torch.rand(500, generator=t.generator)[:, None, None].double()
+    exact = beta * first + (1 - beta) * second
+    assert mixed.dtype == torch.float32
+    # Half an ulp of a number x is up to 2^-11 |x|: one where beta is rounded, times |E_1 - E_2|, one for the sum.
+    wrong = (mixed[:-1].double() - exact).abs() / torch.maximum(first.abs(), second.abs())
+    assert wrong.max() <= 2.01 * 2**-11
+
+
 # --- Gates -------------------------------------------------------------------------------------------------------
 
 MIXED = [(1, 3, 2, 1.0), (11, 5, 1, 2.0), (21, 2, 4, 0.5)]  # seed, r, k, alpha
@@ -754,8 +770,10 @@ STEPS = 5 + 4 + 3 + 4 + 3
 
 
 def fresh(kind: str, seed: int = 0) -> Trainer:
-    """A trainer as users have it: float32, untrained, with noise."""
-    return Trainer(Objective(cross_attention(torch.float32), tokens=T), data(torch.float32), RECIPE, seed, kind)
+    """A trainer as users have it: float32, anchors in half precision, untrained, with noise."""
+    contexts = data(torch.float32)
+    contexts.anchors = contexts.anchors.half()
+    return Trainer(Objective(cross_attention(torch.float32), tokens=T), contexts, RECIPE, seed, kind)
 
 
 def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
