@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
+# Of what trains gates, and of what bakes them: raise it when the same settings come to give other gates, another text
+# encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
+VERSIONS = {"train": 2, "bake": 2}
 
 
 # --- Arguments ---------------------------------------------------------------------------------------------------
@@ -226,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         unfinished = args.command == "train" or (args.command == "bake" and not os.path.exists(args.out))
         more = " (go on with --resume)" if unfinished else ""
-        more = " (the same command goes on)" if getattr(args, "targets", None) else more
+        of_lines = getattr(args, "targets", None) or getattr(args, "prompt_file", None)
+        more = " (the same command goes on)" if of_lines else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
@@ -400,6 +404,12 @@ def check_out(path: Path, option: str = "--out") -> None:
         raise UserError(f"{option}: {error}") from error
 
 
+def check_new(path: Path) -> None:
+    """`check_out` of a gate file, before a model is downloaded; one that is there is for `is_finished` to judge."""
+    if not os.path.isfile(path):
+        check_out(path)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """UserError for a blank prompt: what a shell makes of a variable that is not set. Files skip such lines."""
     from weights import UserError
@@ -453,6 +463,17 @@ def drawn_with(path: Path) -> str:
     return ""
 
 
+def check_sampling(model: "Model", args: argparse.Namespace) -> None:
+    """UserError for --steps that the --sampler cannot take on this model: asked before the work that ends in images."""
+    from sampler import check_steps
+    from weights import UserError
+
+    try:
+        check_steps(model.schedule, args.steps, args.sampler)
+    except ValueError as error:
+        raise UserError(f"--steps: {error}.") from error
+
+
 def draw(
     model: "Model",
     prompts: Sequence[str],
@@ -465,13 +486,9 @@ def draw(
     import torch
 
     import cpe
-    from sampler import check_steps
     from weights import UserError
 
-    try:
-        check_steps(model.schedule, args.steps, args.sampler)
-    except ValueError as error:
-        raise UserError(f"--steps: {error}.") from error
+    check_sampling(model, args)
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
     starts = range(0, len(prompts), batch)
 
@@ -533,6 +550,7 @@ class Training:
         import dataclasses
 
         settings = {"target": names[0], "aliases": names[1:], "gate": self.args.gate, "seed": self.args.seed}
+        settings |= {"version": VERSIONS["train"]}
         settings |= {"preset": self.preset, "fingerprint": self.model.fingerprint, "inputs": self.inputs}
         return settings | dataclasses.asdict(self.recipe)
 
@@ -716,7 +734,8 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
     except UserError as error:
         raise UserError(f"{error}, or begin anew without --resume") from error
     if metadata.get("run") != run:
-        raise UserError(f"{state} is of a run with other settings: use the same, or begin anew without --resume.")
+        what = "of a run with other settings, or of another version of cpe.py"
+        raise UserError(f"{state} is {what}: use the same, or begin anew without --resume.")
     try:
         trainer.load_state(tensors)
     except ValueError as error:
@@ -799,7 +818,8 @@ def is_of_run(state: Path, run: str) -> bool:
     return kept_metadata(state).get("run") == run
 
 
-PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers"}  # what a user would call these settings
+# What a user would call these settings.
+PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers", "version": "version of cpe.py"}
 PLAINLY |= dict.fromkeys(("first_steps", "later_steps", "attack_steps"), "steps")
 
 
@@ -844,12 +864,7 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
     state, run = state_file(out), run_name(settings)
     losses = run_trainer(trainer, state, run, resume, text)
     gates = finished_gates(trainer, trainer.objective)
-    metadata = {
-        "prompts": settings["target"],
-        "rank": str(gates.k),
-        "alpha": str(gates.alpha[0].item()),
-        "version": "1",
-    }
+    metadata = {"prompts": settings["target"], "rank": str(gates.k), "alpha": str(gates.alpha[0].item())}
     with kept(state, run):
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
     state.unlink(missing_ok=True)
@@ -864,7 +879,7 @@ def check_reached(trainer: "Trainer", target: str) -> float:
     if share < 0.25:
         warnings.warn(
             f"the gates make only {max(share, 0):.0%} of the change that erases {target!r}: it may not be erased. "
-            "Train with more steps (--steps-scale), or with another --preset",
+            "`train` can take more steps (--steps-scale), or another --preset",
             stacklevel=2,
         )
     return share
@@ -878,13 +893,13 @@ def train(args: argparse.Namespace) -> dict:
         return many.train(args)
     shared = Training(args)
     names = check_names((args.target, *args.alias), shared)
-    out, model = args.out or Path("gates") / f"{slug(args.target)}.safetensors", shared.model
-    settings = shared.settings(names)
+    out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
+    check_new(out)
+    settings, model = shared.settings(names), shared.model
     if is_finished(out, settings):
         figures = {**settings, "out": str(out), "kept": True}
         print(f"kept    {out}: is finished already")
     else:
-        check_out(out)
         figures = train_target(build_trainer(shared, names), settings, out, args.resume)
         print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
@@ -911,10 +926,10 @@ def generate(args: argparse.Namespace) -> dict:
     out = args.out or Path("images/generated.png")
     check_prompts(args.prompts)
     check_picture(out)
+    check_out(out)
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model) if args.gates else None
-    check_out(out)
     warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
@@ -972,7 +987,7 @@ def inspect(args: argparse.Namespace) -> dict:
 def demo(args: argparse.Namespace) -> dict:
     """`demo`: train gates on the embedded model, then judge images of the target, its neighbours and others.
 
-    UserError for a target that is none of its concepts, or an --out that cannot be written.
+    UserError for a target that is none of its concepts, an --out that cannot be written, or as of `check_sampling`.
     """
     import evaluate
     from weights import UserError
@@ -983,9 +998,10 @@ def demo(args: argparse.Namespace) -> dict:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
     check_picture(args.out)
     check_out(args.out)
+    model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
+    check_sampling(model, args)
     gate_file = args.out.with_suffix(".safetensors")
     trained = train_demo(args, gate_file)
-    model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = load_gates([gate_file], model)
 
     features = evaluate.name_features(model.clip, model.tokenizer, concepts)
@@ -1018,7 +1034,13 @@ def demo(args: argparse.Namespace) -> dict:
 
 
 def train_demo(args: argparse.Namespace, out: Path) -> dict:
-    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced."""
+    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced.
+
+    UserError if the loss became no number, or the gates cannot be written.
+    """
+    import cpe
+    from weights import Unwritten, UserError
+
     options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
     shared = Training(parser().parse_args(["train", *options]))
     names = check_names([args.target], shared)
@@ -1026,9 +1048,14 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     there = state_file(out).exists()
     try:
         return train_target(build_trainer(shared, names), shared.settings(names), out, resume=False)
-    except KeyboardInterrupt:  # a minute's work: it begins anew
+    except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
         if not there:
             state_file(out).unlink(missing_ok=True)
+        cause = error.__cause__  # without the advice of `train`, which has options that `demo` has not
+        if isinstance(cause, cpe.Diverged):
+            raise UserError(f"{cause}: try another --seed.") from cause
+        if isinstance(cause, Unwritten):
+            raise cause from cause.error
         raise
 
 
@@ -1131,7 +1158,8 @@ def from_bytes(pixels: "Sequence[Tensor]") -> "Tensor":
 def bake(args: argparse.Namespace) -> dict:
     """`bake`: a model folder whose text encoder says what the gates made of it, and what that loses against them.
 
-    UserError if --out exists already, or as of `load_gates`, `read_concepts`, `build_baker` and `run_trainer`.
+    UserError if --out exists already, or as of `check_sampling`, `load_gates`, `read_concepts`, `build_baker` and
+    `run_trainer`.
     """
     import dataclasses
 
@@ -1145,9 +1173,11 @@ def bake(args: argparse.Namespace) -> dict:
     check_gates(args.gates, args.model)
     concepts = read_concepts(args.gates, preset)
     model = open_model(args, ("text_encoder", "unet", "vae"))
+    check_sampling(model, args)
     gates = load_gates(args.gates, model)
     baker = build_baker(args, model, gates, concepts, prompts)
     settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
+    settings |= {"version": VERSIONS["bake"]}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     state, run = state_file(args.out), run_name(settings)
@@ -1184,9 +1214,9 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
 def build_baker(
     args: argparse.Namespace, model: "Model", gates: "ResAG", concepts: "Sequence[Concept]", prompts: "Prompts"
 ) -> "Baker":
-    """Encode the prompts that shall change and those that shall stay, up to the layers that will be trained.
+    """Encode the prompts that shall change and those that shall stay, up to the last MLP, of which units are trained.
 
-    UserError when no anchor words are left.
+    UserError when no anchor words are left, or there is nothing to learn from these gates.
     """
     import bake as baking
     import cpe
@@ -1196,11 +1226,11 @@ def build_baker(
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)
     try:
         texts = baking.training_prompts(concepts, prompts, args.seed)
+        targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
+        gate = objective.context_gate(gates)
+        return baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
-    targets, others = (model.tokenizer(part, length).to(model.device) for part in texts)
-    gate = objective.context_gate(gates)
-    return baking.Baker(model.text_encoder, gate, objective, targets, others, recipe, args.seed)
 
 
 def losses_of_baking(

@@ -462,11 +462,15 @@ def reached(objective: Objective, gates: "ResAG | ContextGate", context: Tensor,
     """How much of the shifts x [B, T, d] gates of one concept make to a context [B, T, d]: 1 is all, 0 nothing.
 
     1 - sum |W_l x - R_l(E)|^2 / sum |W_l x|^2    over layers, weighted as in `Objective`, prompts and tokens
+
+    Below 0 where gates move a context away from what is asked; 0 also where nothing is asked, x W_l^T = 0 everywhere.
     """
     core: ResAG = getattr(gates, "inner", gates)
     energy, z = objective.energy(x), core.read(context @ core.columns())[1]
+    if not (asked := energy.sum().item()):
+        return 0.0
     missed = residual(x[None], energy[None], z, *objective.products(gates))
-    return 1 - (missed.sum() / energy.sum()).item()
+    return 1 - missed.sum().item() / asked
 
 
 # --- Recipes and prompts -----------------------------------------------------------------------------------------

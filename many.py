@@ -29,7 +29,7 @@ import torch
 
 import commands
 import cpe
-from weights import Model, UserError, check_writable
+from weights import Model, UserError
 
 # --- Processes ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,6 @@ def train_line(target: Target, shared: commands.Training, text: str, last: bool)
     settings = shared.settings(target.names)
     if commands.is_finished(target.out, settings):
         return None
-    check_writable(target.out)
     goes_on = commands.is_of_run(commands.state_file(target.out), commands.run_name(settings))
     trainer = commands.build_trainer(shared, target.names, last)
     return commands.train_target(trainer, settings, target.out, goes_on, text)
@@ -191,6 +190,9 @@ def train(args: argparse.Namespace) -> dict:
     folder, shared = output_folder(args, "gates", ".safetensors"), commands.Training(args)
     targets = read_targets(args.targets, folder, shared)[process.rank :: process.size]
     figures, failed = {}, []
+    for target in targets:  # before a model is downloaded
+        with naming(target.line, args):
+            commands.check_new(target.out)
     for target in targets:  # before hours of training
         with naming(target.line, args):
             commands.is_finished(target.out, shared.settings(target.names))
@@ -239,10 +241,10 @@ def generate(args: argparse.Namespace) -> dict:
     folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
     names = picture_names([prompt for _, prompt in lines])
     mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
+    commands.check_out(folder / names[0])
     commands.check_gates(args.gates, args.model)
     model = commands.open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = commands.load_gates(args.gates, model) if args.gates else None
-    check_writable(folder / names[0])
     if process.rank == 0:
         commands.warn_of_odd_words(args, [prompt for _, prompt in lines])
     kinds = [None, gates] if args.before_after else [gates]

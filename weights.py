@@ -148,13 +148,23 @@ def disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
+def make_empty(path: Path, tries: int = 5) -> None:
+    """An empty file at a new path, with its folders; OSError if it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+    except FileNotFoundError:  # another process's `check_writable` has removed the folder that it had made
+        if tries == 1:
+            raise
+        make_empty(path, tries - 1)
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """An empty file beside `path` while the block runs; UserError when something there cannot be written."""
     temporary = temporary_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
+        make_empty(temporary)
         yield temporary
     except (OSError, safetensors.SafetensorError) as error:
         raise Unwritten(path, error) from error
@@ -180,10 +190,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """UserError if no file can be written at `path`: asked before the work whose result is to go there."""
-    with beside(Path(path)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder: give the name of a file")
+    """UserError if no file can be written at `path`: asked before the work whose result is to go there.
+
+    Folders that are not there yet are made, and removed again: the work may come to nothing.
+    """
+    new = [folder for folder in Path(path).parents if not os.path.exists(folder)]  # the innermost first
+    try:
+        with beside(Path(path)):
+            if Path(path).is_dir():
+                raise UserError(f"{path} is a folder: give the name of a file")
+    finally:
+        for folder in new:
+            with suppress(OSError, ValueError):  # it was not made after all, or another run has written there
+                folder.rmdir()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -32,7 +32,7 @@ def test_train_writes_one_gate_file_and_says_what_is_next(run, tmp_path, tiny_or
     assert [p.name for p in (tmp_path / "gates").iterdir()] == ["red-heart.safetensors"]
     tensors, metadata = weights.load_tensors("gates/red-heart.safetensors")
     recipe = cpe.PRESETS["emoji"]
-    expected = {"prompts": "red heart", "rank": "4", "alpha": "1.0", "version": "1", "target": "red heart"}
+    expected = {"prompts": "red heart", "rank": "4", "alpha": "1.0", "version": "2", "target": "red heart"}
     expected |= {"surrogate": recipe.surrogate, "eta": str(recipe.eta), "lam": str(recipe.lam), "seed": "0"}
     assert expected.items() <= metadata.items()
     assert metadata["fingerprint"] == weights.load_model(tiny_original).fingerprint
@@ -79,6 +79,32 @@ def test_a_gate_file_of_other_settings_is_not_replaced(run):
         assert Path("gates/red-heart.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("version", [None, "1", "3", "of the authors"])
+def test_a_gate_file_of_another_version_can_be_used_but_is_not_finished(run, version):
+    run(*TRAIN, "--out", "x.safetensors")
+    tensors, metadata = weights.load_tensors("x.safetensors")
+    del metadata["version"]
+    other = metadata | ({"version": version} if version else {})
+    weights.save_tensors(Path("x.safetensors"), tensors, other)
+    code, said = run(*TRAIN, "--out", "x.safetensors")
+    assert code == 2
+    assert "x.safetensors is there already, trained with other settings (version of cpe.py)" in said
+    assert run("generate", "a cat", "--gates", "x.safetensors", "--steps", "1")[0] == 0
+    assert run("inspect", "x.safetensors", "--prompt", "a red heart")[0] == 0
+    bake = ("bake", "--gates", "x.safetensors", "--out", "baked", "--preset", "emoji", "--images", "0")
+    assert run(*bake, "--steps-scale", "0.002")[0] == 0
+
+
+def test_resume_refuses_a_state_of_another_version(run, monkeypatch, tiny_original):
+    args = commands.parser().parse_args([*TRAIN, "--model", str(tiny_original)])
+    settings = commands.Training(args).settings(["red heart"])
+    before = settings | {"version": settings["version"] - 1}
+    weights.save_tensors(Path("x.state.safetensors"), {"a": torch.zeros(1)}, {"run": commands.run_name(before)})
+    code, said = run(*TRAIN, "--out", "x.safetensors", "--resume")
+    assert code == 2
+    assert "x.state.safetensors is of a run with other settings, or of another version of cpe.py" in said
+
+
 def test_a_file_that_is_no_gate_file_is_not_replaced(run):
     Path("notes.txt").write_text("mine")
     code, said = run(*TRAIN, "--out", "notes.txt")
@@ -103,6 +129,7 @@ def test_gates_that_hardly_change_their_target_are_a_warning(run, monkeypatch, s
         assert run(*TRAIN, "--json", "figures.json")[0] == 0
     words = f"the gates make only {max(share, 0):.0%} of the change that erases 'red heart'"
     assert [words in str(each.message) for each in said] == [True] * warns
+    assert all("`train` can take more steps" in str(each.message) for each in said)  # `demo`, which warns too, cannot
     assert json.loads(Path("figures.json").read_text())["reached"] == share
 
 

@@ -199,6 +199,12 @@ def test_a_context_gate_is_the_resag_that_it_expands_to(k):
         assert cpe.reached(objective, gates, E, x) == pytest.approx(1 - (loss / asked).item(), rel=1e-9)
 
 
+def test_where_nothing_is_asked_nothing_is_reached():
+    objective, E = Objective(cross_attention(), tokens=T), normal(4, T, d, seed=9)
+    for gates in (gate(1), randomised(ContextGate(d, r=3, k=2))):
+        assert cpe.reached(objective, gates, E, torch.zeros(4, T, d, dtype=torch.float64)) == 0.0
+
+
 def test_even_templates_count_alike_however_long_their_shifts():
     t = trainer(even=True, templates=50)
     t.shifts *= torch.arange(1, 6, dtype=torch.float64)[:, None, None]
@@ -284,6 +290,22 @@ def test_the_empty_prompt_gets_no_noise_and_every_other_anchor_its_share():
     # Beta(1, 1), pairs of any two
     assert abs(beta.mean() - 0.5) < 0.05
     assert len(set(zip(first.tolist(), second.tolist(), strict=True))) > 70
+
+
+def test_anchors_in_half_precision_are_mixed_to_within_rounding():
+    contexts = data(torch.float32)
+    contexts.anchors = contexts.anchors.half()
+    t = Trainer(Objective(cross_attention(torch.float32), tokens=T), contexts, replace(RECIPE, anchors=500))
+    state = t.generator.get_state()
+    mixed = t.draw_anchors()[0]
+    t.generator.set_state(state)
+    first, second = (contexts.anchors[i].double() for i in torch.randint(9, (2, 500), generator=t.generator))
+    beta = torch.rand(500, generator=t.generator)[:, None, None].double()
+    exact = beta * first + (1 - beta) * second
+    assert mixed.dtype == torch.float32
+    # Half an ulp of a number x is up to 2^-11 |x|: one where beta is rounded, times |E_1 - E_2|, one for the sum.
+    wrong = (mixed[:-1].double() - exact).abs() / torch.maximum(first.abs(), second.abs())
+    assert wrong.max() <= 2.01 * 2**-11
 
 
 # --- Gates -------------------------------------------------------------------------------------------------------
@@ -748,8 +770,10 @@ STEPS = 5 + 4 + 3 + 4 + 3
 
 
 def fresh(kind: str, seed: int = 0) -> Trainer:
-    """A trainer as users have it: float32, untrained, with noise."""
-    return Trainer(Objective(cross_attention(torch.float32), tokens=T), data(torch.float32), RECIPE, seed, kind)
+    """A trainer as users have it: float32, anchors in half precision, untrained, with noise."""
+    contexts = data(torch.float32)
+    contexts.anchors = contexts.anchors.half()
+    return Trainer(Objective(cross_attention(torch.float32), tokens=T), contexts, RECIPE, seed, kind)
 
 
 def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -439,6 +439,34 @@ def test_a_state_of_another_run_is_none_to_go_on_with_when_the_disk_is_full(run,
     assert "--resume" not in said
 
 
+def diverge(trainer: cpe.Trainer) -> dict[str, float]:
+    """Stands in for a step whose loss is no number."""
+    raise cpe.Diverged("the loss became nan")
+
+
+def no_room(gates: cpe.ResAG) -> dict[str, torch.Tensor]:
+    """Stands in for a disk that had room for the state, and has none for the gates."""
+    raise weights.Unwritten(Path("x.safetensors"), OSError(errno.ENOSPC, "No space left on device"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault", "words"),
+    [
+        (cpe.Trainer, "update", diverge, "the loss became nan: try another --seed."),
+        (cpe, "to_tensors", no_room, "x.safetensors could not be written: the disk is full: make room"),
+    ],
+    ids=["diverged", "full disk"],
+)
+def test_the_demo_names_no_option_that_it_has_not(run, monkeypatch, tmp_path, owner, name, fault, words):
+    monkeypatch.setattr(owner, name, fault)
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.001))
+    code, said = run(["demo", "--out", "x.png"])
+    assert code == 2
+    assert said.splitlines()[-1].endswith(f"cpe.py: {words}")
+    assert list(tmp_path.iterdir()) == []  # no state that nothing could go on with
+
+
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
     with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
@@ -447,22 +475,49 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, t
     assert_whole(tmp_path / "mounted")
 
 
-def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch):
-    folder = mounted("ro")
+def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch, server, asked):  # noqa: F811
+    folder, original = mounted("ro"), tiny_original
+    Path("lines.txt").write_text("cat\n")
     monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
     monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
-    for arguments in (
-        train(tiny_original, folder / "x.safetensors"),
-        bake(tiny_original, folder / "x", Path("gates.safetensors")),
-        generate(tiny_original, folder / "new" / "x.png"),
-        generate(tiny_original, Path("x.png"), "--json", str(folder / "x.json")),
-        generate(tiny_original, folder.parent),
-    ):
-        code, said = run(arguments)
-        assert code == 2
-        assert "Read-only file system: check the folder" in said or "is a folder" in said
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["gates.safetensors", "mounted"]
+    commands_to_try = (
+        train(original, folder / "x.safetensors"),
+        ["train", "--targets", "lines.txt", *train(original, folder / "new")[3:]],
+        bake(original, folder / "x", Path("gates.safetensors")),
+        generate(original, folder / "new" / "x.png"),
+        generate(original, Path("x.png"), "--json", str(folder / "x.json")),
+        generate(original, folder.parent),
+        ["generate", "--prompts", "lines.txt", *generate(original, folder / "new")[2:]],
+    )
+    before = sorted(path.name for path in folder.parent.iterdir())
+    for model in (original, "sd14"):  # nor is a model downloaded for nothing
+        for arguments in commands_to_try:
+            code, said = run([*arguments, "--model", str(model)])
+            assert code == 2
+            assert "Read-only file system: check the folder" in said or "is a folder" in said
+    assert asked == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+
+
+def test_a_folder_that_was_only_asked_about_is_not_left_behind(tmp_path, monkeypatch):
+    weights.check_writable(tmp_path / "new" / "inner" / "x.png")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").mkdir()
+    weights.check_writable(tmp_path / "old" / "x.png")
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"]
+    touch, removed = Path.touch, []
+
+    def robbed(path: Path, **options: bool) -> None:  # between mkdir and touch, another process removes the folder
+        if not removed:
+            removed.append(path.parent)
+            path.parent.rmdir()
+        touch(path, **options)
+
+    monkeypatch.setattr(Path, "touch", robbed)
+    weights.write_text(tmp_path / "shared" / "x.json", "whole")
+    assert removed == [tmp_path / "shared"]
+    assert (tmp_path / "shared" / "x.json").read_text() == "whole"
 
 
 def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):  # noqa: F811
@@ -943,6 +998,19 @@ def test_more_steps_than_the_schedule_has_are_refused(run, tiny_original):
     code, said = run(generate(tiny_original, Path("x.png"), "--steps", "1000", "--sampler", "dpm"))
     assert code == 2
     assert "--steps: dpm takes steps between 1 and 999" in said
+
+
+@pytest.mark.parametrize("command", ["demo", "bake"])
+def test_steps_that_cannot_be_drawn_are_refused_before_any_work(run, tiny_original, tmp_path, monkeypatch, command):
+    baked = bake(tiny_original, Path("baked"), Path("gates.safetensors"), "--images", "1")  # writes the gates
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(commands, "build_baker", lambda *_: pytest.fail("baked"))
+    arguments = {"demo": ["demo", "--target", "red heart", "--out", "x.png"], "bake": baked}[command]
+    code, said = run([*arguments, "--steps", "1000", "--sampler", "dpm"])
+    assert code == 2
+    assert said == "cpe.py: --steps: dpm takes steps between 1 and 999, not 1000.\n"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_half_a_surrogate_pair_is_not_text(run, tiny_original):

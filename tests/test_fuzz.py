@@ -552,6 +552,24 @@ def test_any_command_line(nothing_heavy, capsys, arguments):
     shutil.rmtree(nothing_heavy / "baked", ignore_errors=True)  # so that it can be baked again
 
 
+@cases(0.03)
+@given(st.dictionaries(st.sampled_from(["w_qs", "scaler", "lora_down", "lora_up"]), st.sampled_from([0.0, 1e-4, 1e4])))
+def test_any_sizes_of_gates_given_to_bake(nothing_heavy, capsys, sizes):
+    """Its encoding and fitting is done in earnest, its training is not."""
+    tensors, metadata = weights.load_tensors("gate.safetensors")
+    gates, chance = cpe.from_tensors(tensors), torch.Generator().manual_seed(0)
+    for name, parameter in gates.named_parameters():
+        parameter.data = sizes.get(name, 1.0) * torch.randn(parameter.shape, generator=chance)
+    weights.save_tensors(Path("x.safetensors"), cpe.to_tensors(gates), metadata)
+    with ends_well():
+        code = commands.main(["bake", "--gates", "x.safetensors", "--out", "baked", "--model", "tiny"])
+    assert code in (0, 2)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.strip() or code == 0
+    shutil.rmtree("baked", ignore_errors=True)
+
+
 NEWLINES = st.just("\n") | st.sampled_from(["\r\n", "\r", "\n\n", "\x0b", "\u2028", "\x85", "\0"])
 CODES = st.just("utf-8") | st.sampled_from(["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7", "latin-1"])
 LINES = st.sampled_from(

@@ -339,6 +339,26 @@ def test_a_prompt_that_cannot_be_drawn_is_named(run, monkeypatch):
     assert said == "cpe.py: prompts.txt, line 1 ('a cat'): the model's images are not finite numbers.\n"
 
 
+def test_drawing_goes_on_after_an_interruption(run, monkeypatch):
+    Path("prompts.txt").write_text(PROMPTS)
+    draw = ("generate", "--prompts", "prompts.txt", *DRAW)
+    grid = commands.grid
+
+    def interrupted(rows: list[torch.Tensor], path: Path, **more: str) -> None:
+        if path.name == PICTURES[1]:
+            raise KeyboardInterrupt
+        grid(rows, path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "grid", interrupted)
+        code, said = run(*draw)
+    assert code == 130
+    assert "interrupted; nothing half-written is left (the same command goes on)" in said
+    assert list(contents("images/generated")) == PICTURES[:1]
+    assert ", kept 1\n" in run(*draw)[1]
+    assert list(contents("images/generated")) == PICTURES
+
+
 # --- Several processes -------------------------------------------------------------------------------------------
 
 
@@ -421,7 +441,7 @@ def test_a_process_that_fails_names_its_target_and_leaves_nothing_half_written(
     settings = ("--targets", "targets.txt", "--preset", "emoji", "--model", str(tiny_original))
     done = torchrun(tmp_path, "train", *settings, "--out", "all")  # the first process would train for minutes
     assert done.returncode != 0
-    assert "cpe.py: targets.txt, line 4 ('dog face'): all/dog-face.safetensors is a folder" in done.stderr
+    assert "cpe.py: targets.txt, line 4 ('dog face'): --out: all/dog-face.safetensors is a folder" in done.stderr
     assert "exitcode  : 2" in done.stderr
     (tmp_path / "all/dog-face.safetensors").rmdir()
     for path in (*Path("all").iterdir(), *Path("cache").glob("*")):

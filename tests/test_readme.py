@@ -24,8 +24,8 @@ SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """The same command on the embedded model, with few steps."""
-    command, *rest = (a.replace("Brad Pitt", "red heart").replace("brad-pitt", "red-heart") for a in arguments)
+    """The same command on the embedded model, with few steps; the dog stands in for the person."""
+    command, *rest = (a.replace("Brad Pitt", "dog face").replace("brad-pitt", "dog-face") for a in arguments)
     more = [] if "emoji" in rest or command == "demo" else ["--model", "emoji"]
     more += {"train": ["--steps-scale", "0.005"], "bake": ["--steps-scale", "0.01", "--steps", "2"]}.get(command, [])
     more += {"generate": ["--steps", "2"], "demo": ["--steps", "2", "--images", "1"]}.get(command, [])
@@ -68,7 +68,10 @@ def test_every_command_runs_in_the_order_of_the_readme(workplace, capsys):
     (workplace / "prompts.txt").write_text("a picture of a robot\na dog\n")
     for arguments in OURS:
         code = commands.main(shortened(arguments))
-        assert code == 0, f"{arguments}: {capsys.readouterr().err}"
+        said = capsys.readouterr()
+        assert code == 0, f"{arguments}: {said.err}"
+        # None is of a target that an earlier one has trained, and would keep.
+        assert "wrote   gates/" in said.out or arguments[:2] != ["train", "--target"]
 
 
 def test_every_other_command_names_what_is_there():
