@@ -48,11 +48,11 @@ def open_gate(d: int, seed: int = 0) -> ContextGate:
     return gate.requires_grad_(False)
 
 
-def small_baker(model: weights.Model, objective: Objective, **settings) -> bake.Baker:
+def small_baker(model: weights.Model, objective: Objective, gate: ContextGate | None = None, **settings) -> bake.Baker:
     targets = model.tokenizer(["red heart", "a red heart", "love"])
     others = model.tokenizer(["", "dog face", "a dog face", "blue heart"])
     recipe = dataclasses.replace(bake.Recipe(steps=40), **settings)
-    return bake.Baker(model.text_encoder, open_gate(16), objective, targets, others, recipe)
+    return bake.Baker(model.text_encoder, gate or open_gate(16), objective, targets, others, recipe)
 
 
 # --- Prompts -------------------------------------------------------------------------------------------------------
@@ -219,6 +219,14 @@ def test_the_teacher_is_the_gate_on_targets_and_the_frozen_tower_on_others(model
     # Half precision, and a fit of what the spared units said; were they dropped and nothing fitted, 0.4 and 4.
     torch.testing.assert_close(taught, unedited, atol=0.05, rtol=0)
     assert objective.energy(taught - unedited).mean() < 0.01 * baker.scale
+
+
+@pytest.mark.parametrize(("size", "said"), [(1e6, "overflow"), (1e30, "overflow"), (1e-6, "change nothing")])
+def test_gates_that_ask_for_nothing_or_for_no_number_are_refused(model, objective, size, said):
+    gate = open_gate(16)
+    gate.inner.lora_up.data *= size
+    with pytest.raises(ValueError, match=said):
+        small_baker(model, objective, gate=gate)
 
 
 def test_what_is_cut_off_changes_nothing_before_it(model, objective):

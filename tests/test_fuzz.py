@@ -553,7 +553,11 @@ def test_any_command_line(nothing_heavy, capsys, arguments):
 
 
 @cases(0.03)
-@given(st.dictionaries(st.sampled_from(["w_qs", "scaler", "lora_down", "lora_up"]), st.sampled_from([0.0, 1e-4, 1e4])))
+@given(
+    st.dictionaries(
+        st.sampled_from(["w_qs", "scaler", "lora_down", "lora_up"]), st.sampled_from([0.0, 1e-4, 1e4, 1e18, 1e30])
+    )
+)
 def test_any_sizes_of_gates_given_to_bake(nothing_heavy, capsys, sizes):
     """Its encoding and fitting is done in earnest, its training is not."""
     tensors, metadata = weights.load_tensors("gate.safetensors")
