@@ -397,6 +397,7 @@ ABLATIONS = {
         *(Method(f"{name}, CPE's anchors", linear(name), {"templates": "kept"}) for name in ("uce", "rece", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
         Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
+        Method("cpe, margin 0.5", gated("resag"), {"margin": 0.5}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
         *(Method(f"cpe, {n} stage{'s' * (n > 1)}", gated("resag"), {"stages": n}) for n in (1, 2, 4)),
         *(Method(f"cpe, k = {k}", gated("resag"), {"k": k}) for k in (1, 2, 4, 8)),
@@ -431,6 +432,8 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     recipe, eraser = dataclasses.asdict(cpe.PRESETS[scenario.preset]), method.name.split(",")[0]
     if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
         recipe = {"surrogate": recipe["surrogate"]}
+    if eraser == "lora":
+        del recipe["margin"]
     parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe())] if method.build is baked else []

@@ -528,7 +528,7 @@ PRESETS = {
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,
-        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.5,
+        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25,
     ),
 }  # fmt: skip
 # A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone. It

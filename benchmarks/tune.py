@@ -74,7 +74,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
-    "margin": ("cpe", [TEN], product(margin=[0.5, 0.0, 0.25, 0.75])),  # merged gates: with one target it changes little
+    "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
     # What linear erasers need for many targets at once; the first values are those found for one.
     "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False, True], s_p=[1.0, 10.0])),
     "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[1, 3], s_p=[0.1, 1.0])),
