@@ -308,7 +308,7 @@ class Baker:
         wanted, shift = torch.cat(wanted), torch.cat(shift)
         if not (wanted.isfinite().all() and shift.isfinite().all()):
             raise ValueError("the corrections of these gates overflow")
-        if shift.mean() <= 1e-8 * torch.cat(size).mean():  # rounding
+        if shift.mean() <= 1e-12 * torch.cat(size).mean():  # rounding
             raise ValueError("these gates change nothing on what they should erase")
         return wanted, shift
 
