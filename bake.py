@@ -207,7 +207,7 @@ class Recipe:
 
     units: int = 64  # of the last MLP, a quarter of them at most
     steps: int = 1000  # for one concept
-    more: int = 100  # further steps for each further concept
+    more: int = 400  # further steps for each further concept
     lr: float = 1e-2  # falls to zero along a cosine
     keep: float = 30.0  # weight of the prompts that shall stay
     targets: int = 16  # prompts of targets per step
