@@ -205,7 +205,7 @@ def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
 class Recipe:
     """How the units are trained."""
 
-    units: int = 64  # of the last MLP, a quarter of them at most
+    units: int = 64  # of the last MLP, for one concept; for n sqrt(n) times as many, but a quarter of all at most
     steps: int = 1000  # for one concept
     more: int = 400  # further steps for each further concept
     lr: float = 1e-2  # falls to zero along a cosine
@@ -216,7 +216,8 @@ class Recipe:
 
     def of(self, concepts: int, scale: float = 1.0) -> "Recipe":
         """The recipe for as many concepts, with `scale` times the steps."""
-        return replace(self, steps=max(1, round(scale * (self.steps + self.more * (concepts - 1)))))
+        steps = max(1, round(scale * (self.steps + self.more * (concepts - 1))))
+        return replace(self, units=round(self.units * concepts**0.5), steps=steps)
 
 
 class Seen(NamedTuple):

@@ -436,7 +436,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
         del recipe["margin"]
     parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
-    parts += [dataclasses.asdict(bake.Recipe())] if method.build is baked else []
+    parts += [dataclasses.asdict(bake.Recipe().of(len(scenario.targets)))] if method.build is baked else []
     parts += [tuned(method, scenario), dataclasses.asdict(budget), seed]
     return named(parts)
 
