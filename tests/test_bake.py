@@ -548,8 +548,9 @@ def test_diffusers_opens_a_baked_model_and_sees_the_same_prompts(tiny, gate_file
     assert reference.difference(ours, theirs) <= 1e-5
 
 
-def test_more_concepts_take_more_steps():
-    recipe = bake.Recipe(steps=70, more=10)
+def test_more_concepts_take_more_steps_and_units():
+    recipe = bake.Recipe(units=10, steps=70, more=10)
     assert [recipe.of(n).steps for n in (1, 2, 10)] == [70, 80, 160]
+    assert [recipe.of(n).units for n in (1, 4, 10)] == [10, 20, 32]
     assert recipe.of(10, 0.5).steps == 80
     assert recipe.of(1, 1e-4).steps == 1
