@@ -307,9 +307,9 @@ class Baker:
             shift.append(self.objective.energy(change - E))
             size.append(self.objective.energy(E))
         wanted, shift = torch.cat(wanted), torch.cat(shift)
-        if not (wanted.isfinite().all() and shift.isfinite().all()):
+        if not (wanted.isfinite().all().item() and shift.isfinite().all().item()):
             raise ValueError("the corrections of these gates overflow")
-        if shift.mean() <= 1e-12 * torch.cat(size).mean():  # rounding
+        if shift.mean().item() <= 1e-12 * torch.cat(size).mean().item():  # rounding
             raise ValueError("these gates change nothing on what they should erase")
         return wanted, shift
 
