@@ -9,7 +9,7 @@ The text encoder is a network that can learn to say E' by itself. Were whole lay
 them. But a hidden unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output
 layer, is nothing where w . x + b is far below zero. So the few units of the last MLP that matter least are taken away,
 the rest made to do without them, and put back as detectors of the target. They alone are trained, to say E' on prompts
-of the target and nothing on all others, as far as the U-Net sees the difference:
+of the target and nothing on all others (E there is without the units), as far as the U-Net sees the difference:
 
     loss = mean |tower(p) - E'(p)|_M^2 over prompts p of the target  +  keep * mean |tower(p) - E(p)|_M^2 over others
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpe
-from clip import MLP, TextEncoder
+from clip import MLP, TextEncoder, quick_gelu
 from cpe import ContextGate, Diverged, Objective, Progress, Prompts, ResAG
 
 # --- What is erased, and what stays ------------------------------------------------------------------------------
@@ -105,12 +105,7 @@ def training_prompts(
 # --- The units that are trained ----------------------------------------------------------------------------------
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's activation, of any shape."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [n] and covariance [n, n] of x [S, n], on the CPU: Apple's graphics cards have no float64."""
     mean = x.mean(dim=0)
     return mean.cpu().double(), ((x - mean).T @ (x - mean) / len(x)).cpu().double()
@@ -127,7 +122,7 @@ def spare_units(mlp: MLP, x: Tensor, metric: Tensor, count: int) -> tuple[Tensor
     `metric` [d, d] weighs what an MLP says.
     """
     weight, bias = mlp.fc2.weight.cpu().double(), mlp.fc2.bias.cpu().double()
-    mean, C = moments(quick_gelu(mlp.fc1(x)))
+    mean, C = mean_and_covariance(quick_gelu(mlp.fc1(x)))
     heard = ((weight.T @ metric.cpu().double()) * weight.T).sum(dim=1)  # |column|^2 in the metric
     order = (C.diagonal() * heard).argsort()
     P, K = order[:count], order[count:]
@@ -146,7 +141,7 @@ def detectors(points: Tensor, x: Tensor, shut: float = -3.0, fires: float = 2.0)
     Each reads w = (cov x)^-1 (point - mean x), scaled so that w . x + b is `fires` at its point, and `shut` or less at
     all but a thousandth of x.
     """
-    (mean, C), c = moments(x), points.cpu().double()
+    (mean, C), c = mean_and_covariance(x), points.cpu().double()
     w = torch.linalg.solve(C + 1e-2 * C.diagonal().mean() * torch.eye(len(C)).to(C), (c - mean).T).T
     own = (w * c).sum(dim=1)
     highest = (x @ w.T.to(x)).cpu().double().kthvalue(math.ceil(0.999 * len(x)), dim=0).values
@@ -302,9 +297,9 @@ class Baker:
         wanted, shift, size = [], [], []
         for h, x in self.batches(hidden):
             E = self.norm(h + self.last.mlp(x))
-            change = gate(E)
-            wanted.append(change.half())
-            shift.append(self.objective.energy(change - E))
+            erased = gate(E)
+            wanted.append(erased.half())
+            shift.append(self.objective.energy(erased - E))
             size.append(self.objective.energy(E))
         wanted, shift = torch.cat(wanted), torch.cat(shift)
         if not (wanted.isfinite().all().item() and shift.isfinite().all().item()):

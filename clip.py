@@ -119,8 +119,13 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation x sigmoid(1.702 x), of any shape: an approximation of GELU (arXiv 1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class MLP(nn.Module):
-    """Two linear layers around CLIP's quick GELU (arXiv 1606.08415), x [B, T, d] -> [B, T, d]."""
+    """Two linear layers around CLIP's quick GELU, x [B, T, d] -> [B, T, d]."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -129,9 +134,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same two layers at every token, x [B, T, d] -> [B, T, d]."""
-        x = self.fc1(x)
-        # quick GELU: x sigmoid(1.702 x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(quick_gelu(self.fc1(x)))
 
 
 class Layer(nn.Module):
