@@ -59,7 +59,7 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     except (ValueError, RecursionError):  # no JSON, or halves of letters
         known = False
     if not known:
-        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases'][:80]}")
+        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases'][:80]!r}")
     return Concept([target, *aliases], surrogate, float(eta))
 
 

@@ -41,6 +41,7 @@ CHECKPOINT_SECONDS = 10.0
 # Of what trains gates, and of what bakes them: raise it when the same settings come to give other gates, another text
 # encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
 VERSIONS = {"train": 2, "bake": 2}
+GO_ON = "go on with --resume"  # what an interruption says where a state was saved
 
 
 # --- Arguments ---------------------------------------------------------------------------------------------------
@@ -78,6 +79,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The option that chooses where to compute."""
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
+
+
+def add_zone(parser: argparse.ArgumentParser) -> None:
+    """The option for gates of several files."""
+    text = "how far a gate must open before it acts: 0 the paper's, 0.5 where many are merged"
+    parser.add_argument("--zone", type=number(float, 0, 0.99), default=0.0, help=text)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--before-after", action="store_true", help="also without the gates, on the same seeds")
     out = "the picture (default: images/generated.png); of --prompts a folder (default: images/generated)"
     sub.add_argument("--out", type=Path, help=out)
+    add_zone(sub)
     add_model(sub)
     add_dtype(sub)
     add_sampling(sub, 50, 7.5)
@@ -149,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("inspect", inspect, "show which tokens of a prompt open a gate")
     sub.add_argument("gates", nargs="+", type=Path, help="gate files")
     sub.add_argument("--prompt", required=True, help="the prompt to read")
+    add_zone(sub)
     add_model(sub)
     add_dtype(sub)
 
@@ -175,9 +184,10 @@ def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add("bake", bake, "write an erased model whose text encoder does what gates did: no add-on to delete")
     sub.add_argument("--gates", action="append", type=Path, required=True, help="gate file to bake in (repeatable)")
     sub.add_argument("--out", type=Path, required=True, help="folder to write, in the diffusers layout")
-    sub.add_argument("--preset", choices=PRESET_NAMES, help="prompts to train on (default: celebrity, emoji for emoji)")
+    sub.add_argument("--preset", choices=PRESET_NAMES, help="prompts to train on (default: those of the gates)")
     sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
     sub.add_argument("--images", type=number(int, 0, 100), default=1, help="images per concept for the comparison")
+    add_zone(sub)
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     add_model(sub)
     add_sampling(sub, 20, 4.0)
@@ -188,8 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    import many
-    from weights import UserError  # imports torch: only now
+    try:
+        import many
+        from weights import UserError  # imports torch: only now
+    except KeyboardInterrupt:
+        print("\ncpe.py: interrupted before it began", file=sys.stderr)
+        return 130
 
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
     for stream in (sys.stdout, sys.stderr):
@@ -198,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.perf_counter()
     try:
         check_text(arguments)
+        check_apart(args)
         if args.json:
             check_out(args.json, "--json")
         figures = args.run(args)
@@ -226,11 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        unfinished = args.command == "train" or (args.command == "bake" and not os.path.exists(args.out))
-        more = " (go on with --resume)" if unfinished else ""
+    except KeyboardInterrupt as interrupt:
         of_lines = getattr(args, "targets", None) or getattr(args, "prompt_file", None)
-        more = " (the same command goes on)" if of_lines else more
+        saved = interrupt.args == (GO_ON,) and args.command != "demo"
+        more = " (the same command goes on)" if of_lines else f" ({GO_ON})" if saved else ""
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
@@ -243,6 +257,21 @@ def check_text(arguments: Sequence[str]) -> None:
     for text in arguments:
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{text[:80]!r} is not text: it holds bytes that are no letters.")
+
+
+def check_apart(args: argparse.Namespace) -> None:
+    """UserError for an output that would replace another output of the same command, or what it reads."""
+    from weights import UserError
+
+    read = [getattr(args, name, None) for name in ("targets", "prompt_file")] + list(getattr(args, "gates", ()))
+    seen = {os.path.realpath(path): path for path in read if path}
+    for option in ("out", "markdown", "json"):
+        if path := getattr(args, option, None):
+            if option != "out" and path.suffix in (".safetensors", ".png"):
+                raise UserError(f"--{option}: {path} would be text under the name of something else: choose another.")
+            if first := seen.get(os.path.realpath(path)):
+                raise UserError(f"--{option}: {path} is {first}, which this command uses already: choose another name.")
+            seen[os.path.realpath(path)] = f"that of --{option}"
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -276,6 +305,8 @@ def drawing_of(name: str, model: str, *options: object) -> str:
     """The command that draws a concept, as its model knows it best."""
     own = is_emoji(model)
     prompt = f"a picture of a {name}" if own else f"a picture of {name}"
+    if own and name in style_names(read_prompts("emoji")):
+        prompt = f"a picture of a robot, {name}"
     return command("generate", prompt, *options, "--model", model, *(["--guidance", 4] if own else []))
 
 
@@ -298,8 +329,8 @@ def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "flo
     return load_model(args.model, getattr(torch, dtype), args.device, parts)
 
 
-def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
-    """Gates of all files merged; UserError for a file that holds none, or that belongs to another model."""
+def load_gates(paths: Sequence[Path], model: "Model | None" = None, zone: float = 0.0) -> "ResAG":
+    """Gates of all files merged, with a dead `zone`; UserError for a file that holds none, or one of another model."""
     import cpe
     from weights import UserError, load_tensors
 
@@ -321,7 +352,7 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None) -> "ResAG":
             if made_for and made_for != model.fingerprint:
                 warnings.warn(f"{path} was trained for another model (its text encoder differs)", stacklevel=2)
     try:
-        merged = cpe.merge(gates)
+        merged = cpe.merge(gates, zone)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, paths))}: {error}.") from error
     if model:
@@ -336,7 +367,7 @@ def check_gates(paths: Sequence[Path], model: str) -> None:
 
     real = [os.path.realpath(path) for path in paths]
     if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
-        raise UserError(f"the gate file {twice[0]} is given twice, and would act twice: give it once.")
+        raise UserError(f"the gate file {twice[0]} is given twice: give it once.")
     unet = expected_unet(model) if paths and model in ("sd14", "emoji") else None  # others are not downloaded
     for path in paths:
         gates = load_gates([path])
@@ -406,6 +437,10 @@ def check_out(path: Path, option: str = "--out") -> None:
 
 def check_new(path: Path) -> None:
     """`check_out` of a gate file, before a model is downloaded; one that is there is for `is_finished` to judge."""
+    from weights import UserError
+
+    if path.suffix != ".safetensors" or path.name.endswith(".state.safetensors"):
+        raise UserError(f"--out: {path}: give a name that ends in .safetensors, and not in .state.safetensors.")
     if not os.path.isfile(path):
         check_out(path)
 
@@ -463,13 +498,18 @@ def drawn_with(path: Path) -> str:
     return ""
 
 
-def check_sampling(model: "Model", args: argparse.Namespace) -> None:
-    """UserError for --steps that the --sampler cannot take on this model: asked before the work that ends in images."""
-    from sampler import check_steps
+def check_sampling(args: argparse.Namespace, model: "Model | None" = None) -> None:
+    """UserError for --steps that the --sampler cannot take: of a model, or before one is opened of those with a name.
+
+    Others' schedules are in their files.
+    """
+    from sampler import Schedule, check_steps
     from weights import UserError
 
+    if model is None and args.model not in ("sd14", "emoji"):
+        return
     try:
-        check_steps(model.schedule, args.steps, args.sampler)
+        check_steps(model.schedule if model else Schedule(), args.steps, args.sampler)
     except ValueError as error:
         raise UserError(f"--steps: {error}.") from error
 
@@ -488,7 +528,7 @@ def draw(
     import cpe
     from weights import UserError
 
-    check_sampling(model, args)
+    check_sampling(args, model)
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
     starts = range(0, len(prompts), batch)
 
@@ -732,14 +772,23 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
     try:
         tensors, metadata = load_tensors(state)
     except UserError as error:
-        raise UserError(f"{error}, or begin anew without --resume") from error
+        raise UserError(f"{error}, or remove it to begin anew") from error
     if metadata.get("run") != run:
         what = "of a run with other settings, or of another version of cpe.py"
-        raise UserError(f"{state} is {what}: use the same, or begin anew without --resume.")
+        raise UserError(f"{state} is {what}: use the same, choose another --out, or remove it to begin anew.")
     try:
         trainer.load_state(tensors)
     except ValueError as error:
-        raise UserError(f"{state}: {error}. Begin anew without --resume.") from error
+        raise UserError(f"{state}: {error}. Remove it to begin anew.") from error
+
+
+def check_state(state: Path, resume: bool) -> None:
+    """UserError where the state of an unfinished run lies and would be replaced: it may be hours of work."""
+    from weights import UserError
+
+    if os.path.exists(state) and not resume:
+        said = f"{state} is of an unfinished run: go on with it, by the same settings and --resume, or remove it"
+        raise UserError(f"{said} to begin anew.")
 
 
 def run_trainer(
@@ -747,12 +796,13 @@ def run_trainer(
 ) -> dict[str, float]:
     """Train to the end, saving the state every few seconds; returns the last value of every loss.
 
-    UserError when it diverged, or as of `go_on`; KeyboardInterrupt after Ctrl-C, the state saved.
+    UserError when it diverged, or as of `check_state` and `go_on`; KeyboardInterrupt after Ctrl-C, the state saved.
     """
     import cpe
     from weights import UserError, save_tensors
 
-    if resume and os.path.exists(state):
+    check_state(state, resume)
+    if os.path.exists(state):
         go_on(trainer, state, run)
     elif resume:
         warnings.warn(f"there is no {state} to go on with: this run begins anew", stacklevel=2)
@@ -770,10 +820,10 @@ def run_trainer(
                     save_tensors(state, trainer.state(), {"run": run})
                     saved = time.monotonic()
                 if asked:
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(GO_ON)
     except cpe.Diverged as error:
         save_tensors(state, trainer.state(), {"run": run})
-        advice = f"The last good state is in {state}; begin anew without --resume, with another --seed or --preset"
+        advice = f"The last good state is in {state}: remove it to begin anew, with another --seed or --preset"
         raise UserError(f"{error}. {advice}.") from error
     finally:
         progress.close()
@@ -818,6 +868,12 @@ def is_of_run(state: Path, run: str) -> bool:
     return kept_metadata(state).get("run") == run
 
 
+def remove_state(state: Path, run: str) -> None:
+    """Remove the state of this run; what else has that name is left alone."""
+    if is_of_run(state, run):
+        state.unlink(missing_ok=True)
+
+
 # What a user would call these settings.
 PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers", "version": "version of cpe.py"}
 PLAINLY |= dict.fromkeys(("first_steps", "later_steps", "attack_steps"), "steps")
@@ -838,8 +894,7 @@ def is_finished(out: Path, settings: dict) -> bool:
         named = ", ".join(list(dict.fromkeys(other))[:3])
         how = f"trained with other settings ({named})" if "target" in there else "no finished gate file"
         raise UserError(f"{out} is there already, {how}: choose another --out, or remove it.")
-    if is_of_run(state_file(out), run_name(settings)):
-        state_file(out).unlink(missing_ok=True)
+    remove_state(state_file(out), run_name(settings))
     return True
 
 
@@ -852,12 +907,17 @@ def kept(state: Path, run: str) -> Iterator[None]:
         yield
     except Unwritten as error:
         if disk_full(error.error) and is_of_run(state, run):
-            raise UserError(f"{error}, then go on with --resume") from error
+            raise UserError(f"{error}, then {GO_ON}") from error
         raise
 
 
-def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training") -> dict:
-    """Train the gates of one target and write their file, over any that is there; its settings, losses and place."""
+def train_target(
+    trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training", replace: bool = False
+) -> dict:
+    """Train the gates of one target and write their file; its settings, losses and place.
+
+    UserError as of `run_trainer`, and, unless they `replace` what is there by then, as of `is_finished`.
+    """
     import cpe
     from weights import save_tensors
 
@@ -866,8 +926,10 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, te
     gates = finished_gates(trainer, trainer.objective)
     metadata = {"prompts": settings["target"], "rank": str(gates.k), "alpha": str(gates.alpha[0].item())}
     with kept(state, run):
+        if not replace:  # another run may have written there meanwhile
+            is_finished(out, settings)
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
-    state.unlink(missing_ok=True)
+    remove_state(state, run)
     return {**settings, "losses": losses, "reached": check_reached(trainer, settings["target"]), "out": str(out)}
 
 
@@ -896,7 +958,9 @@ def train(args: argparse.Namespace) -> dict:
     out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
     check_new(out)
     settings, model = shared.settings(names), shared.model
-    if is_finished(out, settings):
+    if not (there := is_finished(out, settings)):
+        check_state(state_file(out), args.resume)
+    if there:
         figures = {**settings, "out": str(out), "kept": True}
         print(f"kept    {out}: is finished already")
     else:
@@ -928,8 +992,9 @@ def generate(args: argparse.Namespace) -> dict:
     check_picture(out)
     check_out(out)
     check_gates(args.gates, args.model)
+    check_sampling(args)
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
-    gates = load_gates(args.gates, model) if args.gates else None
+    gates = load_gates(args.gates, model, args.zone) if args.gates else None
     warn_of_odd_words(args, args.prompts)
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
@@ -962,7 +1027,7 @@ def inspect(args: argparse.Namespace) -> dict:
     check_prompts([args.prompt])
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
-    gates = load_gates(args.gates, model)
+    gates = load_gates(args.gates, model, args.zone)
     warn_of_odd_words(args, [args.prompt])
     with torch.no_grad():
         values = gates.gate(model.encode([args.prompt]))[:, 0]  # [N, T]
@@ -998,8 +1063,8 @@ def demo(args: argparse.Namespace) -> dict:
         raise UserError(f"{args.target!r} is none of the embedded model's concepts (see prompts/emoji.txt).")
     check_picture(args.out)
     check_out(args.out)
+    check_sampling(args)
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"))
-    check_sampling(model, args)
     gate_file = args.out.with_suffix(".safetensors")
     trained = train_demo(args, gate_file)
     gates = load_gates([gate_file], model)
@@ -1034,9 +1099,9 @@ def demo(args: argparse.Namespace) -> dict:
 
 
 def train_demo(args: argparse.Namespace, out: Path) -> dict:
-    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so what is at `out` is replaced.
+    """Train the gates of `demo`: anew each time, as its picture is drawn anew, so those of an earlier one are replaced.
 
-    UserError if the loss became no number, or the gates cannot be written.
+    UserError if the loss became no number, the gates cannot be written, or there are others, or their state.
     """
     import cpe
     from weights import Unwritten, UserError
@@ -1045,12 +1110,16 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     shared = Training(parser().parse_args(["train", *options]))
     names = check_names([args.target], shared)
     check_out(out)
-    there = state_file(out).exists()
+    if os.path.exists(out) and "demo" not in kept_metadata(out):
+        raise UserError(f"--out: {out} is there already, and of no demo, whose gates would replace it: choose another.")
+    settings = shared.settings(names) | {"demo": True}
+    remove_state(state_file(out), run_name(settings))  # of one that was killed
+    if state_file(out).exists():
+        raise UserError(f"--out: {state_file(out)} is of an unfinished run of `train`: choose another name.")
     try:
-        return train_target(build_trainer(shared, names), shared.settings(names), out, resume=False)
+        return train_target(build_trainer(shared, names), settings, out, resume=False, replace=True)
     except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
-        if not there:
-            state_file(out).unlink(missing_ok=True)
+        remove_state(state_file(out), run_name(settings))
         cause = error.__cause__  # without the advice of `train`, which has options that `demo` has not
         if isinstance(cause, cpe.Diverged):
             raise UserError(f"{cause}: try another --seed.") from cause
@@ -1091,7 +1160,10 @@ def compare(args: argparse.Namespace) -> dict:
 
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
+    from concurrent.futures.process import BrokenProcessPool
+
     import compare as table
+    import cpe
     from weights import UserError, write_text
 
     check_picture(args.out)
@@ -1101,7 +1173,7 @@ def compare(args: argparse.Namespace) -> dict:
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
-    names = args.eraser or (["cpe", "uce"] if args.quick else list(methods))
+    names = list(dict.fromkeys(args.eraser)) or (["cpe", "uce"] if args.quick else list(methods))
     if unknown := [name for name in names if name not in methods]:
         known = ", ".join(f'"{name}"' for name in methods)
         raise UserError(f"unknown eraser {unknown[0]!r}: choose among {known}.")
@@ -1112,27 +1184,37 @@ def compare(args: argparse.Namespace) -> dict:
         known = style_names(prompts) if args.preset.endswith("style") else prompts.domain
         if unknown := [name for name in args.target if name not in known]:
             raise UserError(f"{unknown[0]!r} is not in prompts/{args.preset}.txt: CLIP could not look for it.")
-        scenarios = {", ".join(args.target): table.Scenario(tuple(args.target), args.preset)}
+        if (surrogate := cpe.PRESETS[args.preset].surrogate) in args.target:
+            raise UserError(f"{surrogate!r} is what targets of --preset {args.preset} become: choose another --target.")
+        targets = tuple(dict.fromkeys(args.target))
+        scenarios = {", ".join(targets): table.Scenario(targets, args.preset)}
     if unknown := [name for name in args.scenario if name not in scenarios]:
         raise UserError(f"unknown scenario {unknown[0]!r}: choose among {', '.join(scenarios)}.")
-    asked = args.scenario or [name for name in scenarios if name not in table.LONG]
+    asked = list(dict.fromkeys(args.scenario)) or [name for name in scenarios if name not in table.LONG]
     scenarios = {name: scenarios[name] for name in asked}
     if args.quick:
         scenarios = dict(list(scenarios.items())[:1])
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget = table.QUICK if args.quick else table.Budget()
 
-    figures, pictures, total, chosen = {}, {}, len(scenarios) * (len(names) + 1), [methods[name] for name in names]
-    if args.device == "cpu" and len(scenarios) > 1:
-        opened = args.model, args.clip, args.preset
-        with bar((), total, "comparing") as progress:
-            for done in table.side_by_side(world, opened, scenarios, chosen, budget, args.seed):
-                progress.update(done - progress.n)
-    for scenario, method, row, images in bar(
-        table.run(world, scenarios, chosen, budget, args.seed), total, "comparing"
-    ):
-        figures.setdefault(scenario, {})[method] = row
-        pictures.setdefault(scenario, []).append(images)
+    figures, pictures, chosen = {}, {}, [methods[name] for name in names]
+    total = sum(len(table.compared(scenario, chosen)) for scenario in scenarios.values())
+    try:
+        if args.device == "cpu" and len(scenarios) > 1:
+            opened = args.model, args.clip, args.preset
+            with bar((), total, "comparing") as progress:
+                for done in table.side_by_side(world, opened, scenarios, chosen, budget, args.seed):
+                    progress.update(done - progress.n)
+        for scenario, method, row, images in bar(
+            table.run(world, scenarios, chosen, budget, args.seed), total, "comparing"
+        ):
+            figures.setdefault(scenario, {})[method] = row
+            pictures.setdefault(scenario, []).append(images)
+    except cpe.Diverged as error:
+        raise UserError(f"{error}: try another --seed, or --eraser without the one that failed.") from error
+    except BrokenProcessPool as error:
+        advice = "perhaps there was too little memory: close other programs, and give the same command again"
+        raise UserError(f"a process that measures was killed; {advice}.") from error
     print(table.text(figures))
     for scenario, rows in pictures.items():
         path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
@@ -1168,15 +1250,17 @@ def bake(args: argparse.Namespace) -> dict:
     if os.path.exists(args.out):
         raise UserError(f"--out: {args.out} exists already: choose another name, or remove it.")
     check_out(args.out)
-    preset = args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
-    prompts = read_prompts(preset)
+    check_state(state_file(args.out), args.resume)
     check_gates(args.gates, args.model)
-    concepts = read_concepts(args.gates, preset)
+    preset = args.preset or common_preset(args.gates, "emoji" if is_emoji(args.model) else "celebrity")
+    prompts, concepts = read_prompts(preset), read_concepts(args.gates, preset)
+    check_sampling(args)
     model = open_model(args, ("text_encoder", "unet", "vae"))
-    check_sampling(model, args)
-    gates = load_gates(args.gates, model)
+    check_sampling(args, model)
+    gates = load_gates(args.gates, model, args.zone)
     baker = build_baker(args, model, gates, concepts, prompts)
-    settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
+    settings = {"gates": digest_inputs(prompts, gates.state_dict()), "zone": args.zone}
+    settings |= {"fingerprint": model.fingerprint}
     settings |= {"version": VERSIONS["bake"]}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
@@ -1184,7 +1268,7 @@ def bake(args: argparse.Namespace) -> dict:
     run_trainer(baker, state, run, args.resume, "baking")
     with kept(state, run):
         save_model(model, args.out, text_encoder=baker.tensors())
-    state.unlink(missing_ok=True)
+    remove_state(state, run)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
@@ -1192,12 +1276,23 @@ def bake(args: argparse.Namespace) -> dict:
     print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")
-    again = drawing_of(concepts[0].names[0], str(args.out))
+    again = drawing_of(concepts[0].names[0], str(args.out), "--out", f"{args.out}.png")
     return figures | {"unreachable": baker.unreachable, "next": again}
 
 
+def common_preset(paths: Sequence[Path], default: str) -> str:
+    """The preset that gate files were trained with, `default` where none says; UserError where they differ."""
+    from weights import UserError, load_tensors
+
+    said = [load_tensors(path)[1].get("preset") for path in paths]
+    presets = list(dict.fromkeys(name if name in PRESET_NAMES else default for name in said))
+    if len(presets) > 1:
+        raise UserError(f"--gates were trained with the presets {' and '.join(presets)}: give --preset, one of these.")
+    return presets[0]
+
+
 def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
-    """What each gate file erases; UserError if one does not say it."""
+    """What each gate file erases; UserError if one does not say it, or in letters that no prompt has."""
     import bake as baking
     import cpe
     from weights import UserError, load_tensors
@@ -1205,9 +1300,12 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
     concepts = []
     for path in paths:
         try:
-            concepts.append(baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset]))
+            concept = baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset])
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
+        if odd := [name for name in (*concept.names, concept.surrogate) if not name.isprintable()]:
+            raise UserError(f"{path}: the name {odd[0]!r} in its metadata is no prompt.")
+        concepts.append(concept)
     return concepts
 
 

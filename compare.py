@@ -262,6 +262,12 @@ class Method:
     name: str
     build: Callable[..., Erased]  # (world, scenario, seed, **settings)
     settings: dict = field(default_factory=dict)
+    many: bool = False  # whether it differs from another row only where several things are erased
+
+
+def compared(scenario: Scenario, methods: Sequence[Method]) -> list[Method]:
+    """The rows of a scenario's table: the unerased model first."""
+    return [NONE, *(method for method in methods if not method.many or len(scenario.targets) > 1)]
 
 
 def linear(eraser: str) -> Callable[..., Erased]:
@@ -293,9 +299,9 @@ def linear(eraser: str) -> Callable[..., Erased]:
 def gated(kind: str) -> Callable[..., Erased]:
     """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
-    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
-        """The same model with gates; `settings` replace fields of the preset's recipe."""
-        gates, seconds = merged_gates(world, scenario, kind, seed, settings)
+    def build(world: World, scenario: Scenario, seed: int, zone: float = 0.0, **settings: Any) -> Erased:
+        """The same model with gates, merged with a dead `zone`; `settings` replace fields of the preset's recipe."""
+        gates, seconds = merged_gates(world, scenario, kind, seed, settings, zone)
         size = sum(p.numel() for p in gates.parameters())
         return Erased(world.model, gates, size, 4 * size, seconds)
 
@@ -317,7 +323,9 @@ def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erase
     return Erased(world.model.with_text_encoder(changed), None, size, 4 * size, seconds)
 
 
-def merged_gates(world: World, scenario: Scenario, kind: str, seed: int, settings: dict) -> tuple[nn.Module, float]:
+def merged_gates(
+    world: World, scenario: Scenario, kind: str, seed: int, settings: dict, zone: float = 0.0
+) -> tuple[nn.Module, float]:
     """Gates of all targets of a scenario, and how many seconds of their training an earlier cell has spent."""
     recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
     gates, seconds = zip(
@@ -325,7 +333,7 @@ def merged_gates(world: World, scenario: Scenario, kind: str, seed: int, setting
     )
     if len(gates) == 1:
         return gates[0], sum(seconds)
-    return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates]), sum(seconds)
+    return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates], zone), sum(seconds)
 
 
 def train_gates(
@@ -383,6 +391,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("cpe", gated("resag")),
+        Method("cpe, dead zone", gated("resag"), {"zone": 0.5}, many=True),
         Method("cpe, context gate", gated("context")),
         Method("cpe, baked", baked),
         *(Method(name, linear(name)) for name in ("uce", "rece", "mace", "speed", "esd", "lora")),
@@ -396,6 +405,7 @@ ABLATIONS = {
     for method in (
         *(Method(f"{name}, CPE's anchors", linear(name), {"templates": "kept"}) for name in ("uce", "rece", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
+        Method("cpe, no strangers", gated("resag"), {"strangers": 0}),
         Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
         Method("cpe, margin 0.5", gated("resag"), {"margin": 0.5}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
@@ -424,6 +434,8 @@ def tuned(method: Method, scenario: Scenario) -> dict:
     return found
 
 
+FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "bytes", "attacks", "H"}  # of a cell
+
 # --- One cell ----------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +445,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
         recipe = {"surrogate": recipe["surrogate"]}
     if eraser == "lora":
-        del recipe["margin"]
+        del recipe["margin"], recipe["strangers"]
     parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe().of(len(scenario.targets)))] if method.build is baked else []
@@ -471,12 +483,17 @@ def measure(
     seed: int = 0,
     originals: Callable[[], Originals] | None = None,
 ) -> tuple[dict, Tensor]:
-    """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk."""
+    """Figures of one cell and its images as bytes [B, 3, H, W], kept on disk.
+
+    cpe.Diverged where the eraser's training does; UserError for a disk that cannot be written.
+    """
     path = cell_path(world, scenario, method, budget, seed)
     try:
         tensors, metadata = load_tensors(path)
-        return json.loads(metadata["figures"]), tensors["images"]
-    except (UserError, KeyError, ValueError):  # not there yet, or damaged
+        figures = json.loads(metadata["figures"])
+        if set(figures) >= FIGURES:
+            return figures, tensors["images"]
+    except (UserError, KeyError, TypeError, ValueError):  # not there yet, or damaged
         pass
     begun = time.perf_counter()
     erased = method.build(world, scenario, seed, **(tuned(method, scenario) | method.settings))
@@ -656,7 +673,7 @@ def run(
             return made[0]
 
         columns = shown_columns(cases(world, scenario, budget))
-        for method in (NONE, *methods):
+        for method in compared(scenario, methods):
             figures, pixels = measure(world, scenario, method, budget, seed, originals)
             yield name, method.name, figures, [pixels[i] for i in columns]
 
@@ -688,10 +705,11 @@ def side_by_side(
     """Measure scenarios in as many processes as torch has threads: networks this small gain little from threads.
 
     `opened`: model, CLIP and preset, as `fill` opens the world anew in each process. Yields once a second how many
-    cells are on disk. An error in one process is raised here, once those at work have finished their scenario.
+    cells are on disk. An error in one process is raised here, once those at work have finished their scenario;
+    BrokenProcessPool where one was killed.
     """
     cores = min(torch.get_num_threads(), len(scenarios))
-    paths = [cell_path(world, s, m, budget, seed) for s in scenarios.values() for m in (NONE, *methods)]
+    paths = [cell_path(world, s, m, budget, seed) for s in scenarios.values() for m in compared(s, methods)]
     longest_first = sorted(scenarios.values(), key=lambda scenario: -len(scenario.targets))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(fill, *opened, s, [m.name for m in methods], budget, seed) for s in longest_first]

@@ -22,6 +22,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
         from commands import main
 
         sys.exit(main())
+    except KeyboardInterrupt:  # before there was anything to interrupt
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "PIL"):
             raise
@@ -63,7 +65,12 @@ class ResAG(nn.Module):
         R_l(E) = s g * (H D_l) U_l   [T, d_l]  the correction of projection l
 
     w_qs and scaler are shared by all projections: a gate opens once per prompt, not once per layer.
+
+    With a dead zone (ours, for merged gates, not the paper's) g is max(0, g - zone) / (1 - zone): what opens by chance,
+    and a little, does nothing at all.
     """
+
+    zone = 0.0
 
     def __init__(self, widths: dict[str, int], d: int, r: int = 16, k: int = 1, concepts: int = 1, alpha: float = 1.0):
         super().__init__()
@@ -112,7 +119,8 @@ class ResAG(nn.Module):
 
     def opening(self, logits: Tensor) -> Tensor:
         """Gate values of logits H v, [N, B, T, 1]; variants.py puts other functions here."""
-        return torch.sigmoid(logits)
+        g = torch.sigmoid(logits)
+        return (g - self.zone).clamp(min=0) / (1 - self.zone) if self.zone else g
 
     def attended(self, context: Tensor) -> Tensor:
         """H = softmax(Q Q^T) E, [N, B, T, d]: what the gate's logits H v are read from."""
@@ -147,11 +155,13 @@ class ResAG(nn.Module):
         return kv | {name: kv[name] + correction for name, correction in corrections.items()}
 
 
-def merge(gates: Sequence[ResAG]) -> ResAG:
+def merge(gates: Sequence[ResAG], zone: float = 0.0) -> ResAG:
     """One module with the concepts of all: smaller r and k are padded with zeros, which changes no value.
 
-    ValueError when the gates belong to models of different shapes.
+    `zone`: their dead zone, in [0, 1). ValueError for another, or when the gates belong to models of different shapes.
     """
+    if not 0 <= zone < 1:
+        raise ValueError(f"a dead zone lies in [0, 1), not at {zone}")
     first = gates[0]
     for other in gates[1:]:
         if other.names != first.names or other.widths != first.widths or other.w_qs.shape[1] != first.w_qs.shape[1]:
@@ -159,6 +169,7 @@ def merge(gates: Sequence[ResAG]) -> ResAG:
     d, r, k = first.w_qs.shape[1], max(g.r for g in gates), max(g.k for g in gates)
     widths = dict(zip(first.names, first.widths, strict=True))
     merged = ResAG(widths, d, r, k, concepts=sum(g.concepts for g in gates))
+    merged.zone = zone
 
     def down(g: ResAG) -> Tensor:
         return F.pad(g.lora_down.unflatten(-1, (-1, g.k)), (0, k - g.k)).flatten(-2)
@@ -204,6 +215,7 @@ class ContextGate(nn.Module):
         widths = {name: len(W) for name, W in projections.items()}
         gates = ResAG(widths, inner.w_qs.shape[1], inner.r, inner.k, inner.concepts, inner.alpha[0].item())
         gates = gates.to(inner.w_qs)
+        gates.zone = inner.zone
         with torch.no_grad():
             gates.w_qs.copy_(inner.w_qs)
             gates.w_ks.copy_(inner.w_ks)
@@ -392,6 +404,7 @@ class Objective:
         P, _ = self.products(gates)
         context_gate = ContextGate(len(self.M), gates.r, P.shape[1], gates.concepts).to(gates.w_qs)
         inner = context_gate.inner
+        inner.zone = gates.zone
         with torch.no_grad():
             for name in ("w_qs", "w_ks", "scaler", "lora_down", "scale"):
                 getattr(inner, name).copy_(getattr(gates, name))
@@ -501,6 +514,7 @@ class Recipe:
     even: bool = False  # whether all templates weigh alike, however long their shifts; the paper's weigh as they are
     rise: float = 0.0  # share of the first stage in which lambda grows from 0, as the square of the steps; paper: none
     margin: float = 0.0  # if not 0, a trained gate is solved for anew, to bend there; paper: never. See `sharpen`
+    strangers: int = 0  # prompts of two anchors' words side by side, which it then spares, too: see `stranger_prompts`
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe with `factor` times the steps: trades quality for time. ValueError unless factor > 0."""
@@ -528,14 +542,14 @@ PRESETS = {
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,
-        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25,
+        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25, strangers=512,
     ),
 }  # fmt: skip
 # A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone. It
 # differs in direction, too: its templates hold every thing that it is trained on, and a step must see many of them.
 PRESETS["emoji-style"] = replace(
     PRESETS["emoji"], surrogate="noto style", eta=1.0, lam=100, first_steps=2000, later_steps=500, even=True,
-    templates=24, margin=0.0,
+    templates=24, margin=0.0, strangers=0,
 )  # fmt: skip
 
 
@@ -604,6 +618,23 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
     return drawn
 
 
+def stranger_prompts(prompts: Prompts, count: int) -> list[tuple[str, str]]:
+    """`count` pairs (name, prompt) of things that no list holds, for gates to stay shut on: "tiger cake", "blue guard".
+
+    Two words of the anchors side by side, in a template: drawn by chance, and the same for every target.
+    """
+    words = sorted({word for entry in (*prompts.general, *prompts.domain) for word in normalised(entry).split()})
+    chance = random.Random(count)
+    names = [f"{chance.choice(words)} {chance.choice(words)}" for _ in range(count)]
+    return [(name, chance.choice(prompts.templates).replace("{}", name)) for name in names]
+
+
+def strange(name: str, words: Prompts, names: Sequence[str]) -> bool:
+    """Whether a name of `stranger_prompts` is none of the target `names`, nor of words that the target alone has."""
+    known = {word for entry in (*words.general, *words.domain) for word in normalised(entry).split()}
+    return set(name.split()) <= known and not any(f" {normalised(own)} " in f" {name} " for own in names)
+
+
 @dataclass
 class Data:
     """The contexts that training reads; P pairs of prompts, A anchors."""
@@ -613,6 +644,7 @@ class Data:
     anchors: Tensor  # [A, T, d], half precision
     empty: Tensor  # [1, T, d], of the prompt ''
     one: Tensor | None = None  # [d] with E one = 1 at every token of every prompt (`constant_direction`)
+    strangers: Tensor | None = None  # [S, T, d], half precision
 
 
 Encode = Callable[[list[str]], Tensor]
@@ -662,7 +694,12 @@ def prepare(
         near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
         chosen = [kept[i] for i in near.indices.tolist()]
         rows.append(domain.unflatten(0, (-1, per_word))[chosen].flatten(0, 1))
-    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]), one)
+    strangers = None
+    if recipe.strangers:
+        drawn = stranger_prompts(prompts, recipe.strangers)
+        kept = [i for i, (name, _) in enumerate(drawn) if strange(name, words, names)]
+        strangers = encode_anchors([prompt for _, prompt in drawn])[kept].half()
+    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]), one, strangers)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -911,13 +948,14 @@ class Trainer:
     def sharpen(self) -> None:
         """Solve the scaler of the trained gate anew, with a margin; ours, not the paper's.
 
-            v, b  separate what is to be moved from the anchors (`separate`),   l = H v + b
+            v, b  separate what is to be moved from anchors and strangers (`separate`),   l = H v + b
             g = sigmoid(t (l - c)),   c = margin m,   t = 4 / (m - c)
 
         At most a fifth of what must be moved lies at tokens of the target with l below m. Steps of training stop
         pushing where the losses are small, so by chance the gate is half open on prompts that it never saw; and where a
         sigmoid is shut no gradient opens it again. Given what the trained attention sees, H, a convex problem mends
-        both. The corrections stay as they are, but for their length. The losses reported last are of before.
+        both; strangers, which cost no training, tell it what else there is. The corrections stay as they are, but for
+        their length. The losses reported last are of before.
         """
         core, data, J = self.core, self.data, len(self.deltas)
         shares = self.energies[:, 0] / self.energies[:, 0].sum()
@@ -927,7 +965,12 @@ class Trainer:
             before = core.read(data.targets @ core.columns())[0][0]
             H = core.attended(data.targets)[0]
             H_adv = core.attended(data.targets[i] + self.deltas)[0]
-            H_anchor = [core.attended(part.to(H))[0] for part in (*data.anchors.split(64), data.empty)]
+            spared = [
+                data.empty,
+                *data.anchors.split(64),
+                *(() if data.strangers is None else data.strangers.split(64)),
+            ]
+            H_anchor = [core.attended(part.to(H))[0] for part in spared]
         wanted, spared = torch.cat([H, H_adv]), torch.cat(H_anchor)
         v, b = separate(wanted, torch.cat([shares, attacked]), spared, core.scaler[0, :, 0].detach())
         logits, order = (H @ v + b).flatten().sort()
@@ -1032,6 +1075,12 @@ def decode(model: "Model", latents: Tensor) -> Tensor:
 # --- Gates on other people's pipelines ---------------------------------------------------------------------------
 
 
+def refuse_fused(module: nn.Module, *_: object) -> None:
+    """ValueError for a cross-attention that computes keys and values in one product: gates would do nothing there."""
+    if getattr(module, "fused_projections", False):
+        raise ValueError("gates act on to_k and to_v, which are fused into one: unfuse_qkv_projections() of this U-Net")
+
+
 class Hook:
     """What `attach` hangs on every `to_k` and `to_v`: evaluates the gates once per context and adds each its share.
 
@@ -1069,7 +1118,8 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
     """Erase from any U-Net whose modules `....attn2.to_k` and `to_v` read the context, such as diffusers' own.
 
     Forward hooks add R_l(E) to what these modules return; the weights stay as they are. Gates attached before are
-    replaced: `merge` several into one. ValueError when the gates are for another model. A ContextGate needs none of
+    replaced: `merge` several into one. ValueError when the gates are for another model, or where diffusers has fused
+    these modules; if it does so later, at the next call of the U-Net. A ContextGate needs none of
     this: give the pipeline `prompt_embeds=gate(prompt_embeds)`, and the negative ones likewise.
     """
     found = {name for name, _ in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
@@ -1078,9 +1128,13 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
     for name, width in zip(gates.names, gates.widths, strict=True):
         if unet.get_submodule(name).weight.shape != (width, gates.w_qs.shape[1]):
             raise ValueError(f"these gates are of another model: {name} has another shape")
+    layers = [unet.get_submodule(path) for path in dict.fromkeys(name.rpartition(".")[0] for name in gates.names)]
+    for layer in layers:
+        refuse_fused(layer)
     detach(unet)
     hook = Hook(gates)
     unet.cpe_handles = [unet.get_submodule(name).register_forward_hook(hook.on(name)) for name in gates.names]
+    unet.cpe_handles += [layer.register_forward_pre_hook(refuse_fused) for layer in layers]
 
 
 def detach(unet: nn.Module) -> None:

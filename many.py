@@ -195,7 +195,9 @@ def train(args: argparse.Namespace) -> dict:
             commands.check_new(target.out)
     for target in targets:  # before hours of training
         with naming(target.line, args):
-            commands.is_finished(target.out, shared.settings(target.names))
+            settings, state = shared.settings(target.names), commands.state_file(target.out)
+            if not commands.is_finished(target.out, settings):
+                commands.check_state(state, commands.is_of_run(state, commands.run_name(settings)))
     with stopped_by_torchrun(process):
         for i, target in enumerate(targets, 1):
             with naming(target.line, args):
@@ -243,8 +245,10 @@ def generate(args: argparse.Namespace) -> dict:
     mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
     commands.check_out(folder / names[0])
     commands.check_gates(args.gates, args.model)
+    commands.check_sampling(args)
     model = commands.open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
-    gates = commands.load_gates(args.gates, model) if args.gates else None
+    commands.check_sampling(args, model)
+    gates = commands.load_gates(args.gates, model, args.zone) if args.gates else None
     if process.rank == 0:
         commands.warn_of_odd_words(args, [prompt for _, prompt in lines])
     kinds = [None, gates] if args.before_after else [gates]
@@ -278,7 +282,7 @@ def drawing(args: argparse.Namespace, model: Model) -> dict:
 
     Of networks larger than the text encoder the file's size and time must do.
     """
-    names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after")
+    names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after", "zone")
     drawn = {name: getattr(args, name) for name in names} | {"device": args.device.split(":")[0]}
     files = [os.stat(model.part(name).path) for name in ("unet", "vae")]
     drawn |= {"fingerprint": model.fingerprint, "files": [[file.st_size, file.st_mtime_ns] for file in files]}

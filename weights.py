@@ -58,14 +58,14 @@ class Unwritten(UserError):
         reason = getattr(error, "strerror", None) or error
         hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
         super().__init__(f"{path} could not be written: {hint}")
-        self.error = error
+        self.path, self.error = path, error
+
+    def __reduce__(self) -> tuple[type["Unwritten"], tuple[Path, Exception]]:
+        """How it comes from one process to another."""
+        return Unwritten, (self.path, self.error)
 
 
 SD14 = "CompVis/stable-diffusion-v1-4"
-HELP = (
-    "Ways out: `--model emoji` uses the small model that comes with this project; or connect once, so that "
-    f"`--model sd14` can download {SD14}; or give `--model` the folder of a copy from another machine."
-)
 
 # The networks of a model: the folder each lies in, its class, and the stem of its weights file.
 PARTS: dict[str, tuple[type[nn.Module], str]] = {
@@ -178,8 +178,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to: takes its place when the block ends well, vanishes when it does not.
 
     UserError when it cannot be written or the disk is full; whatever was at `path` before is then still there.
+    What a link at `path` points to is what is replaced.
     """
-    path = Path(path)
+    path = followed(path)
+    refuse_special(path)
     with beside(path) as temporary:
         mode = temporary.stat().st_mode
         yield temporary
@@ -189,6 +191,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def followed(path: str | Path) -> Path:
+    """Where a link points to; a path that is none as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def refuse_special(path: Path) -> None:
+    """UserError for a folder, and for a device or a pipe: a file in its place would be in everybody's way."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a device or a pipe: give the name of a file")
+
+
 def check_writable(path: str | Path) -> None:
     """UserError if no file can be written at `path`: asked before the work whose result is to go there.
 
@@ -196,9 +211,8 @@ def check_writable(path: str | Path) -> None:
     """
     new = [folder for folder in Path(path).parents if not os.path.exists(folder)]  # the innermost first
     try:
-        with beside(Path(path)):
-            if Path(path).is_dir():
-                raise UserError(f"{path} is a folder: give the name of a file")
+        with beside(followed(path)):
+            refuse_special(Path(path))
     finally:
         for folder in new:
             with suppress(OSError, ValueError):  # it was not made after all, or another run has written there
@@ -725,6 +739,17 @@ def wanted_files(parts: Sequence[str], dtype: torch.dtype) -> list[tuple[str, ..
     return wanted
 
 
+def ways_out(repository: str) -> str:
+    """What to do when a repository cannot be had."""
+    copy = "the folder of a copy from another machine"
+    if repository != SD14:
+        return f"Ways out: connect once, so that {repository} can be downloaded; or give {copy}."
+    return (
+        "Ways out: `--model emoji` uses the small model that comes with this project; or connect once, so that "
+        f"`--model sd14` can download {SD14}; or give `--model` {copy}."
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without the paragraphs that some libraries add."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -734,7 +759,7 @@ def no_network(repository: str, file: str, error: BaseException) -> UserError:
     """What to say when a file is not in the cache and its repository is not reached."""
     return UserError(
         f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used "
-        f"({first_line(error)}). {HELP}"
+        f"({first_line(error)}). {ways_out(repository)}"
     )
 
 
@@ -759,12 +784,15 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     up where it broke. A run that ended early keeps its finished files, and the next begins anew with the file that was
     under way: huggingface_hub keeps no part of it. UserError says what to do without a network.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # all files by way of the endpoint, which HF_ENDPOINT may move
     try:
         import huggingface_hub as hub
+        from huggingface_hub import constants
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise UserError(f"downloading {repository} needs `pip install huggingface_hub`. {HELP}") from error
+        raise UserError(
+            f"downloading {repository} needs `pip install huggingface_hub`. {ways_out(repository)}"
+        ) from error
+    constants.HF_HUB_DISABLE_XET = True  # all files by way of the endpoint, which HF_ENDPOINT may move
 
     def find(names: tuple[str, ...], revision: str) -> str:
         """The path of the first of `names` that the cache has, or else that the repository has."""
@@ -779,7 +807,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
             except EntryNotFoundError as error:
                 if isinstance(error, LocalEntryNotFoundError):  # not a 404: the repository was not reached
                     raise
-        raise UserError(f"{repository} has no {' or '.join(names)}: choose another model. {HELP}")
+        raise UserError(f"{repository} has no {' or '.join(names)}: choose another model. {ways_out(repository)}")
 
     revision, folder = "main", Path()
     for names in wanted:
@@ -796,7 +824,7 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
             elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
                 advice = "check that folder, or set HF_HOME to another"
             failed = f"downloading {names[0]} of {repository} failed ({first_line(error)})"
-            raise UserError(f"{failed}: {advice}. {HELP}") from error
+            raise UserError(f"{failed}: {advice}. {ways_out(repository)}") from error
         folder = path.parents[names[0].count("/")]
         revision = folder.name  # the commit: all files from the same one
     return folder

@@ -456,7 +456,7 @@ def test_an_interrupted_bake_goes_on_and_ends_in_the_same_bytes(tiny, gate_files
     assert text_encoder(whole) == text_encoder(out)
 
 
-def test_resume_refuses_a_state_of_other_settings_and_bake_without_it_begins_anew(
+def test_a_state_is_gone_on_with_by_the_same_settings_alone_or_removed_by_hand(
     tiny, gate_files, tmp_path, capsys, ctrl_c
 ):
     out, whole = tmp_path / "baked", tmp_path / "whole"
@@ -465,7 +465,13 @@ def test_resume_refuses_a_state_of_other_settings_and_bake_without_it_begins_ane
     others = arguments(tiny, gate_files[1:], out), arguments(tiny, gate_files[:1], out, "--seed", "1")
     for other in (*others, arguments(tiny, gate_files[:1], out, "--steps-scale", "0.02")):
         assert commands.main([*other, "--images", "0", "--resume"]) == 2
-        assert "other settings, or of another version of cpe.py: use the same, or begin anew" in capsys.readouterr().err
+        assert (
+            "other settings, or of another version of cpe.py: use the same, choose another" in capsys.readouterr().err
+        )
+    state = commands.state_file(out)
+    assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 2
+    assert f"{state} is of an unfinished run: go on with it, by the same settings" in capsys.readouterr().err
+    state.unlink()
     assert commands.main(arguments(tiny, gate_files[:1], out, "--images", "0")) == 0
     assert commands.main(arguments(tiny, gate_files[:1], whole, "--images", "0")) == 0
     assert text_encoder(whole) == text_encoder(out)
@@ -478,7 +484,7 @@ def test_resume_refuses_a_state_of_another_version(tiny, gate_files, tmp_path, c
     assert commands.main(call) == 130
     monkeypatch.setitem(commands.VERSIONS, "bake", commands.VERSIONS["bake"] + 1)
     assert commands.main([*call, "--resume"]) == 2
-    assert "or of another version of cpe.py: use the same, or begin anew without --resume" in capsys.readouterr().err
+    assert "or of another version of cpe.py: use the same, choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])

@@ -106,19 +106,90 @@ def test_resume_refuses_a_state_of_another_version(run, monkeypatch, tiny_origin
 
 
 def test_a_file_that_is_no_gate_file_is_not_replaced(run):
-    Path("notes.txt").write_text("mine")
-    code, said = run(*TRAIN, "--out", "notes.txt")
+    Path("notes.safetensors").write_text("mine")
+    code, said = run(*TRAIN, "--out", "notes.safetensors")
     assert code == 2
-    assert "notes.txt is there already, no finished gate file: choose another --out, or remove it." in said
-    assert Path("notes.txt").read_text() == "mine"
+    assert "notes.safetensors is there already, no finished gate file: choose another --out, or remove it." in said
+    assert Path("notes.safetensors").read_text() == "mine"
 
 
-def test_the_demo_replaces_its_own_gates(run, monkeypatch, tmp_path):
-    Path("demo.safetensors").write_bytes(b"of another target")
+@pytest.mark.parametrize("name", ["gates", "notes.txt", "x.state.safetensors", "x.png"])
+def test_a_gate_file_has_a_name_of_one(run, name):
+    code, said = run(*TRAIN, "--out", name)
+    assert code == 2
+    assert "give a name that ends in .safetensors, and not in .state.safetensors" in said
+
+
+def test_the_demo_replaces_its_own_gates_and_no_others(run, monkeypatch):
+    out = Path("demo.safetensors")
     monkeypatch.setattr(commands, "build_trainer", lambda *_: None)
     monkeypatch.setattr(commands, "train_target", lambda trainer, settings, out, **_: {"out": out})
     args = commands.parser().parse_args(["demo"])
-    assert commands.train_demo(args, Path("demo.safetensors")) == {"out": Path("demo.safetensors")}
+    for metadata in ({}, {"target": "dog face"}):
+        weights.save_tensors(out, {}, metadata)
+        with pytest.raises(weights.UserError, match=r"demo.safetensors is there already, and of no demo"):
+            commands.train_demo(args, out)
+    weights.save_tensors(out, {}, {"target": "dog face", "demo": "true"})
+    assert commands.train_demo(args, out) == {"out": out}
+
+
+def test_a_state_is_replaced_by_no_other_run(run):
+    weights.save_tensors("gates/red-heart.state.safetensors", {}, {"run": "hours of work"})
+    before = Path("gates/red-heart.state.safetensors").read_bytes()
+    code, said = run(*TRAIN)
+    assert code == 2
+    assert "gates/red-heart.state.safetensors is of an unfinished run: go on with it" in said
+    assert Path("gates/red-heart.state.safetensors").read_bytes() == before
+
+
+def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monkeypatch):
+    build = commands.build_trainer
+
+    def slowly(*arguments: object) -> cpe.Trainer:
+        weights.save_tensors("gates/red-heart.safetensors", {}, {"target": "red heart", "seed": "7"})
+        return build(*arguments)
+
+    monkeypatch.setattr(commands, "build_trainer", slowly)
+    code, said = run(*TRAIN)
+    assert code == 2
+    assert "gates/red-heart.safetensors is there already, trained with other settings" in said
+    assert weights.load_tensors("gates/red-heart.safetensors")[1]["seed"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "g.safetensors", "--prompt", "x", "--json", "g.safetensors"), "text under the name of something"),
+        (("inspect", "g", "--prompt", "x", "--json", "g"), "--json: g is g, which this command uses already"),
+        (("generate", "--prompts", "lines", "--json", "./lines"), "--json: lines is lines, which this command uses"),
+        (("compare", "--markdown", "x.md", "--json", "x.md"), "--json: x.md is that of --markdown"),
+        (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is that of --out"),
+    ],
+)
+def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
+    for name in ("g.safetensors", "g", "lines"):
+        Path(name).write_text("mine")
+    code, said = run(*arguments)
+    assert code == 2
+    assert words in said
+    assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines"))
+
+
+@pytest.mark.parametrize("words", [["generate", "a cat"], ["generate", "--prompts", "lines"], ["demo"]])
+def test_steps_that_cannot_be_drawn_are_said_before_a_model_is_opened(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "open_model", None)
+    Path("lines").write_text("a picture of a cat\n")
+    assert commands.main([*words, "--sampler", "ddim", "--steps", "600"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cpe.py: --steps: ddim takes up to 500 steps or 1000")
+    assert said.count("\n") == 1
+
+
+def test_compare_takes_no_target_that_is_the_surrogate(run):
+    code, said = run("compare", "--target", "cloud")
+    assert code == 2
+    assert "'cloud' is what targets of --preset emoji become" in said
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.9, False), (0.04, True), (-0.1, True)])
@@ -415,11 +486,20 @@ def test_resume_says_when_there_is_nothing_to_go_on_with(run):
         assert run(*TRAIN, "--out", "x.safetensors", "--resume")[0] == 0
 
 
+def test_an_interruption_before_the_first_step_promises_no_resume(run, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "build_trainer", interrupted)
+    code, said = run(*TRAIN, "--out", "x.safetensors")
+    assert (code, said.splitlines()[-1]) == (130, "cpe.py: interrupted; nothing half-written is left")
+
+
 def test_a_demo_that_is_interrupted_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def interrupted(trainer, state, *_):
-        weights.save_tensors(state, trainer.state(), {})
+    def interrupted(trainer, state, run, *_):
+        weights.save_tensors(state, trainer.state(), {"run": run})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "run_trainer", interrupted)

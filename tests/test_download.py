@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
+        self.others: list[str] = []  # what else was asked for
         self.cut: int | None = None  # break off the next long answer after so many bytes
         self.stays_down = True  # and answer 503 from then on
 
@@ -60,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(rf"/{weights.SD14}/resolve/(?:main|{COMMIT})/(.+)", self.path)
         file, ranges = match[1] if match else self.path, self.headers.get("Range")
         if not match:  # the client looks around on its own account
+            self.server.others.append(self.path)
             return self.answer(404)
         self.server.requests.append((self.command, file, ranges))
         if not (self.server.folder / file).is_file():
@@ -70,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         etag, start = f'"{hashlib.sha256(content).hexdigest()}"', 0
         if ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", ranges)[1])
-        self.answer(206 if start else 200, ETag=etag, Content_Length=len(content) - start, Accept_Ranges="bytes")
+        sizes = {"Content_Length": len(content) - start, "Accept_Ranges": "bytes"}
+        self.answer(206 if start else 200, ETag=etag, X_Xet_Hash="0" * 64, X_Xet_Refresh_Route="/xet", **sizes)
         if self.command == "GET":
             content, cut = content[start:], self.server.cut
             if cut and len(content) > cut:
@@ -91,7 +94,7 @@ def server(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 512)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its own attempts
     yield server
@@ -226,10 +229,16 @@ def test_clip_from_a_repository(server, tiny, monkeypatch):
     assert sorted(server.downloads) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
 
 
+def test_files_come_by_way_of_the_endpoint_though_the_hub_offers_another_way(server):
+    load_model("sd14", parts=("text_encoder",))
+    assert "text_encoder/model.safetensors" in server.downloads
+    assert server.others == []
+
+
 def test_the_hubs_environment_variables_are_honoured(server, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as a user sets them: before the program starts."""
     code = "import weights; print(weights.load_model('sd14', parts=('text_encoder',)).fingerprint)"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     outputs = []
     for change in ({"HF_ENDPOINT": constants.ENDPOINT}, {"HF_HUB_OFFLINE": "1"}):
         command = [sys.executable, "-c", code]

@@ -137,7 +137,7 @@ def run_download(endpoint: str, cache: Path, all_there=None) -> None:
     silent()
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = str(cache), False, True
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(cache), False
     constants.DOWNLOAD_CHUNK_SIZE = 512
     if all_there:
         all_there.wait(60)

@@ -171,12 +171,18 @@ def test_the_same_command_goes_on_after_an_interruption(train, monkeypatch, size
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_state_of_other_settings_or_of_a_finished_run_is_in_nobodys_way(train):
-    assert train("whole")[0] == 0
-    state = Path("all/red-heart.state.safetensors")
+def test_a_state_of_other_settings_is_not_replaced_and_said_before_any_training(train):
+    state = Path("all/dog-face.state.safetensors")
     weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
-    assert train("all")[0] == 0
-    assert contents("all") == contents("whole")
+    before = state.read_bytes()
+    code, said = train("all")
+    assert code == 2
+    assert "('dog face'): all/dog-face.state.safetensors is of an unfinished run" in said
+    assert [path.name for path in Path("all").iterdir()] == [state.name]
+    assert state.read_bytes() == before
+
+
+def test_a_state_of_a_finished_run_is_removed(train):
     train("other", "--seed", "1", "--json", "figures.json")
     before = contents("other")
     settings = json.loads(Path("figures.json").read_text())["targets"]["red heart"]
@@ -246,7 +252,7 @@ def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypat
         (("train", "--targets", "lines.txt", "--alias", "x"), "--alias goes with --target"),
         (("train", "--targets", "lines.txt", "--out", "x.safetensors"), "--out is a folder here"),
         (("train", "--targets", "lines.txt", "--model", "emoji"), "line 1: the embedded model has never seen"),
-        (("generate", "--prompts", "lines.txt", "--out", "lines.txt"), "--out is a folder here"),
+        (("generate", "--prompts", "lines.txt", "--out", "lines.txt"), "uses already: choose another name"),
         (("generate", "--prompts", "lines.txt", "--steps", "2000"), "steps"),
         (("generate", "--prompts", "lines.txt", "a cat"), "either prompts, or a file"),
         (("generate",), "either prompts, or a file"),
