@@ -48,7 +48,11 @@ from weights import (
     save_tensors,
 )
 
-VERSIONS = {"cpe": 4, "lora": 2}  # of measurements, by eraser, else 1: raise it when a change makes kept figures wrong
+VERSIONS = {
+    "cpe": 4,
+    "lora": 3,
+    "mace": 2,
+}  # of measurements, by eraser, else 1: raise it when a change makes kept figures wrong
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -273,15 +277,19 @@ def compared(scenario: Scenario, methods: Sequence[Method]) -> list[Method]:
 def linear(eraser: str) -> Callable[..., Erased]:
     """A builder for one of `baselines.ERASERS`."""
 
-    def build(world: World, scenario: Scenario, seed: int, templates: str = "", **settings: Any) -> Erased:
+    def build(
+        world: World, scenario: Scenario, seed: int, templates: str = "", anchors: bool = False, **settings: Any
+    ) -> Erased:
         """The model with edited weights; `settings` are hyper-parameters of the eraser.
 
         `templates`: what is put into CPE's own prompt templates; "" nothing, "kept" what is preserved, "all" the
-        targets, too.
+        targets, too. `anchors`: whether nothing is preserved but what CPE's gates have as anchors, as LoRA always does.
         """
         prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
         kept = [*prompts.general, *prompts.domain]
-        if templates or eraser == "lora":
+        if anchors or eraser == "lora":
+            kept = anchors_of_gates(world, scenario)
+        elif templates:
             kept = cpe.anchor_prompts(kept, prompts.templates)
         if templates == "all":
             targets = [template.replace("{}", name) for name in targets for template in prompts.templates]
@@ -294,6 +302,15 @@ def linear(eraser: str) -> Callable[..., Erased]:
         return Erased(world.model.with_unet(edited), None, size, 4 * size)
 
     return build
+
+
+def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
+    """The anchor prompts that CPE's gates of a scenario's targets train on, together."""
+    prompts, recipe, words = world.listed(scenario), cpe.PRESETS[scenario.preset], []
+    for target in scenario.targets:
+        asked = recipe, prompts, world.names(scenario, target), world.model.encode
+        words += cpe.nearest_words(*asked, lambda texts: cached_contexts(world.model, texts))
+    return cpe.anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.templates)
 
 
 def gated(kind: str) -> Callable[..., Erased]:
@@ -403,7 +420,7 @@ METHODS = {
 ABLATIONS = {
     method.name: method
     for method in (
-        *(Method(f"{name}, CPE's anchors", linear(name), {"templates": "kept"}) for name in ("uce", "rece", "speed")),
+        *(Method(f"{n}, CPE's anchors", linear(n), {"anchors": True}) for n in ("uce", "rece", "mace", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
         Method("cpe, no strangers", gated("resag"), {"strangers": 0}),
         Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
@@ -440,7 +457,10 @@ FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "by
 
 
 def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> str:
-    """The name under which a cell is kept: of everything that decides its figures."""
+    """The name under which a cell is kept: of everything that decides its figures, but what `VERSIONS` stands for.
+
+    That is the code, with its constants: attacks, judge, defaults of erasers.
+    """
     recipe, eraser = dataclasses.asdict(cpe.PRESETS[scenario.preset]), method.name.split(",")[0]
     if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
         recipe = {"surrogate": recipe["surrogate"]}

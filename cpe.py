@@ -662,6 +662,22 @@ def constant_direction(norm: nn.LayerNorm) -> Tensor | None:
     return u.to(norm.weight) if u.isfinite().all() else None
 
 
+def nearest_words(
+    recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode
+) -> list[str]:
+    """The domain words that are anchors of a target: `recipe.nearest` of them, the nearest first; none are its `names`.
+
+    Arguments and errors as of `prepare`. Nearness is the cosine of the flattened T x d embeddings.
+    """
+    words = anchor_words(prompts, names).domain
+    if not words:
+        return []
+    bare, target = encode_anchors(prompts.domain), encode([names[0]])
+    kept = bare[[prompts.domain.index(word) for word in words]].flatten(1).float()
+    near = F.cosine_similarity(kept, target.flatten()[None].float().to(bare.device))
+    return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
+
+
 def prepare(
     recipe: Recipe,
     prompts: Prompts,
@@ -685,15 +701,10 @@ def prepare(
     # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
     per_word = min(4, len(prompts.templates))
     general, domain = (encode_anchors(anchor_prompts(w, prompts.templates)) for w in (prompts.general, prompts.domain))
-    bare = encode_anchors(prompts.domain) if prompts.domain else None
     rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
     if words.domain:
-        kept = [prompts.domain.index(w) for w in words.domain]
-        target = encode([names[0]]).flatten().float().to(bare.device)
-        # cosine of the flattened T x d embeddings
-        near = F.cosine_similarity(bare[kept].flatten(1).float(), target[None]).topk(min(recipe.nearest, len(kept)))
-        chosen = [kept[i] for i in near.indices.tolist()]
-        rows.append(domain.unflatten(0, (-1, per_word))[chosen].flatten(0, 1))
+        chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
+        rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
     strangers = None
     if recipe.strangers:
         drawn = stranger_prompts(prompts, recipe.strangers)

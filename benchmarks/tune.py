@@ -72,14 +72,27 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 }
 
 
+BEYOND = {  # and more of linear erasers whose best lay at an edge of these, until it does not
+    "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0]),
+    "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01]),
+    "mace": product(lr=[1e-5], keep=[0.3, 3.0], lam=[10.0], images=[4], sampling_steps=[20]),
+    "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10]),
+    "esd": product(lr=[2e-4], negative=[5.0], images=[8], sampling_steps=[20]),
+}
+
+
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
     # What linear erasers need for many targets at once; the first values are those found for one.
-    "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False, True], s_p=[1.0, 10.0])),
-    "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[1, 3], s_p=[0.1, 1.0])),
-    "mace, many": ("mace", [TEN], GRIDS["mace"]),
-    "speed, many": ("speed", [TEN], product(threshold=[1.0, 0.1, 3.0, 10.0], templates=["all", ""], augment=[10])),
+    "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])),
+    "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])),
+    "mace, many": (
+        "mace",
+        [TEN],
+        product(lr=[1e-5], keep=[1.0, 3.0, 10.0, 30.0, 100.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
+    ),
+    "speed, many": ("speed", [TEN], product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["all", ""], augment=[10])),
     "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3, 5)]),
     "lora, many": (
         "lora",
@@ -112,7 +125,7 @@ def main() -> None:
     world, best = compare.World(weights.load_model(args.model)), {}
     for name in args.methods:
         found = []
-        eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name])
+        eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name] + BEYOND.get(name, []))
         kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
         for settings in grid:
             method = dataclasses.replace(METHODS[eraser], settings=settings)

@@ -365,6 +365,20 @@ def test_in_diffusers_unet_gates_are_evaluated_once_in_a_pass(unet, gates, calls
     assert len(calls) == (1 if mode is torch.no_grad else 3)
 
 
+@pytest.mark.oracle
+def test_gates_refuse_layers_whose_keys_and_values_are_one_product(unet, gates):
+    theirs = reference.their_unet(reference.UNET, unet)
+    latents = reference.draw("latents", 2, 4, 8, 8)
+    cpe.attach(theirs, gates)
+    theirs.fuse_qkv_projections()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"fused into one: unfuse_qkv_projections\(\)"):
+        theirs(latents, 800, context())
+    cpe.detach(theirs)
+    with pytest.raises(ValueError, match="fused into one"):
+        cpe.attach(theirs, gates)
+    theirs(latents, 800, context())
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = "".join(
     re.findall(r"^    from diffusers.*?(?=^\S)|^    cpe\.detach.*?(?=^\S)", README, re.MULTILINE | re.DOTALL)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,48 @@ def test_bake_writes_a_model_that_loads_strictly_and_says_what_was_lost(tiny, ga
     for part in ("unet", "vae", "clip"):
         ours, theirs = getattr(baked, part).state_dict(), getattr(original, part).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_figures_of_gates_are_drawn_with_gates_and_those_of_the_baked_model_with_it(
+    tiny, gate_files, tmp_path, monkeypatch
+):
+    """Where baking does nothing, the baked model moves nothing, and gates do; all images and tokens say so."""
+    monkeypatch.setattr(bake.Baker, "changed", lambda self: {})
+    figures = tmp_path / "figures.json"
+    assert commands.main(arguments(tiny, gate_files[:1], tmp_path / "baked", "--json", str(figures))) == 0
+    rows = json.loads(figures.read_text())["red heart"]
+    for name, row in rows.items():
+        assert row["baked"] == pytest.approx(1 if name.startswith("left") else 0, abs=1e-6)
+        assert row["gates"] != pytest.approx(row["baked"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["red\x1b[31m heart", "red\nheart"])
+@pytest.mark.parametrize("key", ["target", "surrogate", "aliases"])
+def test_names_in_a_gate_file_give_the_terminal_no_orders(tiny, gate_files, tmp_path, capsys, key, name):
+    tensors, metadata = weights.load_tensors(gate_files[0])
+    weights.save_tensors(gate_files[0], tensors, metadata | {key: json.dumps([name]) if key == "aliases" else name})
+    assert commands.main(arguments(tiny, gate_files[:1], tmp_path / "baked")) == 2
+    said = capsys.readouterr().err
+    assert f"the name {name!r} in its metadata is no prompt" in said
+    assert "\x1b" not in said
+
+
+def test_gates_are_baked_by_the_preset_that_trained_them(tiny, gate_files, tmp_path, capsys, monkeypatch):
+    def retrained(file: Path, preset: str) -> None:
+        tensors, metadata = weights.load_tensors(file)
+        weights.save_tensors(file, tensors, metadata | {"preset": preset})
+
+    asked = []
+    monkeypatch.setattr(commands, "read_concepts", lambda paths, preset: asked.append(preset) or pytest.skip("seen"))
+    for file in gate_files:
+        retrained(file, "object")
+    call = [word for word in arguments(tiny, gate_files, tmp_path / "baked") if word not in ("--preset", "emoji")]
+    with suppress(pytest.skip.Exception):
+        commands.main(call)
+    assert asked == ["object"]
+    retrained(gate_files[0], "style")
+    assert commands.main(call) == 2
+    assert "trained with the presets style and object: give --preset, one of these" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_there_is_left_alone(tiny, gate_files, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """compare.py and variants.py: the rules that make the table honest, and the arithmetic of its cells."""
 
 import dataclasses
+import errno
+import pickle
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +49,23 @@ def test_no_eraser_is_told_of_targets_or_of_what_is_held_out(world, name):
     hidden = {cpe.normalised(word) for word in (*scenario.targets, *world.held_out)}
     assert not told & hidden
     assert len(told) > 50
+
+
+@pytest.mark.parametrize("name", [*compare.SCENARIOS, *compare.ABLATION_SCENARIOS])
+def test_no_stranger_is_a_concept_that_is_held_out(world, name):
+    scenario = (compare.SCENARIOS | compare.ABLATION_SCENARIOS)[name]
+    count = cpe.PRESETS[scenario.preset].strangers
+    hidden = {cpe.normalised(word) for word in (*scenario.targets, *scenario.aliases, *world.held_out)}
+    strangers = cpe.stranger_prompts(world.listed(scenario), count)
+    assert len(strangers) == count
+    assert not {name for name, _ in strangers} & hidden
+
+
+def test_a_dead_zone_has_a_row_where_several_things_are_erased():
+    chosen = [compare.METHODS["cpe"], compare.METHODS["cpe, dead zone"]]
+    one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
+    assert [method.name for method in compare.compared(one, chosen)] == ["none", "cpe"]
+    assert [method.name for method in compare.compared(ten, chosen)] == ["none", "cpe", "cpe, dead zone"]
 
 
 def test_targets_that_hyper_parameters_were_tuned_on_are_in_no_table(world):
@@ -252,7 +273,8 @@ def test_scenarios_together_are_all_their_images_together(world):
 
 
 def test_every_eraser_is_tuned_with_the_same_budget():
-    assert {*tune.GRIDS, "cpe, baked"} == set(compare.METHODS)  # which bakes the tuned gates
+    same_gates = {"cpe, baked", "cpe, dead zone"}  # as the tuned ones
+    assert {*tune.GRIDS} | same_gates == set(compare.METHODS)
     assert {len(grid) for grid in tune.GRIDS.values()} == {8}
 
 
@@ -288,6 +310,30 @@ def test_an_error_in_one_of_the_processes_is_raised(world, tmp_path):
     opened = (str(tmp_path / "nothing"), None, "emoji")
     with pytest.raises(weights.UserError, match="nothing"):
         list(compare.side_by_side(world, opened, {"object": compare.SCENARIOS["object"]}, [], SMALL, 0))
+
+
+def test_an_error_of_the_disk_comes_from_another_process_as_it_was():
+    error = weights.Unwritten(Path("cache/x"), OSError(errno.ENOSPC, "No space left on device"))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "cache/x could not be written: the disk is full: make room"
+    assert weights.disk_full(again.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (cpe.Diverged("the loss became nan"), "the loss became nan: try another --seed"),
+        (BrokenProcessPool("a process died"), "a process that measures was killed; perhaps there was too little"),
+    ],
+)
+def test_what_ends_a_comparison_is_said_in_one_line(run, monkeypatch, error, words):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(compare, "run", fail)
+    code, said = run("compare", "--quick")
+    assert (code, said.count("\n")) == (2, 1)
+    assert words in said
 
 
 @pytest.mark.parametrize("arguments", [["--preset", "celebrity"], ["--preset", "style", "--target", "noto style"]])

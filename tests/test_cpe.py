@@ -3,6 +3,7 @@
 `literal_*` functions below are the specification: H is formed, every W_l x and R_l(E) is computed, nothing is fused.
 """
 
+import itertools
 import math
 import zlib
 from dataclasses import replace
@@ -354,6 +355,26 @@ def test_merging_pads_without_changing_values():
     assert_identical(cpe.merge([cpe.merge(gates[:2]), gates[2]]).state_dict(), cpe.merge(gates).state_dict())
 
 
+def test_gates_with_a_dead_zone_do_nothing_until_they_are_open_so_far():
+    E, gates = normal(2, T, d, seed=30), [gate(*each) for each in MIXED]
+    plain, merged = cpe.merge(gates).double(), cpe.merge(gates, zone=0.5).double()
+    g, z = plain.read(E @ plain.columns())
+    dead, codes = merged.read(E @ merged.columns())
+    assert 0 < (g < 0.5).sum() < g.numel()
+    torch.testing.assert_close(dead, torch.where(g > 0.5, 2 * g - 1, 0))
+    torch.testing.assert_close(codes, z / g[..., None] * dead[..., None])
+    for wrong in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"a dead zone lies in \[0, 1\)"):
+            cpe.merge(gates, wrong)
+
+
+def test_a_dead_zone_outlives_a_change_of_form():
+    objective = Objective(cross_attention(), tokens=T)
+    gates = cpe.merge([objective.new_gates("resag", 3, 2, torch.Generator()).double()], zone=0.25)
+    context_gate = objective.context_gate(gates.double())
+    assert context_gate.inner.zone == context_gate.expand(objective.W).zone == 0.25
+
+
 def test_gates_of_different_models_do_not_merge():
     for other in (ResAG(WIDTHS, d + 1), ResAG(WIDTHS | {next(iter(WIDTHS)): 7}, d), ResAG({"context": d}, d)):
         with pytest.raises(ValueError, match="different models"):
@@ -656,6 +677,20 @@ def test_every_target_asks_for_the_same_anchors():
     assert asked[0] == asked[1] == asked[2]
 
 
+def test_strangers_are_two_words_of_anchors_and_never_the_target_or_a_word_of_its_own():
+    recipe, names = replace(RECIPE, strangers=300), ["brad pitt", "red dog"]
+    prompts = Prompts(["{}", "a {}"], ["a dog", "red cat"], ["Brad Pitt", "tom pitt", "red dog"])
+    anchors, others = Encoder(), Encoder()
+    used = anchors.prompts_of(cpe.prepare(recipe, prompts, names, Encoder(), anchors).strangers)
+    words = {prompt: tuple(prompt.split()[-2:]) for prompt in used}
+    known = ("a", "dog", "red", "cat", "tom", "pitt")  # "brad" is the target's alone
+    assert set(words.values()) == set(itertools.product(known, known)) - {("red", "dog")}
+    assert {prompt.removesuffix(" ".join(words[prompt])) for prompt in used} == {"", "a "}
+    cpe.prepare(recipe, prompts, ["tom pitt"], Encoder(), others)
+    assert others.asked == anchors.asked
+    assert cpe.prepare(replace(recipe, strangers=0), prompts, names, Encoder(), Encoder()).strangers is None
+
+
 @pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
 def test_one_list_of_anchors_is_enough(general, domain):
     encode, anchors = Encoder(), Encoder()
@@ -917,6 +952,7 @@ def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adv
         E = data()
         contexts = Data(*map(norm, (2 * normal(d, seed=3) + E.targets, E.surrogates, E.anchors.double(), E.empty)))
     contexts.one = cpe.constant_direction(norm)
+    contexts.strangers = norm(normal(3, T, d, seed=6)).detach().half() if adversaries else None
     made = variants.trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), 0, kind)
     randomised(made.gates)
     made.deltas = 0.1 * normal(adversaries, T, d, seed=5).double()
@@ -932,10 +968,11 @@ def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adv
     shares = energy / energy.sum()
     i = torch.arange(adversaries) % len(contexts.targets)
     moved = made.objective.energy(made.shifts[i] - made.deltas)
+    spared = [contexts.empty, contexts.anchors, *([contexts.strangers] if adversaries else [])]
     v, b = cpe.separate(
         torch.cat([attended(contexts.targets), attended(contexts.targets[i] + made.deltas)]),
         torch.cat([shares, moved / moved.sum()]),
-        torch.cat([attended(contexts.anchors), attended(contexts.empty)]),
+        torch.cat([attended(part.double()) for part in spared]),
         before["scaler"][0, :, 0],
     )
     logits = attended(contexts.targets) @ v + b

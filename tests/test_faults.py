@@ -957,6 +957,39 @@ def test_every_way_to_run_out_of_memory_is_known(run, tiny_original, monkeypatch
     assert said == "cpe.py: out of memory on cpu. Try: close other programs\n"
 
 
+def test_a_graphics_card_that_is_too_small_is_told_of_the_processor():
+    args = commands.parser().parse_args(["generate", "a cat", "--device", "cuda"])
+    said = "out of memory on cuda. Try: close other programs, --dtype bfloat16 (half the memory), --device cpu"
+    assert commands.memory_advice(args) == said
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_only_files_are_replaced_and_links_are_followed(tmp_path, kind):
+    path, other = tmp_path / "x.json", tmp_path / "elsewhere.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+        for write in (weights.check_writable, lambda path: weights.write_text(path, "{}")):
+            with pytest.raises(weights.UserError, match=r"x.json is a device or a pipe: give the name of a file"):
+                write(path)
+        assert path.is_fifo()
+    else:
+        path.symlink_to(other)
+        weights.check_writable(path)
+        weights.write_text(path, "{}")
+        assert path.is_symlink()
+        assert other.read_text() == "{}"
+
+
+@pytest.mark.parametrize("moment", ["0.02", "0.3"])
+def test_an_interruption_as_it_starts_is_no_traceback(moment):
+    code = f"import threading, signal, os; threading.Timer({moment}, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+    code += "import runpy, sys; sys.argv = ['cpe.py', 'inspect', 'none', '--prompt', 'x']\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path('cpe.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (2, 130)
+    assert "Traceback" not in done.stderr
+
+
 def test_another_error_is_no_lack_of_memory(run, tiny_original, monkeypatch):
     def fail(*_):
         raise RuntimeError("a mistake of ours")

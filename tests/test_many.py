@@ -88,7 +88,7 @@ def test_what_does_not_depend_on_the_target_is_made_once(train, monkeypatch):
     names = ("red heart", "love", "dog face", "two hearts")
     own = [wanted for wanted in asked if all(not text or any(name in text for name in names) for text in wanted)]
     assert len(own) == 3 * 3  # in templates, bare, and the empty prompt
-    assert len(asked) - len(own) == 4  # surrogate, general, domain in templates, domain bare
+    assert len(asked) - len(own) == 5  # surrogate, general, domain in templates, domain bare, strangers
 
 
 def test_what_is_finished_is_kept_and_nothing_else_is_replaced(train, monkeypatch):
@@ -316,10 +316,20 @@ def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, tr
     assert ", kept 1\n" in run(*draw)[1]
     assert contents("images/generated") == first
     gates = ("--gates", f"gates/{FILES[0]}")
-    for other in (("--seed", "6"), ("--steps", "3"), ("--guidance", "2"), ("--sampler", "dpm"), gates):
+    zone = (*gates, "--zone", "0.5")
+    for other in (("--seed", "6"), ("--steps", "3"), ("--guidance", "2"), ("--sampler", "dpm"), gates, zone):
         assert ", kept 0\n" in run(*draw, *other)[1]
     (Path("gates") / FILES[1]).replace(Path("gates") / FILES[0])  # another gate under the same name
     assert ", kept 0\n" in run(*draw, *gates)[1]
+
+
+def test_prompts_of_a_file_are_drawn_in_the_precision_that_was_asked_for(run, monkeypatch):
+    Path("prompts.txt").write_text("a cat\n")
+    seen, draw = [], commands.draw
+    monkeypatch.setattr(commands, "draw", lambda model, *rest: seen.append(model.dtype) or draw(model, *rest))
+    for dtype in ("bfloat16", "float32"):
+        assert run("generate", "--prompts", "prompts.txt", *DRAW, "--dtype", dtype)[0] == 0
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_gates_act_on_every_prompt_of_a_file(run, train):
