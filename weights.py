@@ -181,8 +181,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     What a link at `path` points to is what is replaced.
     """
     path = followed(path)
-    refuse_special(path)
     with beside(path) as temporary:
+        refuse_special(path)
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors lets nobody else read what it writes

@@ -9,16 +9,12 @@ them. Time and memory of a whole run are extrapolations, and are printed as such
 """
 
 import argparse
-import resource
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import sd14
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bake
 import commands
@@ -55,7 +51,7 @@ def main() -> None:
         tokens[:, args.reach - 2 :] = eos
         begun = time.perf_counter()
         baker = bake.Baker(tower, gate, objective, *tokens.split(count), recipe)
-        return baker, time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return baker, time.perf_counter() - begun, sd14.peak() / 1024
 
     prepared(args.prompts)  # the first products of a size are slow
     _, few, _ = prepared(args.prompts)

@@ -1,14 +1,20 @@
 """Time of encoding prompts with Stable Diffusion 1.4's text encoder, and how many `train` has to encode.
 
     python benchmarks/encode.py
+    python benchmarks/encode.py --quality      # are gates as good if their prompts were encoded in bfloat16?
 
 Random weights at full size. Every figure is per prompt of 77 tokens: the tower is causal, but what a padding token
-becomes depends on the prompt before it, so nothing shorter gives the same context.
+becomes depends on the prompt before it, so nothing shorter gives the same context. The quality is that of gates of the
+embedded model, on two targets of benchmarks/tune.py: shares of images recognised, per cent, and how far images move.
 """
+
+import argparse
 
 import sd14
 import torch
+import tune
 
+import compare
 import cpe
 import weights
 from clip import TextEncoder
@@ -36,11 +42,39 @@ def asked() -> tuple[int, int]:
 def per_prompt(tower: TextEncoder, batch: int) -> float:
     """Milliseconds per prompt in batches of `batch`."""
     tokens = torch.randint(49000, (batch, 77))
-    return sd14.milliseconds(lambda: tower(tokens), repeats=max(2, 16 // batch), warmup=1) / batch
+    return sd14.milliseconds(lambda: tower(tokens), repeats=8, warmup=1) / batch
+
+
+def quality() -> None:
+    """Train gates on prompts in both precisions, everything else being equal; print one row each."""
+    world, recipe = compare.World(weights.load_model("emoji")), cpe.PRESETS["emoji"]
+    one = cpe.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
+    print(f"{'':26}" + "".join(f"{group:>16}" for group in compare.GROUPS) + f"{'change of others':>18}")
+    for scenario in tune.TARGETS:
+        before = compare.Originals(world, scenario, compare.Budget())
+        for dtype in (torch.float32, torch.bfloat16):
+            model = weights.load_model("emoji", dtype)
+
+            def encode(prompts: list[str], model: weights.Model = model) -> torch.Tensor:
+                return model.encode(prompts).float()
+
+            data = cpe.prepare(recipe, world.listed(scenario), scenario.targets, encode, encode, one)
+            trainer = cpe.Trainer(world.objective, data, recipe)
+            for _ in trainer.steps():
+                pass
+            images = compare.draw(world.model, before.contexts, before.seeds, trainer.gates, compare.Budget())
+            groups = compare.figures_of(world, scenario, before, images)["groups"]
+            shares = "".join(f"{100 * compare.share(groups[group]):16.0f}" for group in compare.GROUPS)
+            name = f"{scenario.targets[0]}, {str(dtype).removeprefix('torch.')}"
+            print(f"{name:26}{shares}{groups['others']['change']:18.5f}", flush=True)
 
 
 def main() -> None:
     """Print one row per precision."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quality", action="store_true", help="of gates, instead of the time")
+    if parser.parse_args().quality:
+        return quality()
     torch.manual_seed(0)
     print(sd14.machine())
     flags = sd14.flags()
@@ -65,6 +99,7 @@ def main() -> None:
         name = str(dtype).removeprefix("torch.")
         row = f"{name:11}" + "".join(f"{m:12.1f}" for m in ms)
         print(row + f"{cold * min(ms) / 1000:12.0f}{warm * min(ms) / 1000:10.1f}{error:10.0e}", flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -2,56 +2,46 @@
 
     python benchmarks/many.py
 
-A batch shares every read of W_l; each concept has targets, deltas and parameters of its own. *own*: and anchors, as it
-must for the files that single runs write, since the nearest words differ. *shared*: all meet the same anchors. Beside
-both, in the same run, a step of `cpe.Trainer`, which trains one concept after another.
+A batch shares every read of W_l; each concept has targets, deltas, anchors and parameters of its own, as it must for
+the files that single runs write. Beside it a step of `cpe.Trainer`, which trains one concept after another.
 """
-
-import resource
 
 import sd14
 import torch
 from train_step import trainer_at
 
 import cpe
+from products import product
 
 RECIPE = cpe.PRESETS["celebrity"]
 
 
-def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int, shared: bool):
-    """A function that makes one erase step of `concepts` gates at once, in the manner of `Trainer.erase_losses`.
-
-    `shared`: all meet the same anchors.
-    """
+def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int):
+    """A function that makes one erase step of `concepts` gates at once, as `Trainer.erase_losses` does of one."""
     gates = cpe.ResAG(objective.widths, sd14.WIDTH, RECIPE.r, RECIPE.k, concepts)
     for p in gates.parameters():
         p.data.normal_(std=0.02)
-    E = torch.randn(concepts, 1 + RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
-    x = torch.randn_like(E)
-    energy = objective.energy(x)
-    draw = cpe.Trainer(objective, data, RECIPE).draw_anchors
+    deltas = torch.randn(concepts, RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
+    E, x = torch.randn(2, concepts, 1, sd14.TOKENS, sd14.WIDTH)
+    energies = objective.energy(torch.cat([x, x - deltas], dim=1))
+    trainer = cpe.Trainer(objective, data, RECIPE)
     optimizer = torch.optim.AdamW(gates.parameters(), lr=3e-5, weight_decay=0.01, fused=True)
 
     def step() -> None:
         """One erase step of all concepts."""
-        columns = gates.columns()
-        if shared:
-            anchors, sigma = draw()
-            noise = sigma[:, None, None] * torch.randn(*anchors.shape[:2], columns.shape[-1])
-            # anchors meet the columns of all concepts in one product
-            wide = columns.squeeze(1).transpose(0, 1).flatten(1)
-            seen = (anchors @ wide).unflatten(-1, (concepts, -1)).movedim(-2, 0)
-        else:
-            anchors, sigma = map(torch.stack, zip(*(draw() for _ in range(concepts)), strict=True))
-            noise = sigma[..., None, None] * torch.randn(*anchors.shape[:3], columns.shape[-1])
-            seen = anchors @ columns
-        R = torch.linalg.qr(columns.detach().squeeze(1))[1].unsqueeze(1)
-        _, z = gates.read(torch.cat([E @ columns, seen + noise @ R], dim=1))
-        P, G = objective.products(gates)
-        misfit = cpe.residual(x, energy, z[:, : E.shape[1]], P, G).mean(dim=(0, 2))
-        loss = misfit[0] + misfit[1:].mean() + RECIPE.lam * cpe.penalty(z[:, E.shape[1] :], G).mean()
+        columns, (P, G), features, seen = gates.columns()[:, 0], objective.products(gates), [], []
+        for n, C in enumerate(columns):
+            anchors, sigma = trainer.draw_anchors()
+            dC, dP = product(deltas[n], torch.cat([C.T, P[n]])).split([C.shape[1], P.shape[1]], dim=-1)
+            EC, xP = product(E[n], C.T), product(x[n], P[n])
+            features.append(torch.cat([EC, EC + dC, trainer.noisy_features(anchors, sigma, C)]))
+            seen.append(torch.cat([xP, xP - dP]))
+        z = gates.read(torch.stack(features))[1]
+        moved, kept = z.split([1 + RECIPE.deltas, RECIPE.anchors + 1], dim=1)
+        missed = cpe.misfit(energies, torch.stack(seen), moved, G).mean(dim=2)  # [N, 1 + J]
+        kept = RECIPE.lam * cpe.penalty(kept, G).mean(dim=(1, 2))
         optimizer.zero_grad()
-        loss.backward()
+        (missed[:, 0] + missed[:, 1:].mean(dim=1) + kept).sum().backward()
         optimizer.step()
 
     return step
@@ -76,18 +66,15 @@ def main() -> None:
     run = trainer_at(objective, data, phase=2).steps()
     alone = sd14.milliseconds(lambda: next(run), repeats=40, warmup=5)
     print(f"\nms an erase step and concept: {alone:.1f} in `train`; in a batch")
-    print(f"{'concepts':>8}{'own anchors':>14}{'shared anchors':>16}")
+    print(f"{'concepts':>8}{'batched':>10}{'ratio':>8}")
     for concepts in (1, 2, 4, 8):
-        own, shared = (
-            sd14.milliseconds(batched_step(objective, data, concepts, kind), repeats=max(4, 40 // concepts), warmup=2)
-            for kind in (False, True)
-        )
-        print(f"{concepts:8}{own / concepts:14.1f}{shared / concepts:16.1f}", flush=True)
+        step = batched_step(objective, data, concepts)
+        each = sd14.milliseconds(step, repeats=max(5, 40 // concepts), warmup=2) / concepts
+        print(f"{concepts:8}{each:10.1f}{each / alone:8.2f}", flush=True)
     print(f"\n{'merged':>8}{'ms a prompt':>14}{'MiB':>8}{'peak MiB of all':>18}")
     for concepts in (1, 10, 100):
         ms, size = merged(objective, concepts)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{concepts:8}{ms:14.1f}{size:8.1f}{peak:18.0f}", flush=True)
+        print(f"{concepts:8}{ms:14.1f}{size:8.1f}{sd14.peak():18.0f}", flush=True)
 
 
 if __name__ == "__main__":

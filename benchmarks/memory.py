@@ -16,7 +16,6 @@ For the first two the rest of the cache is filled with random contexts: reading 
 import argparse
 import contextlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,12 +31,6 @@ import weights
 
 TRAIN = ["train", "--preset", "celebrity"]
 SHORT, WHOLE = ["--target", "Brad Pitt", "--steps-scale", "0.01"], ["--target", "Brad Pitt"]
-MiB = 2**20
-
-
-def peak() -> float:
-    """Peak resident memory of this process so far, in MiB, weights mapped from a file included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MiB
 
 
 def child(folder: str, begun: float, more: list[str]) -> None:
@@ -62,7 +55,7 @@ def child(folder: str, begun: float, more: list[str]) -> None:
     if code:
         raise SystemExit(code)
     first, encoding = seconds["first step"], seconds["encoding"]
-    print(f"{peak():10.0f}{first:14.1f}{encoding:12.1f}{first - encoding:12.1f}{time.time() - begun:10.1f}")
+    print(f"{sd14.peak():10.0f}{first:14.1f}{encoding:12.1f}{first - encoding:12.1f}{time.time() - begun:10.1f}")
 
 
 def fill_cache(folder: Path) -> list[Path]:

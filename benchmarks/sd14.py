@@ -5,6 +5,8 @@ Speed and memory do not depend on the values of weights, so none have to be down
 
 import json
 import platform
+import re
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import cpe  # noqa: E402
 import weights  # noqa: E402
 from clip import TextEncoder  # noqa: E402
 from unet import UNet  # noqa: E402
+from vae import VAE  # noqa: E402
 
 CONFIGS = weights.SD14_CONFIGS
 WIDTH, TOKENS = CONFIGS["unet"]["cross_attention_dim"], 77
@@ -50,6 +53,17 @@ def flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def peak() -> float:
+    """Peak resident memory of this process so far, in MiB, weights mapped from a file included.
+
+    On Linux not `ru_maxrss`, which begins with that of the process by which this one was started.
+    """
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 15, warmup: int = 3) -> float:
@@ -85,14 +99,18 @@ def data() -> cpe.Data:
     )
 
 
+PARTS = {"text_encoder": TextEncoder, "unet": UNet, "vae": VAE}
+
+
 def write_model(folder: Path) -> Path:
-    """A folder in the diffusers layout, float32: text encoder and U-Net at full size (4 GB), random weights.
+    """A folder in the diffusers layout, float32, at full size (4.2 GB), random weights, unless it is there already.
 
     The tokenizer is the embedded model's, filled up to the official size with words that no prompt holds.
     """
     if (folder / "complete").exists():
         return folder
-    for part, build, file in (("text_encoder", TextEncoder, "model"), ("unet", UNet, "diffusion_pytorch_model")):
+    for part, build in PARTS.items():
+        file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         weights.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
         with torch.device("meta"), weights.Undrawn():
             shapes = {name: t.shape for name, t in build(CONFIGS[part]).state_dict().items()}

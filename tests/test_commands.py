@@ -175,6 +175,22 @@ def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
     assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines"))
 
 
+def test_a_dead_zone_shuts_gates_that_are_not_open_so_far(run):
+    assert run(*TRAIN)[0] == 0
+    values = {}
+    for zone in ("0", "0.25"):
+        call = ("inspect", "gates/red-heart.safetensors", "--prompt", "a red heart", "--zone", zone)
+        assert run(*call, "--json", f"{zone}.json")[0] == 0
+        values[zone] = torch.tensor(json.loads(Path(f"{zone}.json").read_text())["gates"][0])
+    torch.testing.assert_close(values["0.25"], (values["0"] - 0.25).clamp(min=0) / 0.75)
+    draw = ("generate", "a red heart", "--gates", "gates/red-heart.safetensors", "--before-after", "--steps", "2")
+    change = {}
+    for zone in ("0", "0.5"):
+        assert run(*draw, "--zone", zone, "--json", "figures.json")[0] == 0
+        (change[zone],) = json.loads(Path("figures.json").read_text())["change"]
+    assert change["0"] != change["0.5"]
+
+
 @pytest.mark.parametrize("words", [["generate", "a cat"], ["generate", "--prompts", "lines"], ["demo"]])
 def test_steps_that_cannot_be_drawn_are_said_before_a_model_is_opened(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
