@@ -598,8 +598,9 @@ def mace(
         grams += seen
         for key, (up, down) in change.items():
             goals[key] = goals[key] + (refined[key] + (up @ down).detach().cpu().double()) @ seen
-    # argmin over V of  sum_i sum_e |V e - (W' + up_i down_i) e|^2 + p sum |V e_p - W e_p|^2 + lam |V - W'|^2
-    return plain({key: refit(V, goals[key], grams, lam) for key, V in refined.items()})
+    # argmin over V of  sum_i sum_e |V e - (W' + up_i down_i) e|^2 + p sum |V e_p - W e_p|^2 + lam |V - W|^2
+    # (the authors' code stays near W' here; on the embedded model that erases less and keeps less)
+    return plain({key: refit(V, goals[key], grams, lam) for key, V in W.items()})
 
 
 # --- The table ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Time of encoding prompts with Stable Diffusion 1.4's text encoder, and how many `train` has to encode.
 
     python benchmarks/encode.py
-    python benchmarks/encode.py --quality      # are gates as good if their prompts were encoded in bfloat16?
+    python benchmarks/encode.py --quality      # are gates as good from prompts in bfloat16, or from more of them?
 
 Random weights at full size. Every figure is per prompt of 77 tokens: the tower is causal, but what a padding token
 becomes depends on the prompt before it, so nothing shorter gives the same context. The quality is that of gates of the
@@ -46,27 +46,31 @@ def per_prompt(tower: TextEncoder, batch: int) -> float:
 
 
 def quality() -> None:
-    """Train gates on prompts in both precisions, everything else being equal; print one row each."""
+    """Train gates on prompts in both precisions, and on anchors in 32 templates, not 4; print one row each."""
     world, recipe = compare.World(weights.load_model("emoji")), cpe.PRESETS["emoji"]
     one = cpe.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
-    print(f"{'':26}" + "".join(f"{group:>16}" for group in compare.GROUPS) + f"{'change of others':>18}")
+    rows = {"float32": (torch.float32, 4), "bfloat16": (torch.bfloat16, 4), "32 templates": (torch.float32, 32)}
+    print(f"{'':28}" + "".join(f"{group:>16}" for group in compare.GROUPS) + f"{'change of others':>18}")
     for scenario in tune.TARGETS:
-        before = compare.Originals(world, scenario, compare.Budget())
-        for dtype in (torch.float32, torch.bfloat16):
+        before, prompts = compare.Originals(world, scenario, compare.Budget()), world.listed(scenario)
+        for name, (dtype, templates) in rows.items():
             model = weights.load_model("emoji", dtype)
 
             def encode(prompts: list[str], model: weights.Model = model) -> torch.Tensor:
                 return model.encode(prompts).float()
 
-            data = cpe.prepare(recipe, world.listed(scenario), scenario.targets, encode, encode, one)
+            asked = recipe, prompts, scenario.targets, encode, encode
+            data = cpe.prepare(*asked, one)
+            if templates != 4:
+                words = [*prompts.general, *cpe.nearest_words(*asked)]
+                data.anchors = encode(cpe.anchor_prompts(words, prompts.templates, templates)).half()
             trainer = cpe.Trainer(world.objective, data, recipe)
             for _ in trainer.steps():
                 pass
             images = compare.draw(world.model, before.contexts, before.seeds, trainer.gates, compare.Budget())
             groups = compare.figures_of(world, scenario, before, images)["groups"]
             shares = "".join(f"{100 * compare.share(groups[group]):16.0f}" for group in compare.GROUPS)
-            name = f"{scenario.targets[0]}, {str(dtype).removeprefix('torch.')}"
-            print(f"{name:26}{shares}{groups['others']['change']:18.5f}", flush=True)
+            print(f"{scenario.targets[0] + ', ' + name:28}{shares}{groups['others']['change']:18.5f}", flush=True)
 
 
 def main() -> None:

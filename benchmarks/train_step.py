@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py            # a step of each kind, in one run
     python benchmarks/train_step.py --full     # and the celebrity recipe from end to end, without prompt encoding
+    python benchmarks/train_step.py --tried    # instead: what was tried and left out
 
 Two references, both with one gate per layer, float32 and AdamW:
 
@@ -148,12 +149,43 @@ def check(objective: cpe.Objective, data: cpe.Data) -> float:
     return worst
 
 
+def tried(objective: cpe.Objective, data: cpe.Data) -> None:
+    """Print what one flat parameter and torch.compile would gain in an erase step, beside the step as it is."""
+    trainer = trainer_at(objective, data, 2)
+    trainer.begin()
+    parameters, optimizer = list(trainer.gates.parameters()), trainer.optimizer
+    sizes = [p.numel() for p in parameters]
+    losses = trainer.erase_losses
+
+    def step() -> None:
+        """Losses, gradients, update."""
+        optimizer.zero_grad()
+        found = losses()
+        (found["erase"] + found["adv"] + RECIPE.lam * found["anchor"]).backward()
+        optimizer.step()
+
+    print(f"{'the step, ms':44}{sd14.milliseconds(step, repeats=60, warmup=10):8.2f}")
+    print(f"{'  of which fused AdamW, ' + str(len(sizes)) + ' parameters':44}{sd14.milliseconds(optimizer.step):8.2f}")
+    flat = nn.Parameter(torch.randn(sum(sizes)))
+    flat.grad = torch.randn_like(flat)
+    alone = torch.optim.AdamW([flat], lr=1e-5, fused=True)
+    print(f"{'  the same with one flat parameter':44}{sd14.milliseconds(alone.step):8.2f}")
+    cpe.product = lambda x, W: x @ W.mT  # torch.compile cannot take oneDNN's
+    print(f"{'the step, products by torch':44}{sd14.milliseconds(step, repeats=60, warmup=10):8.2f}")
+    losses = torch.compile(trainer.erase_losses)
+    begun = time.perf_counter()
+    step()
+    print(f"{'  compiled, after ' + f'{time.perf_counter() - begun:.0f} s':44}", end="")
+    print(f"{sd14.milliseconds(step, repeats=60, warmup=10):8.2f}")
+
+
 def main() -> None:
     """Print one row per kind of step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--full", type=float, nargs="?", const=1.0, metavar="SHARE", help="run this share of the recipe"
     )
+    parser.add_argument("--tried", action="store_true", help="instead: what was tried and left out")
     parser.add_argument("--only-ours", action="store_true", help="leave the references out")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -162,6 +194,8 @@ def main() -> None:
     objective = cpe.Objective(sd14.cross_attention())
     data = sd14.data()
     print(f"objective and random data       {time.perf_counter() - begun:8.1f} s")
+    if args.tried:
+        return tried(objective, data)
     print(f"losses and gradients agree to   {check(objective, data):8.0e}")
 
     steps = {"erase": sum(p.steps for p in cpe.phases(RECIPE) if p.kind == "erase")}
@@ -194,6 +228,7 @@ def main() -> None:
                 f"{gate}: {args.full:g} of the recipe, {done} steps: {(time.perf_counter() - begun) / 60:.2f} min",
                 flush=True,
             )
+    return None
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "lora, many": (
         "lora",
         [TEN],
-        [compare.TUNED["lora"] | each for each in ({}, steps(3), *product(lam=[10.0, 3.0]))],
+        [{"k": 8, "lam": 30.0} | each for each in ({}, *product(lam=[10.0, 3.0]), steps(3))],
     ),
 }
 
