@@ -396,6 +396,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "uce": {"s_p": 30.0},
     "rece": {"rounds": 3, "s_p": 3.0},
     "speed": {"threshold": 0.1, "templates": ""},
+    "mace": {"keep": 3.0},
     "esd": {"steps": 400},
     "lora": {"lam": 10.0},
 }
