@@ -398,7 +398,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "speed": {"threshold": 0.1, "templates": ""},
     "mace": {"keep": 3.0},
     "esd": {"steps": 400},
-    "lora": {"lam": 10.0},
+    "lora": {"k": 8, "lam": 10.0},
 }
 
 METHODS = {

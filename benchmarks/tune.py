@@ -92,7 +92,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         [TEN],
         product(lr=[1e-5], keep=[1.0, 3.0, 10.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
     ),
-    "speed, many": ("speed", [TEN], product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["all", ""], augment=[10])),
+    "speed, many": ("speed", [TEN], product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])),
     "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3, 5)]),
     "lora, many": (
         "lora",
