@@ -388,7 +388,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "rece": {"rounds": 1, "templates": "kept", "s_p": 0.1},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 1.0, "lam": 10.0, "images": 4, "sampling_steps": 20},
-    "esd": {"lr": 2e-4, "negative": 3.0, "images": 8, "sampling_steps": 20},
+    "esd": {"lr": 2e-4, "negative": 5.0, "images": 8, "sampling_steps": 20},
     "lora": {"k": 4, "lam": 30.0},
 }
 
@@ -419,7 +419,6 @@ ABLATIONS = {
     for method in (
         *(Method(f"{n}, CPE's anchors", linear(n), {"anchors": True}) for n in ("uce", "rece", "mace", "speed")),
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
-        Method("cpe, no strangers", gated("resag"), {"strangers": 0}),
         Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
         Method("cpe, margin 0.5", gated("resag"), {"margin": 0.5}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
@@ -462,7 +461,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
         recipe = {"surrogate": recipe["surrogate"]}
     if eraser == "lora":
-        del recipe["margin"], recipe["strangers"]
+        del recipe["margin"]
     parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe().of(len(scenario.targets)))] if method.build is baked else []

@@ -514,7 +514,6 @@ class Recipe:
     even: bool = False  # whether all templates weigh alike, however long their shifts; the paper's weigh as they are
     rise: float = 0.0  # share of the first stage in which lambda grows from 0, as the square of the steps; paper: none
     margin: float = 0.0  # if not 0, a trained gate is solved for anew, to bend there; paper: never. See `sharpen`
-    strangers: int = 0  # prompts of two anchors' words side by side, which it then spares, too: see `stranger_prompts`
 
     def scaled(self, factor: float) -> "Recipe":
         """The same recipe with `factor` times the steps: trades quality for time. ValueError unless factor > 0."""
@@ -542,14 +541,14 @@ PRESETS = {
     # the margin changes little: it is for merged gates, whose chance openings on what they never saw add up.
     "emoji": Recipe(
         "cloud", eta=0.3, lam=300, k=4, stages=2, first_steps=1000, later_steps=250, attack_steps=100, templates=8,
-        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25, strangers=512,
+        first_lr=1.5e-3, later_lr=1e-3, attack_lr=1e-3, rise=0.5, margin=0.25,
     ),
 }  # fmt: skip
 # A style's shift differs in length by a factor of ten among things: without `even` the short ones are left undone. It
 # differs in direction, too: its templates hold every thing that it is trained on, and a step must see many of them.
 PRESETS["emoji-style"] = replace(
     PRESETS["emoji"], surrogate="noto style", eta=1.0, lam=100, first_steps=2000, later_steps=500, even=True,
-    templates=24, margin=0.0, strangers=0,
+    templates=24, margin=0.0,
 )  # fmt: skip
 
 
@@ -618,23 +617,6 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
     return drawn
 
 
-def stranger_prompts(prompts: Prompts, count: int) -> list[tuple[str, str]]:
-    """`count` pairs (name, prompt) of things that no list holds, for gates to stay shut on: "tiger cake", "blue guard".
-
-    Two words of the anchors side by side, in a template: drawn by chance, and the same for every target.
-    """
-    words = sorted({word for entry in (*prompts.general, *prompts.domain) for word in normalised(entry).split()})
-    chance = random.Random(count)
-    names = [f"{chance.choice(words)} {chance.choice(words)}" for _ in range(count)]
-    return [(name, chance.choice(prompts.templates).replace("{}", name)) for name in names]
-
-
-def strange(name: str, words: Prompts, names: Sequence[str]) -> bool:
-    """Whether a name of `stranger_prompts` is none of the target `names`, nor of words that the target alone has."""
-    known = {word for entry in (*words.general, *words.domain) for word in normalised(entry).split()}
-    return set(name.split()) <= known and not any(f" {normalised(own)} " in f" {name} " for own in names)
-
-
 @dataclass
 class Data:
     """The contexts that training reads; P pairs of prompts, A anchors."""
@@ -644,7 +626,6 @@ class Data:
     anchors: Tensor  # [A, T, d], half precision
     empty: Tensor  # [1, T, d], of the prompt ''
     one: Tensor | None = None  # [d] with E one = 1 at every token of every prompt (`constant_direction`)
-    strangers: Tensor | None = None  # [S, T, d], half precision
 
 
 Encode = Callable[[list[str]], Tensor]
@@ -705,12 +686,7 @@ def prepare(
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
         rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
-    strangers = None
-    if recipe.strangers:
-        drawn = stranger_prompts(prompts, recipe.strangers)
-        kept = [i for i, (name, _) in enumerate(drawn) if strange(name, words, names)]
-        strangers = encode_anchors([prompt for _, prompt in drawn])[kept].half()
-    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]), one, strangers)
+    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]), one)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -959,14 +935,13 @@ class Trainer:
     def sharpen(self) -> None:
         """Solve the scaler of the trained gate anew, with a margin; ours, not the paper's.
 
-            v, b  separate what is to be moved from anchors and strangers (`separate`),   l = H v + b
+            v, b  separate what is to be moved from the anchors (`separate`),   l = H v + b
             g = sigmoid(t (l - c)),   c = margin m,   t = 4 / (m - c)
 
         At most a fifth of what must be moved lies at tokens of the target with l below m. Steps of training stop
         pushing where the losses are small, so by chance the gate is half open on prompts that it never saw; and where a
         sigmoid is shut no gradient opens it again. Given what the trained attention sees, H, a convex problem mends
-        both; strangers, which cost no training, tell it what else there is. The corrections stay as they are, but for
-        their length. The losses reported last are of before.
+        both. The corrections stay as they are, but for their length. The losses reported last are of before.
         """
         core, data, J = self.core, self.data, len(self.deltas)
         shares = self.energies[:, 0] / self.energies[:, 0].sum()
@@ -976,12 +951,7 @@ class Trainer:
             before = core.read(data.targets @ core.columns())[0][0]
             H = core.attended(data.targets)[0]
             H_adv = core.attended(data.targets[i] + self.deltas)[0]
-            spared = [
-                data.empty,
-                *data.anchors.split(64),
-                *(() if data.strangers is None else data.strangers.split(64)),
-            ]
-            H_anchor = [core.attended(part.to(H))[0] for part in spared]
+            H_anchor = [core.attended(part.to(H))[0] for part in (*data.anchors.split(64), data.empty)]
         wanted, spared = torch.cat([H, H_adv]), torch.cat(H_anchor)
         v, b = separate(wanted, torch.cat([shares, attacked]), spared, core.scaler[0, :, 0].detach())
         logits, order = (H @ v + b).flatten().sort()

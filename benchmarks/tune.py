@@ -77,7 +77,7 @@ BEYOND = {  # and more of linear erasers whose best lay at an edge of these, unt
     "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01]),
     "mace": product(lr=[1e-5], keep=[0.3, 3.0], lam=[10.0], images=[4], sampling_steps=[20]),
     "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10]),
-    "esd": product(lr=[2e-4], negative=[5.0], images=[8], sampling_steps=[20]),
+    "esd": product(lr=[2e-4], negative=[5.0, 7.0, 10.0], images=[8], sampling_steps=[20]),
 }
 
 

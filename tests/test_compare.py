@@ -51,16 +51,6 @@ def test_no_eraser_is_told_of_targets_or_of_what_is_held_out(world, name):
     assert len(told) > 50
 
 
-@pytest.mark.parametrize("name", [*compare.SCENARIOS, *compare.ABLATION_SCENARIOS])
-def test_no_stranger_is_a_concept_that_is_held_out(world, name):
-    scenario = (compare.SCENARIOS | compare.ABLATION_SCENARIOS)[name]
-    count = cpe.PRESETS[scenario.preset].strangers
-    hidden = {cpe.normalised(word) for word in (*scenario.targets, *scenario.aliases, *world.held_out)}
-    strangers = cpe.stranger_prompts(world.listed(scenario), count)
-    assert len(strangers) == count
-    assert not {name for name, _ in strangers} & hidden
-
-
 def test_a_dead_zone_has_a_row_where_several_things_are_erased():
     chosen = [compare.METHODS["cpe"], compare.METHODS["cpe, dead zone"]]
     one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]

@@ -3,7 +3,6 @@
 `literal_*` functions below are the specification: H is formed, every W_l x and R_l(E) is computed, nothing is fused.
 """
 
-import itertools
 import math
 import zlib
 from dataclasses import replace
@@ -677,20 +676,6 @@ def test_every_target_asks_for_the_same_anchors():
     assert asked[0] == asked[1] == asked[2]
 
 
-def test_strangers_are_two_words_of_anchors_and_never_the_target_or_a_word_of_its_own():
-    recipe, names = replace(RECIPE, strangers=300), ["brad pitt", "red dog"]
-    prompts = Prompts(["{}", "a {}"], ["a dog", "red cat"], ["Brad Pitt", "tom pitt", "red dog"])
-    anchors, others = Encoder(), Encoder()
-    used = anchors.prompts_of(cpe.prepare(recipe, prompts, names, Encoder(), anchors).strangers)
-    words = {prompt: tuple(prompt.split()[-2:]) for prompt in used}
-    known = ("a", "dog", "red", "cat", "tom", "pitt")  # "brad" is the target's alone
-    assert set(words.values()) == set(itertools.product(known, known)) - {("red", "dog")}
-    assert {prompt.removesuffix(" ".join(words[prompt])) for prompt in used} == {"", "a "}
-    cpe.prepare(recipe, prompts, ["tom pitt"], Encoder(), others)
-    assert others.asked == anchors.asked
-    assert cpe.prepare(replace(recipe, strangers=0), prompts, names, Encoder(), Encoder()).strangers is None
-
-
 @pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
 def test_one_list_of_anchors_is_enough(general, domain):
     encode, anchors = Encoder(), Encoder()
@@ -952,7 +937,6 @@ def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adv
         E = data()
         contexts = Data(*map(norm, (2 * normal(d, seed=3) + E.targets, E.surrogates, E.anchors.double(), E.empty)))
     contexts.one = cpe.constant_direction(norm)
-    contexts.strangers = norm(normal(3, T, d, seed=6)).detach().half() if adversaries else None
     made = variants.trainer(Objective(cross_attention(), tokens=T), contexts, replace(RECIPE, margin=0.6), 0, kind)
     randomised(made.gates)
     made.deltas = 0.1 * normal(adversaries, T, d, seed=5).double()
@@ -968,11 +952,10 @@ def test_sharpening_solves_the_scaler_with_a_margin_and_keeps_the_rest(kind, adv
     shares = energy / energy.sum()
     i = torch.arange(adversaries) % len(contexts.targets)
     moved = made.objective.energy(made.shifts[i] - made.deltas)
-    spared = [contexts.empty, contexts.anchors, *([contexts.strangers] if adversaries else [])]
     v, b = cpe.separate(
         torch.cat([attended(contexts.targets), attended(contexts.targets[i] + made.deltas)]),
         torch.cat([shares, moved / moved.sum()]),
-        torch.cat([attended(part.double()) for part in spared]),
+        torch.cat([attended(contexts.anchors), attended(contexts.empty)]),
         before["scaler"][0, :, 0],
     )
     logits = attended(contexts.targets) @ v + b

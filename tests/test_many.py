@@ -88,7 +88,7 @@ def test_what_does_not_depend_on_the_target_is_made_once(train, monkeypatch):
     names = ("red heart", "love", "dog face", "two hearts")
     own = [wanted for wanted in asked if all(not text or any(name in text for name in names) for text in wanted)]
     assert len(own) == 3 * 3  # in templates, bare, and the empty prompt
-    assert len(asked) - len(own) == 5  # surrogate, general, domain in templates, domain bare, strangers
+    assert len(asked) - len(own) == 4  # surrogate, general, domain in templates, domain bare
 
 
 def test_what_is_finished_is_kept_and_nothing_else_is_replaced(train, monkeypatch):
