@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -264,14 +265,17 @@ def check_apart(args: argparse.Namespace) -> None:
     from weights import UserError
 
     read = [getattr(args, name, None) for name in ("targets", "prompt_file")] + list(getattr(args, "gates", ()))
-    seen = {os.path.realpath(path): path for path in read if path}
+    seen = {os.path.realpath(path) for path in read if path}
     for option in ("out", "markdown", "json"):
         if path := getattr(args, option, None):
-            if option != "out" and path.suffix in (".safetensors", ".png"):
+            real, model = os.path.realpath(path), os.path.realpath(os.path.expanduser(getattr(args, "model", "sd14")))
+            if option != "out" and path.suffix.lower() in (".safetensors", ".png"):
                 raise UserError(f"--{option}: {path} would be text under the name of something else: choose another.")
-            if first := seen.get(os.path.realpath(path)):
-                raise UserError(f"--{option}: {path} is {first}, which this command uses already: choose another name.")
-            seen[os.path.realpath(path)] = f"that of --{option}"
+            if real in seen:
+                raise UserError(f"--{option}: {path} is read or written by this command already: choose another name.")
+            if os.path.isfile(real) and (real == model or real.startswith(model + os.sep)):
+                raise UserError(f"--{option}: {path} is a file of the model: choose another name.")
+            seen.add(real)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -303,9 +307,11 @@ def command(*words: object) -> str:
 
 def drawing_of(name: str, model: str, *options: object) -> str:
     """The command that draws a concept, as its model knows it best."""
+    from cpe import normalised
+
     own = is_emoji(model)
     prompt = f"a picture of a {name}" if own else f"a picture of {name}"
-    if own and name in style_names(read_prompts("emoji")):
+    if own and normalised(name) in style_names(read_prompts("emoji")):
         prompt = f"a picture of a robot, {name}"
     return command("generate", prompt, *options, "--model", model, *(["--guidance", 4] if own else []))
 
@@ -782,10 +788,16 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
         raise UserError(f"{state}: {error}. Remove it to begin anew.") from error
 
 
-def check_state(state: Path, resume: bool) -> None:
-    """UserError where the state of an unfinished run lies and would be replaced: it may be hours of work."""
+def check_state(state: Path, resume: bool, run: str | None = None) -> None:
+    """UserError where the state of an unfinished run lies that is not to be gone on with, or of another than `run`.
+
+    It may be hours of work.
+    """
     from weights import UserError
 
+    if run is not None and os.path.exists(state) and resume and not is_of_run(state, run):
+        what = "of a run with other settings, or of another version of cpe.py, or damaged"
+        raise UserError(f"{state} is {what}: use the same, choose another --out, or remove it to begin anew.")
     if os.path.exists(state) and not resume:
         said = f"{state} is of an unfinished run: go on with it, by the same settings and --resume, or remove it"
         raise UserError(f"{said} to begin anew.")
@@ -817,6 +829,7 @@ def run_trainer(
                 progress.set_postfix(stage=report.stage, **shown, refresh=False)
                 progress.update()
                 if asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    check_state(state, True, run)  # another run may have saved its own there meanwhile
                     save_tensors(state, trainer.state(), {"run": run})
                     saved = time.monotonic()
                 if asked:
@@ -959,7 +972,7 @@ def train(args: argparse.Namespace) -> dict:
     check_new(out)
     settings, model = shared.settings(names), shared.model
     if not (there := is_finished(out, settings)):
-        check_state(state_file(out), args.resume)
+        check_state(state_file(out), args.resume, run_name(settings))
     if there:
         figures = {**settings, "out": str(out), "kept": True}
         print(f"kept    {out}: is finished already")
@@ -981,8 +994,9 @@ def generate(args: argparse.Namespace) -> dict:
 
     if bool(args.prompts) == bool(args.prompt_file):
         raise UserError("say what to draw: either prompts, or a file of them with --prompts FILE.")
-    if args.before_after and not args.gates:
-        raise UserError("--before-after compares with gates: give at least one --gates FILE.")
+    if (args.before_after or args.zone) and not args.gates:
+        option = "--before-after compares with" if args.before_after else "--zone is of"
+        raise UserError(f"{option} gates: give at least one --gates FILE.")
     if args.prompt_file:
         import many
 
@@ -1111,11 +1125,14 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     names = check_names([args.target], shared)
     check_out(out)
     if os.path.exists(out) and "demo" not in kept_metadata(out):
-        raise UserError(f"--out: {out} is there already, and of no demo, whose gates would replace it: choose another.")
+        raise UserError(
+            f"--out: {out} is there already, and of no demo, which would replace it: remove it, or choose another."
+        )
     settings = shared.settings(names) | {"demo": True}
-    remove_state(state_file(out), run_name(settings))  # of one that was killed
+    if '"demo": true' in kept_metadata(state_file(out)).get("run", ""):  # of one that was killed
+        state_file(out).unlink()
     if state_file(out).exists():
-        raise UserError(f"--out: {state_file(out)} is of an unfinished run of `train`: choose another name.")
+        raise UserError(f"--out: {state_file(out)} is of an unfinished run of `train`: remove it, or choose another.")
     try:
         return train_target(build_trainer(shared, names), settings, out, resume=False, replace=True)
     except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
@@ -1211,7 +1228,7 @@ def compare(args: argparse.Namespace) -> dict:
             figures.setdefault(scenario, {})[method] = row
             pictures.setdefault(scenario, []).append(images)
     except cpe.Diverged as error:
-        raise UserError(f"{error}: try another --seed, or --eraser without the one that failed.") from error
+        raise UserError(f"{error}: try another --seed.") from error
     except BrokenProcessPool as error:
         advice = "perhaps there was too little memory: close other programs, and give the same command again"
         raise UserError(f"a process that measures was killed; {advice}.") from error
@@ -1247,7 +1264,7 @@ def bake(args: argparse.Namespace) -> dict:
 
     from weights import UserError, load_model, save_model
 
-    if os.path.exists(args.out):
+    if os.path.lexists(args.out):
         raise UserError(f"--out: {args.out} exists already: choose another name, or remove it.")
     check_out(args.out)
     check_state(state_file(args.out), args.resume)
@@ -1259,8 +1276,8 @@ def bake(args: argparse.Namespace) -> dict:
     check_sampling(args, model)
     gates = load_gates(args.gates, model, args.zone)
     baker = build_baker(args, model, gates, concepts, prompts)
-    settings = {"gates": digest_inputs(prompts, gates.state_dict()), "zone": args.zone}
-    settings |= {"fingerprint": model.fingerprint}
+    settings = {"gates": digest_inputs(prompts, gates.state_dict()), "fingerprint": model.fingerprint}
+    settings |= {"zone": args.zone} if args.zone else {}
     settings |= {"version": VERSIONS["bake"]}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
@@ -1278,6 +1295,11 @@ def bake(args: argparse.Namespace) -> dict:
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")
     again = drawing_of(concepts[0].names[0], str(args.out), "--out", f"{args.out}.png")
     return figures | {"unreachable": baker.unreachable, "next": again}
+
+
+def is_order(name: str) -> bool:
+    """Whether a terminal would do something else with a name than to print it."""
+    return any(unicodedata.category(letter) == "Cc" for letter in name)
 
 
 def common_preset(paths: Sequence[Path], default: str) -> str:
@@ -1303,7 +1325,7 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
             concept = baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset])
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
-        if odd := [name for name in (*concept.names, concept.surrogate) if not name.isprintable()]:
+        if odd := [name for name in (*concept.names, concept.surrogate) if is_order(name)]:
             raise UserError(f"{path}: the name {odd[0]!r} in its metadata is no prompt.")
         concepts.append(concept)
     return concepts

@@ -344,7 +344,7 @@ def merged_gates(
     gates, seconds = zip(
         *(train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets), strict=True
     )
-    if len(gates) == 1:
+    if len(gates) == 1 and not zone:
         return gates[0], sum(seconds)
     return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates], zone), sum(seconds)
 
@@ -447,9 +447,9 @@ def tuned(method: Method, scenario: Scenario) -> dict:
     return found
 
 
-FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "bytes", "attacks", "H"}  # of a cell
-
 # --- One cell ----------------------------------------------------------------------------------------------------
+
+FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "bytes", "attacks", "H"}  # of a cell
 
 
 def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> str:
@@ -458,7 +458,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
     That is the code, with its constants: attacks, judge, defaults of erasers.
     """
     recipe, eraser = dataclasses.asdict(cpe.PRESETS[scenario.preset]), method.name.split(",")[0]
-    if eraser not in ("cpe", "lora"):  # of CPE's recipe they use nothing but the surrogate
+    if eraser not in ("cpe", "lora"):  # of CPE's recipe they use the surrogate, and perhaps its anchors: see VERSIONS
         recipe = {"surrogate": recipe["surrogate"]}
     if eraser == "lora":
         del recipe["margin"]
@@ -618,10 +618,10 @@ def added(counts: Sequence[dict]) -> dict:
 
 
 def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """The figures {method: figures} of all scenarios together; parameters and bytes are those of the first."""
+    """The figures {method: figures} of all scenarios together, of methods that each has; sizes: of the first."""
     scenarios, total = list(table.values()), {}
-    for method in scenarios[0]:
-        rows = [scenario[method] for scenario in scenarios if method in scenario]
+    for method in (name for name in scenarios[0] if all(name in scenario for scenario in scenarios)):
+        rows = [scenario[method] for scenario in scenarios]
         figures = dict(rows[0])
         for name in ("groups", "attacks"):
             figures[name] = {key: added([row[name][key] for row in rows if key in row[name]]) for key in rows[0][name]}

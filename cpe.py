@@ -162,6 +162,8 @@ def merge(gates: Sequence[ResAG], zone: float = 0.0) -> ResAG:
     """
     if not 0 <= zone < 1:
         raise ValueError(f"a dead zone lies in [0, 1), not at {zone}")
+    if any(each.zone not in (0, zone) for each in gates):
+        raise ValueError("gates with another dead zone cannot be merged")
     first = gates[0]
     for other in gates[1:]:
         if other.names != first.names or other.widths != first.widths or other.w_qs.shape[1] != first.w_qs.shape[1]:
@@ -243,7 +245,10 @@ def to_tensors(gates: ResAG) -> dict[str, Tensor]:
     """The tensors of a gate file, float32, named as in the authors' public checkpoints; one concept (N = 1).
 
     w_qs and w_ks [1, d, r], scaler [1, d, 1]; of every projection lora_down [1, d, k], lora_up [1, k, d_l], alpha [].
+    ValueError for a dead zone: a file holds none, it is given where gates are merged.
     """
+    if gates.zone:
+        raise ValueError("a gate file holds no dead zone")
     tensors = {key: getattr(gates, attribute) for attribute, key in KEYS.items()}
     downs = gates.lora_down.unflatten(-1, (-1, gates.k)).unbind(dim=-2)
     for name, down, up in zip(gates.names, downs, gates.ups(), strict=True):
@@ -1058,7 +1063,7 @@ def decode(model: "Model", latents: Tensor) -> Tensor:
 
 def refuse_fused(module: nn.Module, *_: object) -> None:
     """ValueError for a cross-attention that computes keys and values in one product: gates would do nothing there."""
-    if getattr(module, "fused_projections", False):
+    if "Fused" in type(getattr(module, "processor", None)).__name__:  # diffusers' flag stays when they are unfused
         raise ValueError("gates act on to_k and to_v, which are fused into one: unfuse_qkv_projections() of this U-Net")
 
 

@@ -197,7 +197,8 @@ def train(args: argparse.Namespace) -> dict:
         with naming(target.line, args):
             settings, state = shared.settings(target.names), commands.state_file(target.out)
             if not commands.is_finished(target.out, settings):
-                commands.check_state(state, commands.is_of_run(state, commands.run_name(settings)))
+                run = commands.run_name(settings)
+                commands.check_state(state, commands.is_of_run(state, run), run)
     with stopped_by_torchrun(process):
         for i, target in enumerate(targets, 1):
             with naming(target.line, args):
@@ -282,8 +283,12 @@ def drawing(args: argparse.Namespace, model: Model) -> dict:
 
     Of networks larger than the text encoder the file's size and time must do.
     """
-    names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after", "zone")
-    drawn = {name: getattr(args, name) for name in names} | {"device": args.device.split(":")[0]}
+    names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after")
+    drawn = (
+        {name: getattr(args, name) for name in names}
+        | ({"zone": args.zone} if args.zone else {})
+        | {"device": args.device.split(":")[0]}
+    )
     files = [os.stat(model.part(name).path) for name in ("unet", "vae")]
     drawn |= {"fingerprint": model.fingerprint, "files": [[file.st_size, file.st_mtime_ns] for file in files]}
     return drawn | {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]}

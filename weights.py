@@ -209,7 +209,7 @@ def check_writable(path: str | Path) -> None:
 
     Folders that are not there yet are made, and removed again: the work may come to nothing.
     """
-    new = [folder for folder in Path(path).parents if not os.path.exists(folder)]  # the innermost first
+    new = [folder for folder in followed(path).parents if not os.path.exists(folder)]  # the innermost first
     try:
         with beside(followed(path)):
             refuse_special(Path(path))

@@ -59,10 +59,10 @@ def quality() -> None:
             def encode(prompts: list[str], model: weights.Model = model) -> torch.Tensor:
                 return model.encode(prompts).float()
 
-            asked = recipe, prompts, scenario.targets, encode, encode
-            data = cpe.prepare(*asked, one)
+            given = recipe, prompts, scenario.targets, encode, encode
+            data = cpe.prepare(*given, one)
             if templates != 4:
-                words = [*prompts.general, *cpe.nearest_words(*asked)]
+                words = [*prompts.general, *cpe.nearest_words(*given)]
                 data.anchors = encode(cpe.anchor_prompts(words, prompts.templates, templates)).half()
             trainer = cpe.Trainer(world.objective, data, recipe)
             for _ in trainer.steps():

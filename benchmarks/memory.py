@@ -73,7 +73,9 @@ def row(name: str, folder: Path, options: list[str]) -> None:
     """Print the figures of one run."""
     print(f"{name:14}", end="", flush=True)
     command = [sys.executable, __file__, "--folder", str(folder), "--child", str(time.time()), *options]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
 
 
 def main() -> None:

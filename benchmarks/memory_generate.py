@@ -43,7 +43,9 @@ def main() -> None:
     print(f"{'':10}{'peak GB':>10}{'seconds':>12}")
     for dtype in ("bfloat16", "float32"):
         command = [sys.executable, __file__, "--folder", str(args.folder), "--child", dtype]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
     return None
 
 

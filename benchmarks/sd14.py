@@ -107,8 +107,10 @@ def write_model(folder: Path) -> Path:
 
     The tokenizer is the embedded model's, filled up to the official size with words that no prompt holds.
     """
-    if (folder / "complete").exists():
+    if (folder / "random-weights").exists():
         return folder
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already, and not of this script: give another --folder")
     for part, build in PARTS.items():
         file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         weights.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
@@ -127,5 +129,5 @@ def write_model(folder: Path) -> Path:
     weights.write_text(folder / "tokenizer" / "vocab.json", json.dumps({w: i for i, w in enumerate(words)}))
     weights.write_text(folder / "tokenizer" / "merges.txt", (tokenizer / "merges.txt").read_text())
     weights.write_text(folder / weights.SCHEDULER, json.dumps(CONFIGS["scheduler"]))
-    weights.write_text(folder / "complete", "")
+    weights.write_text(folder / "random-weights", "")
     return folder

@@ -376,7 +376,11 @@ def test_gates_refuse_layers_whose_keys_and_values_are_one_product(unet, gates):
     cpe.detach(theirs)
     with pytest.raises(ValueError, match="fused into one"):
         cpe.attach(theirs, gates)
-    theirs(latents, 800, context())
+    theirs.unfuse_qkv_projections()
+    cpe.attach(theirs, gates)
+    with torch.no_grad():
+        erased = unet(latents, 800, gates(context(), unet.keys_values(context())))
+        assert reference.difference(erased, theirs(latents, 800, context()).sample) <= 1e-4
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

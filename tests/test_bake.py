@@ -521,6 +521,18 @@ def test_a_state_is_gone_on_with_by_the_same_settings_alone_or_removed_by_hand(
     assert not commands.state_file(out).exists()
 
 
+def test_a_dead_zone_is_baked_and_makes_another_run(tiny, gate_files, tmp_path, capsys, ctrl_c, monkeypatch):
+    zones, load = [], commands.load_gates
+    monkeypatch.setattr(commands, "load_gates", lambda *given: zones.append(load(*given)) or zones[-1])
+    call = arguments(tiny, gate_files, tmp_path / "baked", "--images", "0")
+    ctrl_c()
+    assert commands.main([*call, "--zone", "0.5"]) == 130
+    assert zones[-1].zone == 0.5
+    assert commands.main([*call, "--resume"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert commands.main([*call, "--resume", "--zone", "0.5"]) == 0
+
+
 def test_resume_refuses_a_state_of_another_version(tiny, gate_files, tmp_path, capsys, ctrl_c, monkeypatch):
     call = arguments(tiny, gate_files[:1], tmp_path / "baked", "--images", "0")
     ctrl_c()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,21 @@ def test_a_state_is_replaced_by_no_other_run(run):
     assert Path("gates/red-heart.state.safetensors").read_bytes() == before
 
 
+def test_a_state_that_another_run_has_saved_meanwhile_is_not_replaced(run, monkeypatch):
+    monkeypatch.setattr(commands, "CHECKPOINT_SECONDS", -1.0)
+    state, steps = Path("gates/red-heart.state.safetensors"), cpe.Trainer.steps
+
+    def slowly(trainer: cpe.Trainer) -> Iterator[cpe.Progress]:
+        weights.save_tensors(state, {}, {"run": "hours of work"})
+        yield from steps(trainer)
+
+    monkeypatch.setattr(cpe.Trainer, "steps", slowly)
+    code, said = run(*TRAIN)
+    assert code == 2
+    assert "state.safetensors is of a run with other settings" in said
+    assert weights.load_tensors(state)[1]["run"] == "hours of work"
+
+
 def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monkeypatch):
     build = commands.build_trainer
 
@@ -160,19 +176,22 @@ def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monk
     ("arguments", "words"),
     [
         (("inspect", "g.safetensors", "--prompt", "x", "--json", "g.safetensors"), "text under the name of something"),
-        (("inspect", "g", "--prompt", "x", "--json", "g"), "--json: g is g, which this command uses already"),
-        (("generate", "--prompts", "lines", "--json", "./lines"), "--json: lines is lines, which this command uses"),
-        (("compare", "--markdown", "x.md", "--json", "x.md"), "--json: x.md is that of --markdown"),
-        (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is that of --out"),
+        (("inspect", "g", "--prompt", "x", "--json", "g"), "--json: g is read or written by this command already"),
+        (("generate", "--prompts", "lines", "--json", "./lines"), "--json: lines is read or written by this command"),
+        (("compare", "--markdown", "x.md", "--json", "x.md"), "--json: x.md is read or written by this command"),
+        (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is read or written by this command"),
+        (("inspect", "g", "--prompt", "x", "--model", "m", "--json", "m/config.json"), "is a file of the model"),
+        (("generate", "a cat", "--zone", "0.5"), "--zone is of gates: give at least one"),
     ],
 )
 def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
-    for name in ("g.safetensors", "g", "lines"):
+    Path("m").mkdir()
+    for name in ("g.safetensors", "g", "lines", "m/config.json"):
         Path(name).write_text("mine")
     code, said = run(*arguments)
     assert code == 2
     assert words in said
-    assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines"))
+    assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines", "m/config.json"))
 
 
 def test_a_dead_zone_shuts_gates_that_are_not_open_so_far(run):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bake
+import baselines
 import commands
 import compare
 import cpe
@@ -56,6 +57,32 @@ def test_a_dead_zone_has_a_row_where_several_things_are_erased():
     one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
     assert [method.name for method in compare.compared(one, chosen)] == ["none", "cpe"]
     assert [method.name for method in compare.compared(ten, chosen)] == ["none", "cpe", "cpe, dead zone"]
+
+
+def test_gates_of_the_row_with_a_dead_zone_have_one(world, monkeypatch):
+    monkeypatch.setitem(cpe.PRESETS, "emoji", cpe.PRESETS["emoji"].scaled(0.002))
+    two = compare.Scenario(("umbrella", "red heart"))
+    for name, zone in (("cpe", 0.0), ("cpe, dead zone", 0.5)):
+        method = compare.METHODS[name]
+        assert method.build(world, two, 0, **method.settings).gates.zone == zone
+
+
+@pytest.mark.parametrize("name", ["object", "10 at once"])
+def test_lora_and_the_rows_with_cpes_anchors_have_those_of_the_gates(world, name, monkeypatch):
+    scenario, told = compare.SCENARIOS[name], []
+    for eraser in ("lora", "uce"):
+        monkeypatch.setitem(baselines.ERASERS, eraser, lambda *given, **_: told.append(given[3]) or {})
+    for method in (compare.METHODS["lora"], compare.ABLATIONS["uce, CPE's anchors"]):
+        method.build(world, scenario, 0, **method.settings)
+    assert told[0] == told[1]
+
+    def rows(contexts: torch.Tensor) -> set[bytes]:
+        return {row.numpy().tobytes() for row in contexts.half()}
+
+    encode, expected = world.model.encode, set()
+    for target in scenario.targets:
+        expected |= rows(cpe.prepare(cpe.PRESETS["emoji"], world.listed(scenario), [target], encode, encode).anchors)
+    assert rows(encode(told[0])) == expected
 
 
 def test_targets_that_hyper_parameters_were_tuned_on_are_in_no_table(world):
@@ -116,6 +143,8 @@ def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
     file.write_bytes(file.read_bytes()[:100])
     third, _ = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
     assert third["groups"] == first["groups"]
+    weights.save_tensors(file, {"images": pixels}, {"figures": "{}"})
+    assert compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)[0]["groups"] == first["groups"]
 
 
 @pytest.mark.parametrize("name", ["uce", "cpe", "cpe, context gate"])
@@ -262,7 +291,8 @@ def test_scenarios_together_are_all_their_images_together(world):
     assert "All 2 scenarios" in compare.markdown(table).splitlines()[0]
 
 
-def test_every_eraser_is_tuned_with_the_same_budget():
+def test_every_eraser_is_tuned_with_the_same_budget_and_linear_ones_beyond_it():
+    assert not any(name.startswith("cpe") for name in tune.BEYOND)
     same_gates = {"cpe, baked", "cpe, dead zone"}  # as the tuned ones
     assert {*tune.GRIDS} | same_gates == set(compare.METHODS)
     assert {len(grid) for grid in tune.GRIDS.values()} == {8}

@@ -252,7 +252,7 @@ def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypat
         (("train", "--targets", "lines.txt", "--alias", "x"), "--alias goes with --target"),
         (("train", "--targets", "lines.txt", "--out", "x.safetensors"), "--out is a folder here"),
         (("train", "--targets", "lines.txt", "--model", "emoji"), "line 1: the embedded model has never seen"),
-        (("generate", "--prompts", "lines.txt", "--out", "lines.txt"), "uses already: choose another name"),
+        (("generate", "--prompts", "lines.txt", "--out", "lines.txt"), "read or written by this command already"),
         (("generate", "--prompts", "lines.txt", "--steps", "2000"), "steps"),
         (("generate", "--prompts", "lines.txt", "a cat"), "either prompts, or a file"),
         (("generate",), "either prompts, or a file"),
