@@ -244,8 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         of_lines = getattr(args, "targets", None) or getattr(args, "prompt_file", None)
-        saved = interrupt.args == (GO_ON,) and args.command != "demo"
-        more = " (the same command goes on)" if of_lines else f" ({GO_ON})" if saved else ""
+        more = f" ({interrupt})" if str(interrupt) and args.command != "demo" else ""
+        more = " (the same command goes on)" if of_lines else more
         print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
         return 130
     return 0
@@ -268,14 +268,26 @@ def check_apart(args: argparse.Namespace) -> None:
     seen = {os.path.realpath(path) for path in read if path}
     for option in ("out", "markdown", "json"):
         if path := getattr(args, option, None):
-            real, model = os.path.realpath(path), os.path.realpath(os.path.expanduser(getattr(args, "model", "sd14")))
+            real = os.path.realpath(path)
             if option != "out" and path.suffix.lower() in (".safetensors", ".png"):
                 raise UserError(f"--{option}: {path} would be text under the name of something else: choose another.")
             if real in seen:
                 raise UserError(f"--{option}: {path} is read or written by this command already: choose another name.")
-            if os.path.isfile(real) and (real == model or real.startswith(model + os.sep)):
-                raise UserError(f"--{option}: {path} is a file of the model: choose another name.")
+            if option != "out" and not is_ours(path, option):
+                raise UserError(
+                    f"--{option}: {path} is there already, and no file of this command: choose another name."
+                )
             seen.add(real)
+
+
+def is_ours(path: Path, option: str) -> bool:
+    """Whether what is at a path may be replaced by --json or --markdown: nothing, or what they wrote before."""
+    with suppress(OSError, ValueError, RecursionError):
+        if os.path.isfile(path):
+            text = path.read_text(encoding="utf-8")
+            return text.startswith("**") if option == "markdown" else "seconds" in json.loads(text)
+        return True
+    return False
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -312,7 +324,7 @@ def drawing_of(name: str, model: str, *options: object) -> str:
     own = is_emoji(model)
     prompt = f"a picture of a {name}" if own else f"a picture of {name}"
     if own and normalised(name) in style_names(read_prompts("emoji")):
-        prompt = f"a picture of a robot, {name}"
+        prompt = f"a picture of a robot on a white background, {name}"
     return command("generate", prompt, *options, "--model", model, *(["--guidance", 4] if own else []))
 
 
@@ -661,6 +673,8 @@ def check_style(name: str, shared: Training) -> None:
     from weights import UserError
 
     styles = style_names(shared.prompts)
+    if f"{normalised(name)} style" in styles:
+        raise UserError(f'{name!r} is a style: say --target "{normalised(name)} style" --preset emoji-style.')
     if shared.preset == "emoji-style" and normalised(name) not in styles:
         known = ", ".join(styles)
         raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
@@ -997,6 +1011,8 @@ def generate(args: argparse.Namespace) -> dict:
     if (args.before_after or args.zone) and not args.gates:
         option = "--before-after compares with" if args.before_after else "--zone is of"
         raise UserError(f"{option} gates: give at least one --gates FILE.")
+    if files := [prompt for prompt in args.prompts if prompt.endswith(".safetensors")]:
+        raise UserError(f"the prompt {files[0]!r} looks like a gate file: say --gates before each of them.")
     if args.prompt_file:
         import many
 
@@ -1289,7 +1305,10 @@ def bake(args: argparse.Namespace) -> dict:
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
-    figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
+    try:
+        figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{args.out} is written; what it loses was not measured to the end") from error
     print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")

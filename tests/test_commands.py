@@ -180,18 +180,21 @@ def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monk
         (("generate", "--prompts", "lines", "--json", "./lines"), "--json: lines is read or written by this command"),
         (("compare", "--markdown", "x.md", "--json", "x.md"), "--json: x.md is read or written by this command"),
         (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is read or written by this command"),
-        (("inspect", "g", "--prompt", "x", "--model", "m", "--json", "m/config.json"), "is a file of the model"),
+        (("inspect", "g", "--prompt", "x", "--model", "m", "--json", "m/config.json"), "and no file of this command"),
+        (("inspect", "g", "--prompt", "x", "--json", "notes"), "notes is there already, and no file of this command"),
+        (("compare", "--quick", "--markdown", "notes"), "notes is there already, and no file of this command"),
+        (("generate", "a cat", "g.safetensors", "--gates", "g"), "'g.safetensors' looks like a gate file: say --gates"),
         (("generate", "a cat", "--zone", "0.5"), "--zone is of gates: give at least one"),
     ],
 )
 def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
     Path("m").mkdir()
-    for name in ("g.safetensors", "g", "lines", "m/config.json"):
+    for name in ("g.safetensors", "g", "lines", "notes", "m/config.json"):
         Path(name).write_text("mine")
     code, said = run(*arguments)
     assert code == 2
     assert words in said
-    assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines", "m/config.json"))
+    assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines", "notes", "m/config.json"))
 
 
 def test_a_dead_zone_shuts_gates_that_are_not_open_so_far(run):
