@@ -1,4 +1,4 @@
-"""Tune every eraser of the comparison with the same budget: eight settings each, on targets that no table reports.
+"""Tune every eraser of the comparison on targets that no table reports: eight settings each, and linear ones beyond.
 
     python benchmarks/tune.py [--model emoji] [--methods cpe uce ...]
 
@@ -23,7 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
-import cpe
 import weights
 from compare import METHODS, Budget, Scenario
 
@@ -38,12 +37,6 @@ BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 def product(**choices: list) -> list[dict]:
     """All combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-
-def steps(times: int) -> dict:
-    """The steps of a LoRA, so many times those of CPE's preset."""
-    preset = cpe.PRESETS["emoji"]
-    return {name: times * getattr(preset, name) for name in cpe.STEPS}
 
 
 GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
@@ -84,7 +77,7 @@ BEYOND = {  # and more of linear erasers whose best lay at an edge of these, unt
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
-    # What linear erasers need for many targets at once; the first values are those found for one.
+    # What linear erasers need for many targets at once.
     "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])),
     "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])),
     "mace, many": (
@@ -93,11 +86,11 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         product(lr=[1e-5], keep=[1.0, 3.0, 10.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
     ),
     "speed, many": ("speed", [TEN], product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])),
-    "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3, 5)]),
+    "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
     "lora, many": (
         "lora",
         [TEN],
-        [{"k": 8, "lam": 30.0} | each for each in ({}, *product(lam=[10.0, 3.0]), steps(3))],
+        [{"k": 8, "lam": 30.0} | each for each in product(lam=[30.0, 10.0, 3.0])],
     ),
 }
 
