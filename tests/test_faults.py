@@ -105,11 +105,11 @@ def silent() -> None:
     commands.read_prompts = lambda preset: FEW
 
 
-def run_command(arguments: list[str], cache: Path) -> None:
-    """A process that runs one command and saves the state of training or baking after every step."""
+def run_command(arguments: list[str], cache: Path, checkpoint_seconds: float = 0) -> None:
+    """A process that runs one command and saves the state of training or baking after every step, or less often."""
     silent()
     os.environ["CPE_CACHE"] = str(cache)
-    commands.CHECKPOINT_SECONDS = 0
+    commands.CHECKPOINT_SECONDS = checkpoint_seconds
     sys.exit(commands.main(arguments))
 
 
@@ -129,7 +129,7 @@ def run_bake(arguments: list[str], cache: Path, all_there) -> None:
         return save_model(*model, **changed)
 
     weights.save_model = save_together
-    run_command(arguments, cache)
+    run_command(arguments, cache, checkpoint_seconds=60)  # a state would keep the other from beginning
 
 
 def run_download(endpoint: str, cache: Path, all_there=None) -> None:
