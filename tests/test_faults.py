@@ -280,7 +280,8 @@ def test_what_killed_runs_left_is_removed_when_it_is_old(tmp_path):
 
 def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "cache"
-    processes = [start(run_command, train(tiny_original, out / "heart.safetensors"), cache) for _ in range(2)]
+    # a state that one has saved would keep the other from beginning
+    processes = [start(run_command, train(tiny_original, out / "heart.safetensors"), cache, 60) for _ in range(2)]
     processes += [start(run_command, train(tiny_original, out / "dog.safetensors", "dog"), cache)]
     processes += [start(run_command, generate(tiny_original, out / "x.png"), cache) for _ in range(2)]
     assert [ended(process) for process in processes] == [0] * 5
