@@ -285,7 +285,10 @@ def is_ours(path: Path, option: str) -> bool:
     with suppress(OSError, ValueError, RecursionError):
         if os.path.isfile(path):
             text = path.read_text(encoding="utf-8")
-            return text.startswith("**") if option == "markdown" else "seconds" in json.loads(text)
+            if option == "markdown":
+                return text.startswith("**")
+            figures = json.loads(text)
+            return isinstance(figures, dict) and "seconds" in figures
         return True
     return False
 

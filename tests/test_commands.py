@@ -182,6 +182,7 @@ def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monk
         (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is read or written by this command"),
         (("inspect", "g", "--prompt", "x", "--model", "m", "--json", "m/config.json"), "and no file of this command"),
         (("inspect", "g", "--prompt", "x", "--json", "notes"), "notes is there already, and no file of this command"),
+        (("inspect", "g", "--prompt", "x", "--json", "five"), "five is there already, and no file of this command"),
         (("compare", "--quick", "--markdown", "notes"), "notes is there already, and no file of this command"),
         (("generate", "a cat", "g.safetensors", "--gates", "g"), "'g.safetensors' looks like a gate file: say --gates"),
         (("generate", "a cat", "--zone", "0.5"), "--zone is of gates: give at least one"),
@@ -191,9 +192,11 @@ def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
     Path("m").mkdir()
     for name in ("g.safetensors", "g", "lines", "notes", "m/config.json"):
         Path(name).write_text("mine")
+    Path("five").write_text("5")
     code, said = run(*arguments)
     assert code == 2
     assert words in said
+    assert Path("five").read_text() == "5"
     assert all(Path(name).read_text() == "mine" for name in ("g.safetensors", "g", "lines", "notes", "m/config.json"))
 
 
