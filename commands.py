@@ -10,6 +10,7 @@ Arguments are read before torch is imported. What the user can mend ends with on
 """
 
 import argparse
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from bake import Baker, Concept
-    from cpe import Objective, Prompts, ResAG, Trainer
+    from cpe import Objective, Progress, Prompts, ResAG, Trainer
     from unet import UNet
     from weights import Model
 
@@ -578,8 +579,6 @@ class Training:
 
     def __init__(self, args: argparse.Namespace):
         """UserError when the preset's prompts cannot be read; the model is opened when it is first used."""
-        import dataclasses
-
         import cpe
 
         self.args, self.preset = args, args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
@@ -608,8 +607,6 @@ class Training:
 
     def settings(self, names: Sequence[str]) -> dict:
         """All that the gates of a target depend on: who has the same settings has the same gates."""
-        import dataclasses
-
         settings = {"target": names[0], "aliases": names[1:], "gate": self.args.gate, "seed": self.args.seed}
         settings |= {"version": VERSIONS["train"]}
         settings |= {"preset": self.preset, "fingerprint": self.model.fingerprint, "inputs": self.inputs}
@@ -639,8 +636,6 @@ class Training:
 
 def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
     """16 hexadecimal digits of a preset's prompts and of some weights."""
-    import dataclasses
-
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(prompts)).encode())
     for name, weight in tensors.items():
         digest.update(name.encode())
@@ -820,44 +815,76 @@ def check_state(state: Path, resume: bool, run: str | None = None) -> None:
         raise UserError(f"{said} to begin anew.")
 
 
-def run_trainer(
-    trainer: "Trainer | Baker", state: Path, run: str, resume: bool = False, text: str = "training"
-) -> dict[str, float]:
-    """Train to the end, saving the state every few seconds; returns the last value of every loss.
+@dataclasses.dataclass
+class Run:
+    """Training that can be interrupted, and gone on with: what trains, and where its state is kept."""
 
-    UserError when it diverged, or as of `check_state` and `go_on`; KeyboardInterrupt after Ctrl-C, the state saved.
+    trainer: "Trainer | Baker"
+    state: Path
+    name: str  # `run_name` of its settings
+    losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of every loss
+
+    def begin(self, resume: bool) -> None:
+        """Go on where the state was saved, if one was; UserError as of `check_state` and `go_on`."""
+        check_state(self.state, resume)
+        if os.path.exists(self.state):
+            go_on(self.trainer, self.state, self.name)
+        elif resume:
+            warnings.warn(f"there is no {self.state} to go on with: this run begins anew", stacklevel=3)
+
+    def save(self) -> None:
+        """Save the state; UserError if another run has saved its own there meanwhile, or as of `kept`."""
+        from weights import save_tensors
+
+        with kept(self.state, self.name):
+            check_state(self.state, True, self.name)
+            save_tensors(self.state, self.trainer.state(), {"run": self.name})
+
+    def diverged(self, error: Exception) -> Exception:
+        """The UserError for cpe.Diverged, the last good state saved."""
+        from weights import UserError
+
+        self.save()
+        advice = f"The last good state is in {self.state}: remove it to begin anew, with another --seed or --preset"
+        return UserError(f"{error}. {advice}.")
+
+
+def watch(runs: Sequence[Run], steps: "Iterator[dict[Trainer | Baker, Progress]]", text: str) -> None:
+    """Go through steps of the trainers of some runs, with a progress bar, and save their states every few seconds.
+
+    KeyboardInterrupt after Ctrl-C, the states saved; UserError as of `Run.save`; Diverged as of `steps`.
     """
-    import cpe
-    from weights import UserError, save_tensors
-
-    check_state(state, resume)
-    if os.path.exists(state):
-        go_on(trainer, state, run)
-    elif resume:
-        warnings.warn(f"there is no {state} to go on with: this run begins anew", stacklevel=2)
-    losses, saved = {}, time.monotonic()
-    progress = bar(None, trainer.total, text)
-    progress.update(trainer.done)
+    saved = time.monotonic()
+    progress = bar(None, sum(run.trainer.total for run in runs), text)
+    progress.update(sum(run.trainer.done for run in runs))
     try:
-        with kept(state, run), between_steps() as asked:
-            for report in trainer.steps():
-                losses |= report.losses
-                shown = {name: f"{value:.2g}" for name, value in report.losses.items()}
-                progress.set_postfix(stage=report.stage, **shown, refresh=False)
-                progress.update()
+        with between_steps() as asked:
+            for reports in steps:
+                for run in runs:
+                    if report := reports.get(run.trainer):
+                        run.losses |= report.losses
+                        shown = {name: f"{value:.2g}" for name, value in report.losses.items()}
+                        progress.set_postfix(stage=report.stage, **shown, refresh=False)
+                progress.update(len(reports))
                 if asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    check_state(state, True, run)  # another run may have saved its own there meanwhile
-                    save_tensors(state, trainer.state(), {"run": run})
+                    for run in runs:
+                        run.save()
                     saved = time.monotonic()
                 if asked:
                     raise KeyboardInterrupt(GO_ON)
-    except cpe.Diverged as error:
-        save_tensors(state, trainer.state(), {"run": run})
-        advice = f"The last good state is in {state}: remove it to begin anew, with another --seed or --preset"
-        raise UserError(f"{error}. {advice}.") from error
     finally:
         progress.close()
-    return losses
+
+
+def run_trainer(run: Run, resume: bool = False, text: str = "training") -> None:
+    """Train to the end. UserError when it diverged, or as of `Run.begin`; otherwise as of `watch`."""
+    import cpe
+
+    run.begin(resume)
+    try:
+        watch([run], ({run.trainer: report} for report in run.trainer.steps()), text)
+    except cpe.Diverged as error:
+        raise run.diverged(error) from error
 
 
 def finished_gates(trainer: "Trainer", objective: "Objective") -> "ResAG":
@@ -941,26 +968,30 @@ def kept(state: Path, run: str) -> Iterator[None]:
         raise
 
 
-def train_target(
-    trainer: "Trainer", settings: dict, out: Path, resume: bool, text: str = "training", replace: bool = False
-) -> dict:
-    """Train the gates of one target and write their file; its settings, losses and place.
+def write_gates(run: Run, settings: dict, out: Path, replace: bool = False) -> dict:
+    """Write the gate file of a run that has come to its end; the settings, losses and place of the gates.
 
-    UserError as of `run_trainer`, and, unless they `replace` what is there by then, as of `is_finished`.
+    UserError as of `kept` and, unless they `replace` what is there by then, as of `is_finished`.
     """
     import cpe
     from weights import save_tensors
 
-    state, run = state_file(out), run_name(settings)
-    losses = run_trainer(trainer, state, run, resume, text)
-    gates = finished_gates(trainer, trainer.objective)
+    gates = finished_gates(run.trainer, run.trainer.objective)
     metadata = {"prompts": settings["target"], "rank": str(gates.k), "alpha": str(gates.alpha[0].item())}
-    with kept(state, run):
+    with kept(run.state, run.name):
         if not replace:  # another run may have written there meanwhile
             is_finished(out, settings)
         save_tensors(out, cpe.to_tensors(gates), metadata | in_metadata(settings))
-    remove_state(state, run)
-    return {**settings, "losses": losses, "reached": check_reached(trainer, settings["target"]), "out": str(out)}
+    remove_state(run.state, run.name)
+    share = check_reached(run.trainer, settings["target"])
+    return {**settings, "losses": run.losses, "reached": share, "out": str(out)}
+
+
+def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, replace: bool = False) -> dict:
+    """Train the gates of one target and write their file; as `write_gates`, and UserError also as of `run_trainer`."""
+    run = Run(trainer, state_file(out), run_name(settings))
+    run_trainer(run, resume)
+    return write_gates(run, settings, out, replace)
 
 
 def check_reached(trainer: "Trainer", target: str) -> float:
@@ -1279,8 +1310,6 @@ def bake(args: argparse.Namespace) -> dict:
     UserError if --out exists already, or as of `check_sampling`, `load_gates`, `read_concepts`, `build_baker` and
     `run_trainer`.
     """
-    import dataclasses
-
     from weights import UserError, load_model, save_model
 
     if os.path.lexists(args.out):
@@ -1301,7 +1330,7 @@ def bake(args: argparse.Namespace) -> dict:
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     state, run = state_file(args.out), run_name(settings)
-    run_trainer(baker, state, run, args.resume, "baking")
+    run_trainer(Run(baker, state, run), args.resume, "baking")
     with kept(state, run):
         save_model(model, args.out, text_encoder=baker.tensors())
     remove_state(state, run)

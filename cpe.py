@@ -389,8 +389,12 @@ class Objective:
             return P, (P @ gates.inner.lora_up.mT).unsqueeze(1)
         if gates.names != list(self.W):
             raise ValueError("these gates correct other projections than this objective has, or in another order")
-        # lora_up = U_1 | U_2 | ..., cut where the width changes and then into U [N, n, k, d_l]
-        runs = gates.lora_up.split([W.shape[:2].numel() for W in self.stacks], dim=-1)
+        return self.products_of(gates.lora_up)
+
+    def products_of(self, lora_up: Tensor) -> tuple[Tensor, Tensor]:
+        """`products` of gates whose U_1 | U_2 | ... is given, [N, k, sum d_l]: every W_l is read once for all N."""
+        # cut where the width changes, and then into U [N, n, k, d_l]
+        runs = lora_up.split([W.shape[:2].numel() for W in self.stacks], dim=-1)
         ups = [run.unflatten(-1, W.shape[:2]).transpose(1, 2) for run, W in zip(runs, self.stacks, strict=True)]
         w = self.M.new_tensor(list(self.w.values())).split([len(W) for W in self.stacks])
         wU = [w_l[:, None, None] * U for w_l, U in zip(w, ups, strict=True)]
@@ -834,20 +838,21 @@ class Trainer:
         noise = noise.to(contexts.device) * sigma.to(contexts)[:, None, None]
         return product(contexts, columns.T) + product(noise, columns.T @ Q)
 
-    def erase_losses(self) -> dict[str, Tensor]:
+    def erase_losses(self, products: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """The paper's three losses []: of drawn templates, of J adversarial copies of the first, of anchors.
 
             erase    sum_l w_l |W_l x - R_l(E)|^2                           x = (1 + eta) (E_sur - E)
             adv      sum_l w_l |W_l (x - delta_j) - R_l(E + delta_j)|^2     j = 1..J
             anchor   sum_l w_l |R_l(E_anchor + n)|^2                        n the noise of `draw_anchors`
 
-        Each is a mean over prompts and tokens; what a template counts for in `erase` is in `shares`.
+        Each is a mean over prompts and tokens; what a template counts for in `erase` is in `shares`. `products` are
+        P [1, L k, d] and G [1, L, k, k] of these gates, where they were computed with those of others.
         """
         n, J = self.recipe.templates, len(self.deltas)
         i = torch.randint(len(self.shifts), (n,), generator=self.generator)
         E, x = self.data.targets[i], self.shifts[i]
         anchors, sigma = self.draw_anchors()
-        C, (P, G) = self.core.columns()[0, 0], self.objective.products(self.gates)
+        C, (P, G) = self.core.columns()[0, 0], products or self.objective.products(self.gates)
         # (E + delta) C = E C + delta C and (x - delta) P^T = x P^T - delta P^T: deltas are read once for both
         dC, dP = product(self.deltas, torch.cat([C.T, P[0]])).split([C.shape[1], P.shape[1]], dim=-1)
         EC, xP = product(E, C.T), product(x, P[0])
@@ -893,23 +898,59 @@ class Trainer:
         steps = self.recipe.rise * self.plan[0].steps
         return min(1.0, ((self.step + 1) / steps) ** 2) if self.phase == 0 and steps else 1.0
 
-    def update(self) -> dict[str, float]:
-        """One step of the optimiser; Diverged, with the gates as they were, when the loss is not finite."""
-        phase = self.plan[self.phase]
-        losses = self.erase_losses() if phase.kind == "erase" else self.attack_losses()
-        weights = {"anchor": self.recipe.lam * self.risen()}
-        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"the loss became {loss.item()} in stage {self.phase // 2 + 1}, step {self.step + 1}")
+    def losses(self, products: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """The losses [] of the next step, to be differentiated before it; `products` as of `erase_losses`."""
+        if self.step == 0 or self.optimizer is None:
+            self.begin()
         self.optimizer.zero_grad()
-        loss.backward()
+        return self.erase_losses(products) if self.erases else self.attack_losses()
+
+    def weighed(self, losses: dict[str, Tensor]) -> Tensor:
+        """Their sum [], as it is minimised."""
+        weights = {"anchor": self.recipe.lam * self.risen()}
+        return sum(weights.get(name, 1.0) * value for name, value in losses.items())
+
+    def advance(self, losses: dict[str, Tensor]) -> Progress:
+        """Make the step; Diverged, with the gates as they were, when losses or gradients are not finite."""
+        phase, where = self.plan[self.phase], f"in stage {self.phase // 2 + 1}, step {self.step + 1}"
+        if not math.isfinite(loss := self.weighed(losses).item()):
+            raise Diverged(f"the loss became {loss} {where}")
         gradients = [p.grad for p in self.optimizer.param_groups[0]["params"] if p.grad is not None]
         if not math.isfinite(nn.utils.get_total_norm(gradients).item()):  # a finite loss may have others
-            raise Diverged(f"the gradient overflowed in stage {self.phase // 2 + 1}, step {self.step + 1}")
+            raise Diverged(f"the gradient overflowed {where}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(phase, self.step, self.recipe.warmup)
         self.optimizer.step()
-        return {name: value.item() for name, value in losses.items()}
+        self.step += 1
+        values = {name: value.item() for name, value in losses.items()}
+        progress = Progress(self.done, self.total, self.phase // 2 + 1, phase.kind, values)
+        if self.step == phase.steps:
+            self.deltas = self.deltas.detach()
+            self.phase, self.step = self.phase + 1, 0
+            if self.finished and self.recipe.margin:
+                self.sharpen()
+        return progress
+
+    def update(self) -> Progress:
+        """One step of training; Diverged as of `advance`."""
+        losses = self.losses()
+        self.weighed(losses).backward()
+        return self.advance(losses)
+
+    def steps(self) -> Iterator[Progress]:
+        """Train to the end, one Progress per step; the state may be saved between any two. Diverged as of `advance`."""
+        while not self.finished:
+            yield self.update()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all phases are done."""
+        return self.phase == len(self.plan)
+
+    @property
+    def erases(self) -> bool:
+        """Whether the next step is one of erasing: the gates learn; in an attack the deltas do."""
+        return not self.finished and self.plan[self.phase].kind == "erase"
 
     @property
     def done(self) -> int:
@@ -920,22 +961,6 @@ class Trainer:
     def total(self) -> int:
         """Steps of all phases."""
         return sum(phase.steps for phase in self.plan)
-
-    def steps(self) -> Iterator[Progress]:
-        """Train to the end, one Progress per step; the state may be saved between any two. Diverged as of `update`."""
-        while self.phase < len(self.plan):
-            phase = self.plan[self.phase]
-            if self.step == 0 or self.optimizer is None:
-                self.begin()
-            losses = self.update()
-            self.step += 1
-            progress = Progress(self.done, self.total, self.phase // 2 + 1, phase.kind, losses)
-            if self.step == phase.steps:
-                self.deltas = self.deltas.detach()
-                self.phase, self.step = self.phase + 1, 0
-                if self.phase == len(self.plan) and self.recipe.margin:
-                    self.sharpen()
-            yield progress
 
     def sharpen(self) -> None:
         """Solve the scaler of the trained gate anew, with a margin; ours, not the paper's.

@@ -4,10 +4,11 @@
     python cpe.py generate --prompts FILE                       # one picture a prompt
     torchrun --nproc_per_node=2 cpe.py train --targets FILE     # the same files, made by two processes
 
-Of n processes, process r takes the lines r, r + n, r + 2n, ... (blank lines and comments do not count). They never
-speak to one another: every line is worked on as if it stood alone, with the seed of --seed and in a batch of its own,
-so it does not matter which process does it. Bit for bit that holds on one device and one number of threads; torchrun
-sets OMP_NUM_THREADS=1 where it is not set. What they share, the cache of contexts, is written whole or not at all.
+Of n processes, process r takes the prompts r, r + n, r + 2n, ..., or the r-th part of the targets (blank lines and
+comments do not count). They never speak to one another: every line is worked on as if it stood alone, with the seed
+of --seed, so it does not matter which process does it. Bit for bit that holds on one device and one number of threads;
+torchrun sets OMP_NUM_THREADS=1 where it is not set. What they share, the cache of contexts, is written whole or not at
+all. Four targets make their steps together, in a `Batch`, because that is faster.
 
 The first process alone shows progress and says what it wrote; errors and warnings come from all, and --json x.json
 becomes x-0.json, x-1.json, ... Errors are `weights.UserError` and name the line.
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,17 +166,100 @@ def read_targets(path: Path, folder: Path, shared: commands.Training) -> list[Ta
     return targets
 
 
-def train_line(target: Target, shared: commands.Training, text: str, last: bool) -> dict | None:
-    """Train one target, going on where an earlier run with the same settings stopped; None if one has finished it.
+TOGETHER = 4  # targets that make their steps at once: more are hardly faster, benchmarks/many.py measures it
 
-    UserError as of `commands.is_finished`, `commands.build_trainer` and `commands.run_trainer`.
+
+class Batch:
+    """Trainers of several targets that make their steps together, so that every W_l is read once for all of them.
+
+    A trainer has one of TOGETHER places. What is multiplied with the W_l has the same shape whether the others are
+    taken or not, with zeros for those that are not: the gates of a target are the same to the last bit whoever else is
+    there. Alone a `cpe.Trainer` makes a narrower product, and gates that are the same to rounding.
+
+    A context gate has no W_l to share: its trainer is as it is alone.
     """
-    settings = shared.settings(target.names)
-    if commands.is_finished(target.out, settings):
-        return None
-    goes_on = commands.is_of_run(commands.state_file(target.out), commands.run_name(settings))
-    trainer = commands.build_trainer(shared, target.names, last)
-    return commands.train_target(trainer, settings, target.out, goes_on, text)
+
+    def __init__(self, trainers: dict[int, cpe.Trainer]):
+        """`trainers` by their places, 0..TOGETHER-1."""
+        self.places = trainers
+        self.diverged: dict[cpe.Trainer, cpe.Diverged] = {}
+
+    def products(self) -> dict[cpe.Trainer, tuple[torch.Tensor, torch.Tensor]]:
+        """P [1, L k, d] and G [1, L, k, k] of every trainer whose next step erases; see `Objective.products`."""
+        erasing = {i: t for i, t in self.places.items() if t.erases and isinstance(t.gates, cpe.ResAG)}
+        if not erasing:
+            return {}
+        one = next(iter(erasing.values()))
+        nobody = torch.zeros_like(one.gates.lora_up)
+        ups = [erasing[i].gates.lora_up if i in erasing else nobody for i in range(TOGETHER)]
+        P, G = one.objective.products_of(torch.cat(ups))
+        return {t: (P[i : i + 1], G[i : i + 1]) for i, t in erasing.items()}
+
+    def steps(self) -> Iterator[dict[cpe.Trainer, cpe.Progress]]:
+        """Train all to the end; what each reports of a step. Whoever diverges is left behind, noted in `diverged`."""
+        while trainers := [t for t in self.places.values() if not t.finished]:
+            products, reports = self.products(), {}
+            losses = {t: t.losses(products.get(t)) for t in trainers}
+            torch.stack([t.weighed(each) for t, each in losses.items()]).sum().backward()
+            for place, t in list(self.places.items()):
+                try:
+                    if t in losses:
+                        reports[t] = t.advance(losses[t])
+                except cpe.Diverged as error:
+                    self.diverged[t] = error
+                    del self.places[place]
+            yield reports
+
+
+def part(targets: Sequence[Target], process: Process, size: int) -> list[dict[int, Target]]:
+    """The targets of a process in batches, by their places: those that their lines have in batches of the whole file.
+
+    The process takes the r-th of n parts, of consecutive lines.
+    """
+    first, end = (-(-len(targets) * r // process.size) for r in (process.rank, process.rank + 1))
+    mine = list(enumerate(targets))[first:end]
+    return [{i % size: target for i, target in batch} for _, batch in groupby(mine, key=lambda pair: pair[0] // size)]
+
+
+def train_batch(
+    batch: dict[int, Target], shared: commands.Training, text: str, last: bool
+) -> Iterator[tuple[Target, dict | UserError]]:
+    """Train targets together, going on where earlier runs with the same settings stopped; finished ones are kept.
+
+    Gives what each has come to: its figures, or how it diverged. UserError as of `commands.is_finished`,
+    `commands.build_trainer`, `commands.watch` and `commands.write_gates`.
+    """
+    args, runs = shared.args, {}
+    for place, target in batch.items():
+        with naming(target.line, args):
+            settings = shared.settings(target.names)
+            if commands.is_finished(target.out, settings):
+                continue
+            state, name = commands.state_file(target.out), commands.run_name(settings)
+            trainer = commands.build_trainer(shared, target.names, last and place == max(batch))
+            runs[place] = commands.Run(trainer, state, name)
+            runs[place].begin(commands.is_of_run(state, name))
+    together = Batch({place: run.trainer for place, run in runs.items()})
+    if runs:
+        lines = batch[min(runs)].line + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+        with naming(lines, args):
+            commands.watch(list(runs.values()), together.steps(), text)
+    for place, target in batch.items():
+        with naming(target.line, args):
+            if place not in runs:
+                yield target, {"out": str(target.out), "kept": True}
+            elif error := together.diverged.get(runs[place].trainer):
+                yield target, runs[place].diverged(error)
+            else:
+                yield target, commands.write_gates(runs[place], shared.settings(target.names), target.out)
+
+
+def check_files(target: Target, shared: commands.Training) -> None:
+    """UserError if what lies where a target's gates or their state belong is not of the same settings."""
+    settings, state = shared.settings(target.names), commands.state_file(target.out)
+    if not commands.is_finished(target.out, settings):
+        run = commands.run_name(settings)
+        commands.check_state(state, commands.is_of_run(state, run), run)
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -188,32 +273,29 @@ def train(args: argparse.Namespace) -> dict:
         raise UserError("--alias goes with --target: in a file, other names follow their target after commas.")
     separate(args, process)
     folder, shared = output_folder(args, "gates", ".safetensors"), commands.Training(args)
-    targets = read_targets(args.targets, folder, shared)[process.rank :: process.size]
-    figures, failed = {}, []
+    batches = part(read_targets(args.targets, folder, shared), process, TOGETHER if args.gate == "resag" else 1)
+    targets = [target for batch in batches for target in batch.values()]
+    figures, failed, done = {}, [], 0
     for target in targets:  # before a model is downloaded
         with naming(target.line, args):
             commands.check_new(target.out)
     for target in targets:  # before hours of training
         with naming(target.line, args):
-            settings, state = shared.settings(target.names), commands.state_file(target.out)
-            if not commands.is_finished(target.out, settings):
-                run = commands.run_name(settings)
-                commands.check_state(state, commands.is_of_run(state, run), run)
+            check_files(target, shared)
     with stopped_by_torchrun(process):
-        for i, target in enumerate(targets, 1):
-            with naming(target.line, args):
-                try:
-                    trained = train_line(target, shared, f"training {i} of {len(targets)}", i == len(targets))
-                except UserError as error:
-                    if not isinstance(error.__cause__, cpe.Diverged):
-                        raise
-                    print(f"cpe.py: {target.line}: {error}", file=sys.stderr)
+        for batch in batches:
+            text = f"training {done + 1} to {done + len(batch)} of {len(targets)}"
+            for target, trained in train_batch(batch, shared, text, batch is batches[-1]):
+                if isinstance(trained, UserError):
+                    print(f"cpe.py: {target.line}: {trained}", file=sys.stderr)
                     failed.append(target.names[0])
                     continue
-            figures[target.names[0]] = trained or {"out": str(target.out), "kept": True}
-            if process.rank == 0:
-                what = f"erases {', '.join(target.names)} from {shared.model.name}"
-                print(f"wrote   {target.out}: {what}" if trained else f"kept    {target.out}: is finished already")
+                figures[target.names[0]] = trained
+                if process.rank == 0:
+                    what = f"erases {', '.join(target.names)} from {shared.model.name}"
+                    new = "kept" not in trained
+                    print(f"wrote   {target.out}: {what}" if new else f"kept    {target.out}: is finished already")
+            done += len(batch)
     if failed:
         raise UserError(f"{len(failed)} of {len(targets)} targets diverged: {', '.join(failed)}.")
     new = sum("kept" not in each for each in figures.values())

@@ -2,49 +2,33 @@
 
     python benchmarks/many.py
 
-A batch shares every read of W_l; each concept has targets, deltas, anchors and parameters of its own, as it must for
-the files that single runs write. Beside it a step of `cpe.Trainer`, which trains one concept after another.
+`train --targets` makes the steps of four targets together, in a `many.Batch`, which reads every W_l once for all.
+Beside it here a `cpe.Trainer`, which trains one target, and batches of other sizes; minutes are of the whole recipe,
+whose attacks share nothing.
 """
 
 import sd14
 import torch
-from train_step import trainer_at
+from train_step import RECIPE, trainer_at
 
 import cpe
-from products import product
+import many
 
-RECIPE = cpe.PRESETS["celebrity"]
+STEPS = {"erase": 3600, "attack": 1800}
+PHASE = {"erase": 2, "attack": 1}
 
 
-def batched_step(objective: cpe.Objective, data: cpe.Data, concepts: int):
-    """A function that makes one erase step of `concepts` gates at once, as `Trainer.erase_losses` does of one."""
-    gates = cpe.ResAG(objective.widths, sd14.WIDTH, RECIPE.r, RECIPE.k, concepts)
-    for p in gates.parameters():
-        p.data.normal_(std=0.02)
-    deltas = torch.randn(concepts, RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
-    E, x = torch.randn(2, concepts, 1, sd14.TOKENS, sd14.WIDTH)
-    energies = objective.energy(torch.cat([x, x - deltas], dim=1))
-    trainer = cpe.Trainer(objective, data, RECIPE)
-    optimizer = torch.optim.AdamW(gates.parameters(), lr=3e-5, weight_decay=0.01, fused=True)
+def alone(objective: cpe.Objective, data: cpe.Data, kind: str) -> float:
+    """Milliseconds a step of one target."""
+    run = trainer_at(objective, data, PHASE[kind]).steps()
+    return sd14.milliseconds(lambda: next(run), repeats=40, warmup=5)
 
-    def step() -> None:
-        """One erase step of all concepts."""
-        columns, (P, G), features, seen = gates.columns()[:, 0], objective.products(gates), [], []
-        for n, C in enumerate(columns):
-            anchors, sigma = trainer.draw_anchors()
-            dC, dP = product(deltas[n], torch.cat([C.T, P[n]])).split([C.shape[1], P.shape[1]], dim=-1)
-            EC, xP = product(E[n], C.T), product(x[n], P[n])
-            features.append(torch.cat([EC, EC + dC, trainer.noisy_features(anchors, sigma, C)]))
-            seen.append(torch.cat([xP, xP - dP]))
-        z = gates.read(torch.stack(features))[1]
-        moved, kept = z.split([1 + RECIPE.deltas, RECIPE.anchors + 1], dim=1)
-        missed = cpe.misfit(energies, torch.stack(seen), moved, G).mean(dim=2)  # [N, 1 + J]
-        kept = RECIPE.lam * cpe.penalty(kept, G).mean(dim=(1, 2))
-        optimizer.zero_grad()
-        (missed[:, 0] + missed[:, 1:].mean(dim=1) + kept).sum().backward()
-        optimizer.step()
 
-    return step
+def in_batch(objective: cpe.Objective, data: cpe.Data, kind: str, targets: int) -> float:
+    """Milliseconds a step and target, of so many trained together."""
+    many.TOGETHER = targets
+    run = many.Batch({i: trainer_at(objective, data, PHASE[kind]) for i in range(targets)}).steps()
+    return sd14.milliseconds(lambda: next(run), repeats=max(10, 40 // targets), warmup=5) / targets
 
 
 @torch.no_grad()
@@ -63,14 +47,15 @@ def main() -> None:
     torch.manual_seed(0)
     print(sd14.machine())
     objective, data = cpe.Objective(sd14.cross_attention()), sd14.data()
-    run = trainer_at(objective, data, phase=2).steps()
-    alone = sd14.milliseconds(lambda: next(run), repeats=40, warmup=5)
-    print(f"\nms an erase step and concept: {alone:.1f} in `train`; in a batch")
-    print(f"{'concepts':>8}{'batched':>10}{'ratio':>8}")
-    for concepts in (1, 2, 4, 8):
-        step = batched_step(objective, data, concepts)
-        each = sd14.milliseconds(step, repeats=max(5, 40 // concepts), warmup=2) / concepts
-        print(f"{concepts:8}{each:10.1f}{each / alone:8.2f}", flush=True)
+    print("\na step and target, ms")
+    print(f"{'targets':>8}{'erase':>10}{'attack':>10}{'recipe, min':>14}{'ratio':>8}{'peak MiB':>10}")
+    first = None
+    for targets in (0, 1, 2, 4, 8):
+        ms = {k: in_batch(objective, data, k, targets) if targets else alone(objective, data, k) for k in STEPS}
+        minutes = sum(STEPS[kind] * each for kind, each in ms.items()) / 6e4
+        first = first or minutes
+        steps = f"{targets or 'alone':>8}{ms['erase']:10.1f}{ms['attack']:10.1f}"
+        print(f"{steps}{minutes:14.2f}{minutes / first:8.2f}{sd14.peak():10.0f}", flush=True)
     print(f"\n{'merged':>8}{'ms a prompt':>14}{'MiB':>8}{'peak MiB of all':>18}")
     for concepts in (1, 10, 100):
         ms, size = merged(objective, concepts)

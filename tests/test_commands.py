@@ -540,8 +540,8 @@ def test_an_interruption_before_the_first_step_promises_no_resume(run, monkeypat
 def test_a_demo_that_is_interrupted_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def interrupted(trainer, state, run, *_):
-        weights.save_tensors(state, trainer.state(), {"run": run})
+    def interrupted(run, *_):
+        run.save()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "run_trainer", interrupted)

@@ -235,7 +235,7 @@ def test_total_loss_weighs_the_anchors_with_lambda():
     t.deltas = normal(3, T, d, seed=8)
     t.begin()
     state, before = t.generator.get_state(), {n: p.clone() for n, p in t.gates.named_parameters()}
-    losses = t.update()
+    losses = t.update().losses
     gradient = {n: p.grad.clone() for n, p in t.gates.named_parameters()}
     t.generator.set_state(state)
     t.gates.load_state_dict(t.gates.state_dict() | before)
@@ -1026,7 +1026,9 @@ def test_a_gradient_that_overflows_stops_before_it_reaches_the_gates(monkeypatch
     before = t.state()
     losses = t.erase_losses
     # sqrt has the value 0 and an infinite slope at 0: the loss alone looks sound
-    monkeypatch.setattr(t, "erase_losses", lambda: losses() | {"adv": (t.core.scaler * 0).sum().sqrt()})
+    monkeypatch.setattr(
+        t, "erase_losses", lambda products: losses(products) | {"adv": (t.core.scaler * 0).sum().sqrt()}
+    )
     with pytest.raises(cpe.Diverged, match="gradient"):
         next(steps)
     after = t.state()

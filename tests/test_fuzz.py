@@ -488,6 +488,16 @@ def cell(world, scenario, method, budget, *_) -> tuple[dict, torch.Tensor]:
     return figures, torch.zeros(len(drawn), 3, 8, 8, dtype=torch.uint8)
 
 
+class Trained:
+    """A trainer that has come to its end."""
+
+    objective, finished = None, True
+
+    def steps(self) -> tuple[()]:
+        """None are left."""
+        return ()
+
+
 @pytest.fixture
 def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     """An empty folder with a model and gate files, where training and drawing take no time, and nothing to download.
@@ -510,8 +520,9 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     gates = objective.new_gates("resag", 2, 1, torch.Generator())
     weights.save_tensors(home / "gate.safetensors", cpe.to_tensors(gates), {"target": "red heart"})
     monkeypatch.chdir(home)
-    monkeypatch.setattr(commands, "build_trainer", lambda *_: type("Trained", (), {"objective": None}))
-    monkeypatch.setattr(commands, "run_trainer", lambda *_: {})
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: Trained())
+    monkeypatch.setattr(commands, "watch", lambda *_: None)
+    monkeypatch.setattr(commands.Run, "begin", lambda *_: None)
     monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
     monkeypatch.setattr(commands, "check_reached", lambda *_: 1.0)
     monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))

@@ -69,7 +69,12 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, train, gate):
         out = f"alone/{commands.slug(name)}.safetensors"
         assert run("train", "--target", name, *aliases, *SHORT, "--gate", gate, "--seed", "7", "--out", out)[0] == 0
     assert list(contents("all")) == FILES
-    assert contents("all") == contents("alone")
+    if gate == "context":  # nothing is computed together
+        assert contents("all") == contents("alone")
+    for file in FILES:
+        (ours, kept), (alone, said) = (weights.load_tensors(Path(folder, file)) for folder in ("all", "alone"))
+        torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-5)
+        assert kept == said
     figures = json.loads(Path("figures.json").read_text())["targets"]
     assert figures["red heart"]["aliases"] == ["love"]
     assert list(figures) == ["red heart", "dog face", "two hearts"]
@@ -137,16 +142,16 @@ def test_a_finished_file_is_kept_only_if_it_was_made_of_the_same(run, tiny, tmp_
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, stop) -> None:
     """Call `stop` after so many steps of training."""
-    update, done = cpe.Trainer.update, []
+    advance, done = cpe.Trainer.advance, []
 
-    def counted(trainer: cpe.Trainer) -> dict[str, float]:
-        losses = update(trainer)
+    def counted(trainer: cpe.Trainer, losses: dict[str, torch.Tensor]) -> cpe.Progress:
+        report = advance(trainer, losses)
         done.append(1)
         if len(done) == steps:
             stop()
-        return losses
+        return report
 
-    monkeypatch.setattr(cpe.Trainer, "update", counted)
+    monkeypatch.setattr(cpe.Trainer, "advance", counted)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -155,20 +160,30 @@ def test_the_same_command_goes_on_after_an_interruption(train, monkeypatch, size
     before = signal.getsignal(signal.SIGTERM)
     as_process(monkeypatch, 0, size)
     with monkeypatch.context() as patch:
-        # in the second target of this process: Ctrl-C, or torchrun, which stops all processes when one has failed
-        sent = signal.SIGINT if size == 1 else signal.SIGTERM
-        stop_after(patch, STEPS + 4, lambda: os.kill(os.getpid(), sent))
+        # Ctrl-C, or torchrun, which stops all processes when one has failed
+        sent, together = (signal.SIGINT, 3) if size == 1 else (signal.SIGTERM, 2)
+        stop_after(patch, 4 * together, lambda: os.kill(os.getpid(), sent))
         code, said = train("stopped")
     assert code == 130
     assert "the same command goes on" in said
-    assert len(contents("stopped")) == 2
-    (state,) = (name for name in contents("stopped") if name.endswith(".state.safetensors"))
-    assert weights.load_tensors(Path("stopped") / state)[0]["position"].tolist() == [0, 4]
+    assert len(contents("stopped")) == together
+    for name in contents("stopped"):
+        assert name.endswith(".state.safetensors")
+        assert weights.load_tensors(Path("stopped") / name)[0]["position"].tolist() == [0, 4]
     for rank in range(size):
         as_process(monkeypatch, rank, size)
         assert train("stopped")[0] == 0
     assert contents("stopped") == contents("whole")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("kept", FILES)
+def test_gates_do_not_depend_on_who_else_is_trained_with_them(train, kept):
+    train("all")
+    before = contents("all")
+    (Path("all") / kept).unlink()
+    assert "trained 1 targets into all, kept 2" in train("all")[1]  # alone in the batch of the three
+    assert contents("all") == before
 
 
 def test_a_state_of_other_settings_is_not_replaced_and_said_before_any_training(train):
@@ -216,7 +231,7 @@ def test_any_other_error_ends_the_run_and_names_the_target(train, monkeypatch, e
     stop_after(monkeypatch, 1, fail)
     code, said = train("all")
     assert code == 2
-    assert f"cpe.py: targets.txt, line 2 ('red heart'): {words}" in said
+    assert f"cpe.py: targets.txt, line 2 ('red heart') and 2 more: {words}" in said
     assert "Traceback" not in said
     assert contents("all") == {}
 
@@ -275,6 +290,106 @@ def test_an_endless_file_of_lines_is_not_read_to_its_end(run, monkeypatch):
     code, said = run("train", "--targets", "/dev/zero")
     assert code == 2
     assert "/dev/zero is larger than 1 MiB" in said
+
+
+# --- Batches -----------------------------------------------------------------------------------------------------
+
+RECIPE = cpe.Recipe(
+    "", 0.3, 10.0, r=3, k=2, stages=3, first_steps=6, later_steps=3, attack_steps=4, deltas=2, anchors=5
+)
+
+
+def trainer(seed: int, dtype: torch.dtype = torch.float32) -> cpe.Trainer:
+    """A small trainer on random numbers, its target and its chance drawn by the seed; all have the same layers."""
+    layers = torch.Generator().manual_seed(0)
+    sizes = {"to_q": (8, 8), "to_k": (8, 12), "to_v": (8, 12), "to_out.0": (8, 8)}
+    paths = [f"down_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i in range(3)]
+    cross_attention = {
+        f"{path}.{name}.weight": torch.randn(*size, generator=layers, dtype=dtype)
+        for path in paths
+        for name, size in sizes.items()
+    }
+    own = torch.Generator().manual_seed(seed)
+    contexts = [torch.randn(n, 7, 12, generator=own, dtype=dtype) for n in (4, 4, 9, 1)]
+    made = cpe.Trainer(cpe.Objective(cross_attention), cpe.Data(*contexts), RECIPE, seed)
+    made.gates.to(dtype)
+    return made
+
+
+def finished(trainers: dict[int, cpe.Trainer]) -> dict[int, dict[str, torch.Tensor]]:
+    """Train all in a batch; the states they end with, by place."""
+    for _ in many.Batch(dict(trainers)).steps():
+        pass
+    return {place: each.state() for place, each in trainers.items()}
+
+
+def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """The same names and bits."""
+    assert state.keys() == other.keys()
+    assert all(torch.equal(t, other[name]) for name, t in state.items())
+
+
+def test_a_batch_trains_what_every_trainer_would_alone():
+    together, alone = {i: trainer(i, torch.float64) for i in range(4)}, [trainer(i, torch.float64) for i in range(4)]
+    batch = many.Batch(dict(together)).steps()
+    for reports, *expected in zip(batch, *(each.steps() for each in alone), strict=True):
+        for found, report in zip((reports[each] for each in together.values()), expected, strict=True):
+            assert (found.step, found.total, found.stage, found.kind) == (
+                report.step, report.total, report.stage, report.kind,
+            )  # fmt: skip
+            assert found.losses == pytest.approx(report.losses, rel=1e-9)
+    for i, each in together.items():
+        torch.testing.assert_close(each.state(), alone[i].state(), rtol=1e-9, atol=1e-12)
+
+
+def test_who_else_is_in_a_batch_changes_no_bit():
+    whole = finished({i: trainer(i) for i in range(4)})
+    for places in ([0], [3], [1, 2]):
+        for place, state in finished({i: trainer(i) for i in places}).items():
+            assert_same(state, whole[place])
+
+
+@pytest.mark.parametrize("behind", [2, 8])  # still in the first stage, or in an attack
+def test_trainers_of_a_batch_may_stand_at_different_steps(behind):
+    whole = finished({i: trainer(i) for i in (0, 2)})
+    first = {i: trainer(i) for i in (0, 2)}
+    for _, _ in zip(range(behind), many.Batch(dict(first)).steps()):  # noqa: B905 the shorter one ends it
+        pass
+    late, early = trainer(0), trainer(2)
+    late.load_state(first[0].state())
+    for place, state in finished({0: late, 2: early}).items():
+        assert_same(state, whole[place])
+
+
+def test_a_trainer_that_diverges_leaves_the_others_of_its_batch_alone():
+    whole = finished({i: trainer(i) for i in (0, 1)})
+    lost = trainer(3)
+    lost.data.targets.fill_(1e30)
+    before = lost.gates.state_dict()
+    trainers = {0: trainer(0), 1: trainer(1), 3: lost}
+    batch = many.Batch(dict(trainers))
+    for _ in batch.steps():
+        pass
+    assert list(batch.diverged) == [lost]
+    assert "stage 1, step 1" in str(batch.diverged[lost])
+    assert_same(lost.gates.state_dict(), before)
+    for place in (0, 1):
+        assert_same(trainers[place].state(), whole[place])
+
+
+@pytest.mark.parametrize(
+    ("size", "together", "places"),
+    [
+        (1, 4, [[{0: 0, 1: 1, 2: 2, 3: 3}, {0: 4, 1: 5}]]),
+        (2, 4, [[{0: 0, 1: 1, 2: 2}], [{3: 3}, {0: 4, 1: 5}]]),
+        (4, 4, [[{0: 0, 1: 1}], [{2: 2}], [{3: 3}, {0: 4}], [{1: 5}]]),
+        (9, 4, [[{0: 0}], [{1: 1}], [], [{2: 2}], [{3: 3}], [], [{0: 4}], [{1: 5}], []]),
+        (2, 1, [[{0: 0}, {0: 1}, {0: 2}], [{0: 3}, {0: 4}, {0: 5}]]),
+    ],
+)
+def test_a_target_has_the_place_of_its_line_whichever_process_trains_it(size, together, places):
+    for rank, expected in enumerate(places):
+        assert many.part(range(6), many.Process(rank, size), together) == expected
 
 
 # --- generate --prompts ------------------------------------------------------------------------------------------
