@@ -783,8 +783,8 @@ def between_steps() -> Iterator[list[int]]:
             signal.signal(number, signal.default_int_handler)
 
 
-def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
-    """Go on where the state of the same run was saved; UserError if it is of another, or damaged."""
+def read_state(state: Path, run: str) -> dict[str, "Tensor"]:
+    """The state of a run; UserError if it is of another run, or damaged: it may be hours of work."""
     from weights import UserError, load_tensors
 
     try:
@@ -794,25 +794,20 @@ def go_on(trainer: "Trainer | Baker", state: Path, run: str) -> None:
     if metadata.get("run") != run:
         what = "of a run with other settings, or of another version of cpe.py"
         raise UserError(f"{state} is {what}: use the same, choose another --out, or remove it to begin anew.")
-    try:
-        trainer.load_state(tensors)
-    except ValueError as error:
-        raise UserError(f"{state}: {error}. Remove it to begin anew.") from error
+    return tensors
 
 
 def check_state(state: Path, resume: bool, run: str | None = None) -> None:
-    """UserError where the state of an unfinished run lies that is not to be gone on with, or of another than `run`.
-
-    It may be hours of work.
-    """
+    """UserError where the state of an unfinished run lies that is not to be gone on with, or as of `read_state`."""
     from weights import UserError
 
-    if run is not None and os.path.exists(state) and resume and not is_of_run(state, run):
-        what = "of a run with other settings, or of another version of cpe.py, or damaged"
-        raise UserError(f"{state} is {what}: use the same, choose another --out, or remove it to begin anew.")
-    if os.path.exists(state) and not resume:
+    if not os.path.exists(state):
+        return
+    if not resume:
         said = f"{state} is of an unfinished run: go on with it, by the same settings and --resume, or remove it"
         raise UserError(f"{said} to begin anew.")
+    if run is not None:
+        read_state(state, run)
 
 
 @dataclasses.dataclass
@@ -825,10 +820,15 @@ class Run:
     losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of every loss
 
     def begin(self, resume: bool) -> None:
-        """Go on where the state was saved, if one was; UserError as of `check_state` and `go_on`."""
+        """Go on where the state was saved, if one was; UserError as of `check_state`, or if it has other shapes."""
+        from weights import UserError
+
         check_state(self.state, resume)
         if os.path.exists(self.state):
-            go_on(self.trainer, self.state, self.name)
+            try:
+                self.trainer.load_state(read_state(self.state, self.name))
+            except ValueError as error:
+                raise UserError(f"{self.state}: {error}. Remove it to begin anew.") from error
         elif resume:
             warnings.warn(f"there is no {self.state} to go on with: this run begins anew", stacklevel=3)
 
@@ -1078,7 +1078,8 @@ def generate(args: argparse.Namespace) -> dict:
 def after_drawing(args: argparse.Namespace, prompt: str) -> str | None:
     """The command that follows `generate`; none for a folder, which may be one that `bake` has erased from already."""
     if args.gates:
-        return command("inspect", args.gates[0], "--prompt", prompt, "--model", args.model)
+        zone = ["--zone", args.zone] if args.zone else []
+        return command("inspect", *args.gates, "--prompt", prompt, *zone, "--model", args.model)
     if args.model not in ("sd14", "emoji") and os.path.isdir(os.path.expanduser(args.model)):
         return None
     return command("train", "--target", "...", "--model", args.model)

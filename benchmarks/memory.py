@@ -45,9 +45,9 @@ def child(folder: str, begun: float, more: list[str]) -> None:
         return contexts
 
     def timed_update(trainer):
-        losses = update(trainer)
+        report = update(trainer)
         seconds.setdefault("first step", time.time() - begun)
-        return losses
+        return report
 
     weights.Model.encode, cpe.Trainer.update = timed_encode, timed_update
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):

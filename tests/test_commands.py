@@ -307,6 +307,12 @@ def test_the_next_command_can_be_copied_into_a_shell(run):
         run(*TRAIN, "--out", "g 0.safetensors")
         said = run("generate", prompt, "--gates", "g 0.safetensors", "--steps", "1")[1]
         assert shlex.split(said.split("next ")[1])[2:6] == ["inspect", "g 0.safetensors", "--prompt", prompt]
+    run(*TRAIN[:1], "--target", "dog face", *TRAIN[3:])
+    both = ("g 0.safetensors", "gates/dog-face.safetensors")
+    said = run("generate", "a cat", "--gates", both[0], "--gates", both[1], "--zone", "0.5", "--steps", "1")[1]
+    following = shlex.split(said.split("next ")[1].split("\n")[0])[2:]
+    assert following[:7] == ["inspect", *both, "--prompt", "a cat", "--zone", "0.5"]
+    assert run(*following)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_download import Handler, server  # noqa: F401  a fixture
-from tiny import ON_DISK
+from tiny import ON_DISK, contents
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -212,6 +212,44 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(folder_of, tmp_path, com
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [out.name]
 
 
+def of_lines(command: str, lines: Path, model: Path, out: Path) -> list[str]:
+    """Arguments that train, or draw, every line of a file."""
+    settings = ["--preset", "emoji", "--steps-scale", "0.01"] if command == "train" else ["--steps", "1"]
+    option = "--targets" if command == "train" else "--prompts"
+    return [command, option, str(lines), "--out", str(out), "--model", str(model), *settings]
+
+
+@DOZENS
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_many_lines_killed_at_any_moment_go_on_bit_for_bit(folder_of, tmp_path, command, name, kills):
+    lines, cache, moments = tmp_path / "lines.txt", tmp_path / "cache", random.Random(3)
+    lines.write_text("red heart\ndog face\ncat\nhouse\ntree\n")
+    whole, again, out = (tmp_path / place for place in ("whole", "again", "out"))
+    assert ended(start(run_command, of_lines(command, lines, folder_of(name), whole), cache)) == 0
+    begun = time.monotonic()
+    assert ended(start(run_command, of_lines(command, lines, folder_of(name), again), cache)) == 0
+    seconds, killed, went_on, expected = time.monotonic() - begun, 0, 0, contents(whole)
+    assert contents(again) == expected
+    assert len(expected) == 5
+    while True:
+        went_on += out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
+        process = start(run_command, of_lines(command, lines, folder_of(name), out), cache)
+        if killed < kills or not went_on:
+            process.join(moments.uniform(0, seconds))
+            process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        if out.exists():
+            assert_whole(out)
+        if process.exitcode != -9:
+            assert process.exitcode == 0
+            assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == set(expected)
+            assert all((out / file).read_bytes() == content for file, content in expected.items())
+            if killed >= kills and went_on:  # from what a killed run has left
+                break
+            shutil.rmtree(out)
+
+
 @DOZENS
 def test_a_picture_killed_at_any_moment_is_whole_or_not_there(folder_of, tmp_path, name, kills):
     moments, folder = random.Random(1), tmp_path / "out"
@@ -294,11 +332,6 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     assert len(shared - alone) == 2  # the dog's, in templates and bare
     alone, shared = load_file(tmp_path / "alone.safetensors"), load_file(out / "heart.safetensors")
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder, by its path in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["same settings", "other settings"])
