@@ -738,8 +738,8 @@ def warn_of_odd_words(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         )
 
 
-def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> "Trainer":
-    """Encode the prompts (anchors from the cache) and measure the layers; `last`: no other target will be encoded.
+def build_trainer(shared: Training, names: Sequence[str]) -> "Trainer":
+    """Encode the prompts (anchors from the cache) and measure the layers.
 
     UserError when no anchor words are left, or the preset has a margin and the text encoder no direction for it.
     """
@@ -753,8 +753,6 @@ def build_trainer(shared: Training, names: Sequence[str], last: bool = True) -> 
         data = cpe.prepare(shared.recipe, shared.prompts, names, shared.own, shared.anchors, one)
     except ValueError as error:
         raise UserError(f"prompts/{shared.preset}.txt: {error}.") from error
-    if last:
-        shared.forget()
     return cpe.Trainer(shared.objective, data, shared.recipe, shared.args.seed, shared.args.gate)
 
 
@@ -783,8 +781,8 @@ def between_steps() -> Iterator[list[int]]:
             signal.signal(number, signal.default_int_handler)
 
 
-def read_state(state: Path, run: str) -> dict[str, "Tensor"]:
-    """The state of a run; UserError if it is of another run, or damaged: it may be hours of work."""
+def read_state(state: Path, run: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """What a state holds, tensors and metadata; UserError if it is of another run, or damaged."""
     from weights import UserError, load_tensors
 
     try:
@@ -794,7 +792,7 @@ def read_state(state: Path, run: str) -> dict[str, "Tensor"]:
     if metadata.get("run") != run:
         what = "of a run with other settings, or of another version of cpe.py"
         raise UserError(f"{state} is {what}: use the same, choose another --out, or remove it to begin anew.")
-    return tensors
+    return tensors, metadata
 
 
 def check_state(state: Path, resume: bool, run: str | None = None) -> None:
@@ -825,8 +823,10 @@ class Run:
 
         check_state(self.state, resume)
         if os.path.exists(self.state):
+            tensors, metadata = read_state(self.state, self.name)
             try:
-                self.trainer.load_state(read_state(self.state, self.name))
+                self.trainer.load_state(tensors)
+                self.losses = json.loads(metadata.get("losses", "{}"))
             except ValueError as error:
                 raise UserError(f"{self.state}: {error}. Remove it to begin anew.") from error
         elif resume:
@@ -838,7 +838,7 @@ class Run:
 
         with kept(self.state, self.name):
             check_state(self.state, True, self.name)
-            save_tensors(self.state, self.trainer.state(), {"run": self.name})
+            save_tensors(self.state, self.trainer.state(), {"run": self.name, "losses": json.dumps(self.losses)})
 
     def diverged(self, error: Exception) -> Exception:
         """The UserError for cpe.Diverged, the last good state saved."""
@@ -847,6 +847,20 @@ class Run:
         self.save()
         advice = f"The last good state is in {self.state}: remove it to begin anew, with another --seed or --preset"
         return UserError(f"{error}. {advice}.")
+
+
+def save_all(runs: Sequence[Run]) -> None:
+    """Save all states; the first UserError when that was tried with each."""
+    from weights import UserError
+
+    errors = []
+    for run in runs:
+        try:
+            run.save()
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def watch(runs: Sequence[Run], steps: "Iterator[dict[Trainer | Baker, Progress]]", text: str) -> None:
@@ -867,8 +881,7 @@ def watch(runs: Sequence[Run], steps: "Iterator[dict[Trainer | Baker, Progress]]
                         progress.set_postfix(stage=report.stage, **shown, refresh=False)
                 progress.update(len(reports))
                 if asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    for run in runs:
-                        run.save()
+                    save_all(runs)
                     saved = time.monotonic()
                 if asked:
                     raise KeyboardInterrupt(GO_ON)
@@ -988,7 +1001,7 @@ def write_gates(run: Run, settings: dict, out: Path, replace: bool = False) -> d
 
 
 def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, replace: bool = False) -> dict:
-    """Train the gates of one target and write their file; as `write_gates`, and UserError also as of `run_trainer`."""
+    """Train the gates of one target and write their file; UserError as of `run_trainer` and `write_gates`."""
     run = Run(trainer, state_file(out), run_name(settings))
     run_trainer(run, resume)
     return write_gates(run, settings, out, replace)
@@ -1019,13 +1032,14 @@ def train(args: argparse.Namespace) -> dict:
     out = args.out or Path("gates") / f"{slug(args.target)}.safetensors"
     check_new(out)
     settings, model = shared.settings(names), shared.model
-    if not (there := is_finished(out, settings)):
-        check_state(state_file(out), args.resume, run_name(settings))
-    if there:
+    if is_finished(out, settings):
         figures = {**settings, "out": str(out), "kept": True}
         print(f"kept    {out}: is finished already")
     else:
-        figures = train_target(build_trainer(shared, names), settings, out, args.resume)
+        check_state(state_file(out), args.resume, run_name(settings))
+        trainer = build_trainer(shared, names)
+        shared.forget()
+        figures = train_target(trainer, settings, out, args.resume)
         print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(names)} from {model.name}")
     return figures | {"next": drawing_of(names[0], args.model, "--gates", out, "--before-after")}
 
@@ -1185,7 +1199,9 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     if state_file(out).exists():
         raise UserError(f"--out: {state_file(out)} is of an unfinished run of `train`: remove it, or choose another.")
     try:
-        return train_target(build_trainer(shared, names), settings, out, resume=False, replace=True)
+        trainer = build_trainer(shared, names)
+        shared.forget()
+        return train_target(trainer, settings, out, resume=False, replace=True)
     except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
         remove_state(state_file(out), run_name(settings))
         cause = error.__cause__  # without the advice of `train`, which has options that `demo` has not

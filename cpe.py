@@ -898,8 +898,8 @@ class Trainer:
         steps = self.recipe.rise * self.plan[0].steps
         return min(1.0, ((self.step + 1) / steps) ** 2) if self.phase == 0 and steps else 1.0
 
-    def losses(self, products: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-        """The losses [] of the next step, to be differentiated before it; `products` as of `erase_losses`."""
+    def forward(self, products: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """Draw what the next step looks at: its losses [], to be differentiated; `products` as of `erase_losses`."""
         if self.step == 0 or self.optimizer is None:
             self.begin()
         self.optimizer.zero_grad()
@@ -933,7 +933,7 @@ class Trainer:
 
     def update(self) -> Progress:
         """One step of training; Diverged as of `advance`."""
-        losses = self.losses()
+        losses = self.forward()
         self.weighed(losses).backward()
         return self.advance(losses)
 

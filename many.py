@@ -4,11 +4,11 @@
     python cpe.py generate --prompts FILE                       # one picture a prompt
     torchrun --nproc_per_node=2 cpe.py train --targets FILE     # the same files, made by two processes
 
-Of n processes, process r takes the prompts r, r + n, r + 2n, ..., or the r-th part of the targets (blank lines and
-comments do not count). They never speak to one another: every line is worked on as if it stood alone, with the seed
-of --seed, so it does not matter which process does it. Bit for bit that holds on one device and one number of threads;
-torchrun sets OMP_NUM_THREADS=1 where it is not set. What they share, the cache of contexts, is written whole or not at
-all. Four targets make their steps together, in a `Batch`, because that is faster.
+Of n processes each takes a part of the lines (blank ones and comments do not count). They never speak to one another:
+every line is worked on as if it stood alone, with the seed of --seed, so it does not matter which process does it. Bit
+for bit that holds on one device and one number of threads; torchrun sets OMP_NUM_THREADS=1 where it is not set. What
+they share, the cache of contexts, is written whole or not at all. Targets make their steps four at a time, in a
+`Batch`, because that is faster.
 
 The first process alone shows progress and says what it wrote; errors and warnings come from all, and --json x.json
 becomes x-0.json, x-1.json, ... Errors are `weights.UserError` and name the line.
@@ -20,7 +20,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -166,100 +166,119 @@ def read_targets(path: Path, folder: Path, shared: commands.Training) -> list[Ta
     return targets
 
 
-TOGETHER = 4  # targets that make their steps at once: more are hardly faster, benchmarks/many.py measures it
+TOGETHER = 4  # targets that make their steps at once; benchmarks/many.py measures what it saves
 
 
 class Batch:
     """Trainers of several targets that make their steps together, so that every W_l is read once for all of them.
 
-    A trainer has one of TOGETHER places. What is multiplied with the W_l has the same shape whether the others are
-    taken or not, with zeros for those that are not: the gates of a target are the same to the last bit whoever else is
-    there. Alone a `cpe.Trainer` makes a narrower product, and gates that are the same to rounding.
+    A trainer has one of `size` places. What is multiplied with the W_l has the same shape whether the others are taken
+    or not, with zeros for those that are not: the gates of a target are the same to the last bit whoever else is there.
+    In a batch of another size, and alone, they are the same to rounding.
 
-    A context gate has no W_l to share: its trainer is as it is alone.
+    `lost(place, error)` is told who has diverged; that trainer makes no more steps.
     """
 
-    def __init__(self, trainers: dict[int, cpe.Trainer]):
-        """`trainers` by their places, 0..TOGETHER-1."""
-        self.places = trainers
-        self.diverged: dict[cpe.Trainer, cpe.Diverged] = {}
+    def __init__(self, trainers: dict[int, cpe.Trainer], size: int, lost: Callable[[int, cpe.Diverged], None]):
+        """`trainers` by their places, 0..size-1."""
+        self.trainers, self.size, self.lost = dict(trainers), size, lost
 
-    def products(self) -> dict[cpe.Trainer, tuple[torch.Tensor, torch.Tensor]]:
-        """P [1, L k, d] and G [1, L, k, k] of every trainer whose next step erases; see `Objective.products`."""
-        erasing = {i: t for i, t in self.places.items() if t.erases and isinstance(t.gates, cpe.ResAG)}
-        if not erasing:
+    def products(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """P [1, L k, d] and G [1, L, k, k] of every place whose next step erases; see `Objective.products`.
+
+        None of context gates, which have no W_l to share.
+        """
+        ups = {i: t.gates.lora_up for i, t in self.trainers.items() if t.erases and isinstance(t.gates, cpe.ResAG)}
+        if not ups:
             return {}
-        one = next(iter(erasing.values()))
-        nobody = torch.zeros_like(one.gates.lora_up)
-        ups = [erasing[i].gates.lora_up if i in erasing else nobody for i in range(TOGETHER)]
-        P, G = one.objective.products_of(torch.cat(ups))
-        return {t: (P[i : i + 1], G[i : i + 1]) for i, t in erasing.items()}
+        some, objective = next(iter(ups.values())), next(iter(self.trainers.values())).objective
+        P, G = objective.products_of(torch.cat([ups.get(i, torch.zeros_like(some)) for i in range(self.size)]))
+        return {i: (P[i : i + 1], G[i : i + 1]) for i in ups}
 
     def steps(self) -> Iterator[dict[cpe.Trainer, cpe.Progress]]:
-        """Train all to the end; what each reports of a step. Whoever diverges is left behind, noted in `diverged`."""
-        while trainers := [t for t in self.places.values() if not t.finished]:
+        """Train all to the end; what each reports of a step."""
+        while trainers := {i: t for i, t in self.trainers.items() if not t.finished}:
             products, reports = self.products(), {}
-            losses = {t: t.losses(products.get(t)) for t in trainers}
-            torch.stack([t.weighed(each) for t, each in losses.items()]).sum().backward()
-            for place, t in list(self.places.items()):
+            losses = {i: t.forward(products.get(i)) for i, t in trainers.items()}
+            torch.stack([trainers[i].weighed(each) for i, each in losses.items()]).sum().backward()
+            for i, t in trainers.items():
                 try:
-                    if t in losses:
-                        reports[t] = t.advance(losses[t])
+                    reports[t] = t.advance(losses[i])
                 except cpe.Diverged as error:
-                    self.diverged[t] = error
-                    del self.places[place]
+                    del self.trainers[i]
+                    self.lost(i, error)
             yield reports
 
 
-def part(targets: Sequence[Target], process: Process, size: int) -> list[dict[int, Target]]:
-    """The targets of a process in batches, by their places: those that their lines have in batches of the whole file.
+def batches(targets: Sequence[Target], together: int) -> list[list[Target]]:
+    """All targets of a file, so many at a time."""
+    return [list(targets[i : i + together]) for i in range(0, len(targets), together)]
 
-    The process takes the r-th of n parts, of consecutive lines.
+
+def part(whole: Sequence[Sequence[Target]], process: Process) -> list[tuple[int, dict[int, Target]]]:
+    """The r-th of n parts of batches: of each its size, and this process's targets by their places in it.
+
+    Batches are divided only where there are fewer of them than processes.
     """
-    first, end = (-(-len(targets) * r // process.size) for r in (process.rank, process.rank + 1))
-    mine = list(enumerate(targets))[first:end]
-    return [{i % size: target for i, target in batch} for _, batch in groupby(mine, key=lambda pair: pair[0] // size)]
+    if len(whole) >= process.size:
+        return [(len(batch), dict(enumerate(batch))) for batch in share(whole, process)]
+    mine = share([(b, place) for b, batch in enumerate(whole) for place in range(len(batch))], process)
+    grouped = groupby(mine, key=lambda pair: pair[0])
+    return [(len(whole[b]), {place: whole[b][place] for _, place in pairs}) for b, pairs in grouped]
+
+
+def share(everything: Sequence, process: Process) -> Sequence:
+    """The r-th of n parts of a sequence, of neighbours."""
+    first, end = (-(-len(everything) * r // process.size) for r in (process.rank, process.rank + 1))
+    return everything[first:end]
 
 
 def train_batch(
-    batch: dict[int, Target], shared: commands.Training, text: str, last: bool
-) -> Iterator[tuple[Target, dict | UserError]]:
+    size: int, batch: dict[int, Target], shared: commands.Training, text: str, last: bool
+) -> Iterator[tuple[Target, dict | None]]:
     """Train targets together, going on where earlier runs with the same settings stopped; finished ones are kept.
 
-    Gives what each has come to: its figures, or how it diverged. UserError as of `commands.is_finished`,
+    Gives the figures of each, None where it diverged. UserError as of `commands.is_finished`,
     `commands.build_trainer`, `commands.watch` and `commands.write_gates`.
     """
-    args, runs = shared.args, {}
+    args, runs, diverged = shared.args, {}, set()
     for place, target in batch.items():
         with naming(target.line, args):
             settings = shared.settings(target.names)
-            if commands.is_finished(target.out, settings):
-                continue
-            state, name = commands.state_file(target.out), commands.run_name(settings)
-            trainer = commands.build_trainer(shared, target.names, last and place == max(batch))
-            runs[place] = commands.Run(trainer, state, name)
-            runs[place].begin(commands.is_of_run(state, name))
-    together = Batch({place: run.trainer for place, run in runs.items()})
+            if not commands.is_finished(target.out, settings):
+                trainer = commands.build_trainer(shared, target.names)
+                run = commands.Run(trainer, commands.state_file(target.out), commands.run_name(settings))
+                run.begin(resume=run.state.exists())
+                runs[place] = run
+    if last:
+        shared.forget()
+
+    def lost(place: int, error: cpe.Diverged) -> None:
+        diverged.add(place)
+        print(f"cpe.py: {batch[place].line}: {runs[place].diverged(error)}", file=sys.stderr)
+
     if runs:
         lines = batch[min(runs)].line + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+        trainers = {place: run.trainer for place, run in runs.items()}
         with naming(lines, args):
-            commands.watch(list(runs.values()), together.steps(), text)
+            commands.watch(list(runs.values()), Batch(trainers, size, lost).steps(), text)
+            commands.save_all(list(runs.values()))  # what stops the first from being written loses none of the others
     for place, target in batch.items():
-        with naming(target.line, args):
-            if place not in runs:
-                yield target, {"out": str(target.out), "kept": True}
-            elif error := together.diverged.get(runs[place].trainer):
-                yield target, runs[place].diverged(error)
-            else:
-                yield target, commands.write_gates(runs[place], shared.settings(target.names), target.out)
+        if place in diverged:
+            yield target, None
+        elif place not in runs:
+            yield target, {"out": str(target.out), "kept": True}
+        else:
+            with naming(target.line, args):
+                figures = commands.write_gates(runs[place], shared.settings(target.names), target.out)
+            yield target, figures
 
 
 def check_files(target: Target, shared: commands.Training) -> None:
     """UserError if what lies where a target's gates or their state belong is not of the same settings."""
-    settings, state = shared.settings(target.names), commands.state_file(target.out)
+    settings = shared.settings(target.names)
     if not commands.is_finished(target.out, settings):
-        run = commands.run_name(settings)
-        commands.check_state(state, commands.is_of_run(state, run), run)
+        commands.check_state(commands.state_file(target.out), True, commands.run_name(settings))
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -273,21 +292,22 @@ def train(args: argparse.Namespace) -> dict:
         raise UserError("--alias goes with --target: in a file, other names follow their target after commas.")
     separate(args, process)
     folder, shared = output_folder(args, "gates", ".safetensors"), commands.Training(args)
-    batches = part(read_targets(args.targets, folder, shared), process, TOGETHER if args.gate == "resag" else 1)
-    targets = [target for batch in batches for target in batch.values()]
-    figures, failed, done = {}, [], 0
+    together = TOGETHER if args.gate == "resag" else 1
+    mine = part(batches(read_targets(args.targets, folder, shared), together), process)
+    targets = [target for _, batch in mine for target in batch.values()]
     for target in targets:  # before a model is downloaded
         with naming(target.line, args):
             commands.check_new(target.out)
     for target in targets:  # before hours of training
         with naming(target.line, args):
             check_files(target, shared)
+    figures, failed = {}, []
     with stopped_by_torchrun(process):
-        for batch in batches:
+        for size, batch in mine:
+            done = len(figures) + len(failed)
             text = f"training {done + 1} to {done + len(batch)} of {len(targets)}"
-            for target, trained in train_batch(batch, shared, text, batch is batches[-1]):
-                if isinstance(trained, UserError):
-                    print(f"cpe.py: {target.line}: {trained}", file=sys.stderr)
+            for target, trained in train_batch(size, batch, shared, text, batch is mine[-1][1]):
+                if trained is None:
                     failed.append(target.names[0])
                     continue
                 figures[target.names[0]] = trained
@@ -295,7 +315,6 @@ def train(args: argparse.Namespace) -> dict:
                     what = f"erases {', '.join(target.names)} from {shared.model.name}"
                     new = "kept" not in trained
                     print(f"wrote   {target.out}: {what}" if new else f"kept    {target.out}: is finished already")
-            done += len(batch)
     if failed:
         raise UserError(f"{len(failed)} of {len(targets)} targets diverged: {', '.join(failed)}.")
     new = sum("kept" not in each for each in figures.values())
@@ -325,7 +344,7 @@ def generate(args: argparse.Namespace) -> dict:
     separate(args, process)
     folder, lines = output_folder(args, "images/generated", ".png"), read_lines(args.prompt_file)
     names = picture_names([prompt for _, prompt in lines])
-    mine = list(zip(lines, names, strict=True))[process.rank :: process.size]
+    mine = share(list(zip(lines, names, strict=True)), process)
     commands.check_out(folder / names[0])
     commands.check_gates(args.gates, args.model)
     commands.check_sampling(args)

@@ -109,11 +109,12 @@ def literal_step(literal: Literal, kind: str, deltas: Tensor):
 
 
 def trainer_at(objective: cpe.Objective, data: cpe.Data, phase: int, gate: str = "resag", **changes) -> cpe.Trainer:
-    """A trainer at the start of a phase (1 attack, 2 erase), with deltas, and gates that do something."""
+    """A trainer at the start of a phase (0, 2 erase, 1 attack), with deltas but in 0, and gates that do something."""
     trainer = cpe.Trainer(objective, data, dataclasses.replace(RECIPE, **changes), kind=gate)
     for p in trainer.gates.parameters():
         p.data.normal_(std=0.02)
-    trainer.deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
+    if phase:
+        trainer.deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
     trainer.phase = phase
     return trainer
 

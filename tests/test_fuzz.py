@@ -497,6 +497,10 @@ class Trained:
         """None are left."""
         return ()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """There is nothing to go on with."""
+        return {}
+
 
 @pytest.fixture
 def nothing_heavy(tiny_original, tmp_path, monkeypatch):
@@ -522,7 +526,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setattr(commands, "build_trainer", lambda *_: Trained())
     monkeypatch.setattr(commands, "watch", lambda *_: None)
-    monkeypatch.setattr(commands.Run, "begin", lambda *_: None)
+    monkeypatch.setattr(commands.Run, "begin", lambda *_, **__: None)
     monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
     monkeypatch.setattr(commands, "check_reached", lambda *_: 1.0)
     monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))

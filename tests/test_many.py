@@ -71,7 +71,7 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, train, gate):
     assert list(contents("all")) == FILES
     if gate == "context":  # nothing is computed together
         assert contents("all") == contents("alone")
-    for file in FILES:
+    for file in FILES:  # of resag the same to rounding
         (ours, kept), (alone, said) = (weights.load_tensors(Path(folder, file)) for folder in ("all", "alone"))
         torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-5)
         assert kept == said
@@ -192,7 +192,7 @@ def test_a_state_of_other_settings_is_not_replaced_and_said_before_any_training(
     before = state.read_bytes()
     code, said = train("all")
     assert code == 2
-    assert "('dog face'): all/dog-face.state.safetensors is of an unfinished run" in said
+    assert "('dog face'): all/dog-face.state.safetensors is of a run with other settings" in said
     assert [path.name for path in Path("all").iterdir()] == [state.name]
     assert state.read_bytes() == before
 
@@ -218,6 +218,41 @@ def test_a_target_that_diverges_is_named_and_the_others_are_trained(train, monke
     assert "cpe.py: targets.txt, line 2 ('red heart'): the loss became nan" in said
     assert said.endswith("cpe.py: 1 of 3 targets diverged: red heart.\n")
     assert list(contents("all")) == ["dog-face.safetensors", "red-heart.state.safetensors", "two-hearts.safetensors"]
+
+
+def test_a_target_that_cannot_be_written_costs_the_others_nothing(train, monkeypatch):
+    train("whole")
+
+    def fail(run: commands.Run, *_) -> dict:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "write_gates", fail)
+        code, said = train("all")
+    assert code == 2
+    assert "line 2 ('red heart'): the disk is full" in said
+    assert list(contents("all")) == [name.replace(".safe", ".state.safe") for name in FILES]
+    with monkeypatch.context() as patch:
+        patch.setattr(cpe.Trainer, "advance", lambda *_: pytest.fail("trained again"))
+        assert train("all", "--json", "figures.json")[0] == 0
+    assert contents("all") == contents("whole")
+    for figures in json.loads(Path("figures.json").read_text())["targets"].values():
+        assert figures["losses"].keys() == {"erase", "anchor", "adv", "attack"}
+
+
+def test_a_state_that_cannot_be_saved_costs_the_others_nothing(train, monkeypatch):
+    foreign = Path("all/red-heart.state.safetensors")
+
+    def stop() -> None:
+        weights.save_tensors(foreign, {"position": torch.zeros(2)}, {"run": "{}"})
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_after(monkeypatch, 6, stop)
+    code, said = train("all")
+    assert code == 2
+    assert "red-heart.state.safetensors is of a run with other settings" in said
+    for name in ("dog-face", "two-hearts"):
+        assert weights.load_tensors(Path(f"all/{name}.state.safetensors"))[0]["position"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -318,9 +353,14 @@ def trainer(seed: int, dtype: torch.dtype = torch.float32) -> cpe.Trainer:
 
 def finished(trainers: dict[int, cpe.Trainer]) -> dict[int, dict[str, torch.Tensor]]:
     """Train all in a batch; the states they end with, by place."""
-    for _ in many.Batch(dict(trainers)).steps():
+    for _ in many.Batch(trainers, 4, unexpected).steps():
         pass
     return {place: each.state() for place, each in trainers.items()}
+
+
+def unexpected(place: int, error: cpe.Diverged) -> None:
+    """Nobody is to diverge."""
+    raise error
 
 
 def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -331,7 +371,7 @@ def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
 
 def test_a_batch_trains_what_every_trainer_would_alone():
     together, alone = {i: trainer(i, torch.float64) for i in range(4)}, [trainer(i, torch.float64) for i in range(4)]
-    batch = many.Batch(dict(together)).steps()
+    batch = many.Batch(together, 4, unexpected).steps()
     for reports, *expected in zip(batch, *(each.steps() for each in alone), strict=True):
         for found, report in zip((reports[each] for each in together.values()), expected, strict=True):
             assert (found.step, found.total, found.stage, found.kind) == (
@@ -353,7 +393,7 @@ def test_who_else_is_in_a_batch_changes_no_bit():
 def test_trainers_of_a_batch_may_stand_at_different_steps(behind):
     whole = finished({i: trainer(i) for i in (0, 2)})
     first = {i: trainer(i) for i in (0, 2)}
-    for _, _ in zip(range(behind), many.Batch(dict(first)).steps()):  # noqa: B905 the shorter one ends it
+    for _, _ in zip(range(behind), many.Batch(first, 4, unexpected).steps()):  # noqa: B905 the shorter one ends it
         pass
     late, early = trainer(0), trainer(2)
     late.load_state(first[0].state())
@@ -365,31 +405,37 @@ def test_a_trainer_that_diverges_leaves_the_others_of_its_batch_alone():
     whole = finished({i: trainer(i) for i in (0, 1)})
     lost = trainer(3)
     lost.data.targets.fill_(1e30)
-    before = lost.gates.state_dict()
+    before, told = lost.state(), []
     trainers = {0: trainer(0), 1: trainer(1), 3: lost}
-    batch = many.Batch(dict(trainers))
-    for _ in batch.steps():
-        pass
-    assert list(batch.diverged) == [lost]
-    assert "stage 1, step 1" in str(batch.diverged[lost])
-    assert_same(lost.gates.state_dict(), before)
+    for reports in many.Batch(trainers, 4, lambda *error: told.append(error)).steps():
+        assert set(reports) == {trainers[0], trainers[1]}
+    ((place, error),) = told
+    assert place == 3
+    assert "stage 1, step 1" in str(error)
+    after = lost.state()
+    assert_same(*({name: t for name, t in each.items() if "gates." in name} for each in (before, after)))
     for place in (0, 1):
         assert_same(trainers[place].state(), whole[place])
 
 
 @pytest.mark.parametrize(
-    ("size", "together", "places"),
+    ("targets", "processes", "expected"),
     [
-        (1, 4, [[{0: 0, 1: 1, 2: 2, 3: 3}, {0: 4, 1: 5}]]),
-        (2, 4, [[{0: 0, 1: 1, 2: 2}], [{3: 3}, {0: 4, 1: 5}]]),
-        (4, 4, [[{0: 0, 1: 1}], [{2: 2}], [{3: 3}, {0: 4}], [{1: 5}]]),
-        (9, 4, [[{0: 0}], [{1: 1}], [], [{2: 2}], [{3: 3}], [], [{0: 4}], [{1: 5}], []]),
-        (2, 1, [[{0: 0}, {0: 1}, {0: 2}], [{0: 3}, {0: 4}, {0: 5}]]),
+        (6, 1, ["4:0 1 2 3|2:0 1"]),
+        (9, 2, ["4:0 1 2 3|4:0 1 2 3", "1:0"]),
+        (6, 2, ["4:0 1 2 3", "2:0 1"]),
+        (6, 4, ["4:0 1", "4:2", "4:3|2:0", "2:1"]),  # fewer batches than processes: they are divided
+        (3, 2, ["3:0 1", "3:2"]),
+        (1, 2, ["1:0", ""]),
     ],
 )
-def test_a_target_has_the_place_of_its_line_whichever_process_trains_it(size, together, places):
-    for rank, expected in enumerate(places):
-        assert many.part(range(6), many.Process(rank, size), together) == expected
+def test_a_target_has_the_place_of_its_line_whichever_process_trains_it(targets, processes, expected):
+    whole, seen = many.batches(range(targets), 4), []
+    for rank, words in enumerate(expected):
+        mine = many.part(whole, many.Process(rank, processes))
+        assert "|".join(f"{size}:{' '.join(map(str, batch))}" for size, batch in mine) == words
+        seen += [target for _, batch in mine for target in batch.values()]
+    assert seen == list(range(targets))
 
 
 # --- generate --prompts ------------------------------------------------------------------------------------------
