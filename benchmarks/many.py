@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import sd14
 import torch
-from train_step import RECIPE, trainer_at
+from train_step import trainer_at
 
 import cpe
 import many
