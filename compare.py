@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -182,6 +183,29 @@ class World:
         return evaluate.recognise(self.clip, images, self.features)
 
 
+# Ordinary words: none is in a concept's name, in a caption, or in a sentence that gates are tried with.
+WORDS = """
+about above across after again almost along always ancient any around as away beautiful because before behind below
+beside better between beyond bright careful certain cheap clean clear common complete could country cozy curious daily
+damp deep different digital distant during early easy elegant empty enough every exactly famous fancy far fast few
+final floating found funny gentle giant glossy grand great heavy high honest huge inside just kind late like little
+lonely long lost loud lovely many maybe modern more most much near never new next nice now odd often once only our
+outside over perfect plain quick quiet quite rare rather ready really rich rough rusty several sharp short simple some
+soon still strange street such tall tell their then these they those through today together too toward under until
+usual very vintage wait want warm was well what when which why wide without wooden world yet young
+"""
+
+
+def among_words(prompts: cpe.Prompts, count: int, seed: int = 0) -> cpe.Prompts:
+    """The same prompts with so many templates more, of one to seven words around the name that say nothing of it."""
+    words, chance, more = WORDS.split(), random.Random(seed), {}
+    while len(more) < count:
+        before, after = chance.choices(words, k=chance.randint(0, 4)), chance.choices(words, k=chance.randint(0, 3))
+        if before or after:
+            more[" ".join([*before, "{}", *after])] = None
+    return dataclasses.replace(prompts, templates=[*prompts.templates, *more])
+
+
 # --- The images of a scenario ------------------------------------------------------------------------------------
 
 
@@ -312,9 +336,14 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
 def gated(kind: str) -> Callable[..., Erased]:
     """A builder for CPE: gates trained per target, independently, then merged; `kind` as in `variants.trainer`."""
 
-    def build(world: World, scenario: Scenario, seed: int, zone: float = 0.0, **settings: Any) -> Erased:
-        """The same model with gates, merged with a dead `zone`; `settings` replace fields of the preset's recipe."""
-        gates, seconds = merged_gates(world, scenario, kind, seed, settings, zone)
+    def build(
+        world: World, scenario: Scenario, seed: int, zone: float = 0.0, distractors: int = 0, **settings: Any
+    ) -> Erased:
+        """The same model with gates, merged with a dead `zone`; `settings` replace fields of the preset's recipe.
+
+        `distractors`: how many templates of words that no caption has they and their anchors are trained in, too.
+        """
+        gates, seconds = merged_gates(world, scenario, kind, seed, settings, zone, distractors)
         size = sum(p.numel() for p in gates.parameters())
         return Erased(world.model, gates, size, 4 * size, seconds)
 
@@ -337,23 +366,22 @@ def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erase
 
 
 def merged_gates(
-    world: World, scenario: Scenario, kind: str, seed: int, settings: dict, zone: float = 0.0
+    world: World, scenario: Scenario, kind: str, seed: int, settings: dict, zone: float = 0.0, distractors: int = 0
 ) -> tuple[nn.Module, float]:
     """Gates of all targets of a scenario, and how many seconds of their training an earlier cell has spent."""
     recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
-    gates, seconds = zip(
-        *(train_gates(world, scenario, target, recipe, kind, seed) for target in scenario.targets), strict=True
-    )
+    prompts = among_words(world.listed(scenario), distractors)
+    trained = [train_gates(world, world.names(scenario, t), prompts, recipe, kind, seed) for t in scenario.targets]
+    gates, seconds = zip(*trained, strict=True)
     if len(gates) == 1 and not zone:
         return gates[0], sum(seconds)
     return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates], zone), sum(seconds)
 
 
 def train_gates(
-    world: World, scenario: Scenario, target: str, recipe: cpe.Recipe, kind: str, seed: int
+    world: World, names: list[str], prompts: cpe.Prompts, recipe: cpe.Recipe, kind: str, seed: int
 ) -> tuple[nn.Module, float]:
     """Gates of one target, from disk where a cell before has trained them; and the seconds that then were not spent."""
-    names, prompts = world.names(scenario, target), world.listed(scenario)
     one = cpe.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
     data = cpe.prepare(
         recipe, prompts, names, world.model.encode, lambda asked: cached_contexts(world.model, asked), one
@@ -421,6 +449,7 @@ ABLATIONS = {
         Method("cpe, general anchors only", gated("resag"), {"nearest": 0}),
         Method("cpe, no margin", gated("resag"), {"margin": 0.0}),
         Method("cpe, margin 0.5", gated("resag"), {"margin": 0.5}),
+        Method("cpe, among other words", gated("resag"), {"distractors": 200}),
         *(Method(f"cpe, {kind}", gated(kind)) for kind in variants.KINDS),
         *(Method(f"cpe, {n} stage{'s' * (n > 1)}", gated("resag"), {"stages": n}) for n in (1, 2, 4)),
         *(Method(f"cpe, k = {k}", gated("resag"), {"k": k}) for k in (1, 2, 4, 8)),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import attacks
 import bake
 import baselines
 import commands
@@ -371,3 +372,17 @@ def test_a_process_whose_parent_was_killed_measures_no_further_cell(tiny_origina
     cells: list[int] = []
     compare.fill(str(tiny_original), None, "emoji", compare.SCENARIOS["object"], ["cpe"], SMALL, 0)
     assert len(cells) == measured
+
+
+def test_templates_among_other_words_hold_nothing_that_gates_know_or_are_tried_with():
+    prompts = weights.read_prompts("emoji")
+    tried = (*commands.UNFAMILIAR, *bake.HELD_OUT, *attacks.PARAPHRASES["emoji"])
+    taken = {word for text in (*prompts.domain, *prompts.templates, *tried) for word in cpe.normalised(text).split()}
+    assert not taken.intersection(compare.WORDS.split())
+    more = compare.among_words(prompts, 50)
+    assert more.templates[: len(prompts.templates)] == prompts.templates
+    added = more.templates[len(prompts.templates) :]
+    assert len(set(added)) == 50
+    assert all(template.count("{}") == 1 and len(template.split()) > 1 for template in added)
+    assert compare.among_words(prompts, 50) == more
+    assert compare.among_words(prompts, 0) == prompts
