@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
-# Of what trains gates, and of what bakes them: raise it when the same settings come to give other gates, another text
-# encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
+# Of what trains gates, and of what bakes them: raise it when the same settings come to give, by more than rounding,
+# other gates, another text encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
 VERSIONS = {"train": 2, "bake": 2}
 GO_ON = "go on with --resume"  # what an interruption says where a state was saved
 
@@ -606,7 +606,7 @@ class Training:
         return digest_inputs(self.prompts, self.model.cross_attention())
 
     def settings(self, names: Sequence[str]) -> dict:
-        """All that the gates of a target depend on: who has the same settings has the same gates."""
+        """All that the gates of a target depend on: who has the same settings has the same gates, to rounding."""
         settings = {"target": names[0], "aliases": names[1:], "gate": self.args.gate, "seed": self.args.seed}
         settings |= {"version": VERSIONS["train"]}
         settings |= {"preset": self.preset, "fingerprint": self.model.fingerprint, "inputs": self.inputs}
