@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 PRESET_NAMES = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 CHECKPOINT_SECONDS = 10.0
 # Of what trains gates, and of what bakes them: raise it when the same settings come to give, by more than rounding,
-# other gates, another text encoder, or states that go on differently. Gates of any version can be used; only those of this one count as finished.
+# other gates, another text encoder, or states that go on differently. Gates of any version can be used; only those of
+# this one count as finished.
 VERSIONS = {"train": 2, "bake": 2}
 GO_ON = "go on with --resume"  # what an interruption says where a state was saved
 
