@@ -393,7 +393,7 @@ class Baker:
             self.optimizer = self.new_optimizer()
             if self.done:
                 cpe.load_moments(self.optimizer, state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
     @torch.no_grad()

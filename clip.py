@@ -35,13 +35,20 @@ FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout"
 
 
 class Tokenizer:
-    """Byte-level BPE of CLIP: prompts to ids, from the official `vocab.json` and `merges.txt`."""
+    """Byte-level BPE of CLIP: prompts to ids, from the official `vocab.json` and `merges.txt`, or `tokenizer.json`."""
 
-    def __init__(self, vocab: str | Path, merges: str | Path):
-        """Read the two files; ValueError when they are not a CLIP vocabulary, OSError when they cannot be read."""
+    def __init__(self, vocab: str | Path, merges: str | Path | None = None):
+        """Read the two files, or the one of transformers 5, which holds the same in other words.
+
+        ValueError or KeyError when they are not a CLIP vocabulary, OSError when they cannot be read.
+        """
         table = json.loads(Path(vocab).read_text(encoding="utf-8"))
-        lines = Path(merges).read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        if merges is None:
+            merges, table, lines = vocab, table["model"]["vocab"], table["model"]["merges"]
+            pairs = [tuple(line.split() if isinstance(line, str) else line) for line in lines]
+        else:
+            lines = Path(merges).read_text(encoding="utf-8").splitlines()
+            pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         if not isinstance(table, dict) or BOS not in table or EOS not in table:
             raise ValueError(f"{vocab}: not a CLIP vocabulary (no {BOS} or {EOS} in it)")
         if any(len(pair) != 2 for pair in pairs):

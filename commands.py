@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,27 +228,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"took    {figures['seconds']} s")
             if figures.get("next"):
                 print(f"next    {figures['next']}")
-        sys.stdout.flush()
+        if sys.stdout:  # it may have been closed
+            sys.stdout.flush()
     except UserError as error:
-        print(f"cpe.py: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except OSError as error:  # files raise UserError: what is left is that nobody reads on, or a full disk does
         if error.filename is not None:
-            print(f"cpe.py: {error.filename}: {error.strerror}", file=sys.stderr)
+            complain(f"{error.filename}: {error.strerror}")
             return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again as it ends
-        print(f"cpe.py: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        complain(f"standard output cannot be written: {error.strerror}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"cpe.py: {memory_advice(args)}", file=sys.stderr)
+        complain(memory_advice(args))
         return 2
     except KeyboardInterrupt as interrupt:
         of_lines = getattr(args, "targets", None) or getattr(args, "prompt_file", None)
         more = f" ({interrupt})" if str(interrupt) and args.command != "demo" else ""
         more = " (the same command goes on)" if of_lines else more
-        print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
+        complain(f"interrupted; nothing half-written is left{more}", start="\n")
         return 130
     return 0
 
@@ -339,8 +340,35 @@ def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
 
     from many import this_process
 
-    quiet = this_process().rank > 0
-    return tqdm(iterable, total=total, desc=text, leave=False, file=sys.stderr, disable=quiet)
+    quiet = this_process().rank > 0 or sys.stderr is None
+    return tqdm(iterable, total=total, desc=text, leave=False, file=Unfailing(sys.stderr), disable=quiet)
+
+
+class Unfailing:
+    """A stream for what may go unsaid: hours of work do not end because a log's disk is full."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write it if that is possible."""
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's own."""
+        return getattr(self.stream, name)
+
+
+def complain(text: str, start: str = "") -> None:
+    """Say what went wrong, on standard error if anybody can read it."""
+    with suppress(OSError, ValueError):
+        print(f"{start}cpe.py: {text}", file=sys.stderr, flush=True)
 
 
 def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "float32") -> "Model":
@@ -817,6 +845,7 @@ class Run:
     state: Path
     name: str  # `run_name` of its settings
     losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of every loss
+    kept: bool = True  # whether a state is saved at all
 
     def begin(self, resume: bool) -> None:
         """Go on where the state was saved, if one was; UserError as of `check_state`, or if it has other shapes."""
@@ -837,6 +866,8 @@ class Run:
         """Save the state; UserError if another run has saved its own there meanwhile, or as of `kept`."""
         from weights import save_tensors
 
+        if not self.kept:
+            return
         with kept(self.state, self.name):
             check_state(self.state, True, self.name)
             save_tensors(self.state, self.trainer.state(), {"run": self.name, "losses": json.dumps(self.losses)})
@@ -1001,11 +1032,11 @@ def write_gates(run: Run, settings: dict, out: Path, replace: bool = False) -> d
     return {**settings, "losses": run.losses, "reached": share, "out": str(out)}
 
 
-def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool, replace: bool = False) -> dict:
+def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool) -> dict:
     """Train the gates of one target and write their file; UserError as of `run_trainer` and `write_gates`."""
     run = Run(trainer, state_file(out), run_name(settings))
     run_trainer(run, resume)
-    return write_gates(run, settings, out, replace)
+    return write_gates(run, settings, out)
 
 
 def check_reached(trainer: "Trainer", target: str) -> float:
@@ -1181,10 +1212,10 @@ def demo(args: argparse.Namespace) -> dict:
 def train_demo(args: argparse.Namespace, out: Path) -> dict:
     """Train the gates of `demo`: anew each time, as its picture is drawn anew, so those of an earlier one are replaced.
 
-    UserError if the loss became no number, the gates cannot be written, or there are others, or their state.
+    UserError if the loss became no number, the gates cannot be written, or there are others.
     """
     import cpe
-    from weights import Unwritten, UserError
+    from weights import UserError
 
     options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
     shared = Training(parser().parse_args(["train", *options]))
@@ -1194,23 +1225,14 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
         raise UserError(
             f"--out: {out} is there already, and of no demo, which would replace it: remove it, or choose another."
         )
-    settings = shared.settings(names) | {"demo": True}
-    if '"demo": true' in kept_metadata(state_file(out)).get("run", ""):  # of one that was killed
-        state_file(out).unlink()
-    if state_file(out).exists():
-        raise UserError(f"--out: {state_file(out)} is of an unfinished run of `train`: remove it, or choose another.")
+    settings, trainer = shared.settings(names) | {"demo": True}, build_trainer(shared, names)
+    shared.forget()
+    run = Run(trainer, state_file(out), run_name(settings), kept=False)  # a minute's work: it begins anew
     try:
-        trainer = build_trainer(shared, names)
-        shared.forget()
-        return train_target(trainer, settings, out, resume=False, replace=True)
-    except (KeyboardInterrupt, UserError) as error:  # a minute's work: it begins anew
-        remove_state(state_file(out), run_name(settings))
-        cause = error.__cause__  # without the advice of `train`, which has options that `demo` has not
-        if isinstance(cause, cpe.Diverged):
-            raise UserError(f"{cause}: try another --seed.") from cause
-        if isinstance(cause, Unwritten):
-            raise cause from cause.error
-        raise
+        watch([run], ({trainer: report} for report in trainer.steps()), "training")
+    except cpe.Diverged as error:
+        raise UserError(f"{error}: try another --seed.") from error
+    return write_gates(run, settings, out, replace=True)
 
 
 UNFAMILIAR = (  # words that no caption of the embedded model has

@@ -208,8 +208,8 @@ class ContextGate(nn.Module):
         return self
 
     def forward(self, context: Tensor) -> Tensor:
-        """The erased context E' [B, T, d]: what any pipeline that takes prompt embeddings can be given."""
-        return context + self.inner.corrections(context)["context"]
+        """The erased context E' [B, T, d], in its dtype: what a pipeline that takes prompt embeddings can be given."""
+        return context + self.inner.corrections(context.to(self.inner.w_qs))["context"].to(context)
 
     def expand(self, projections: dict[str, Tensor]) -> ResAG:
         """The same eraser as a ResAG over `projections` W_l [d_l, d], to be saved and merged like any other."""
@@ -1024,7 +1024,7 @@ class Trainer:
             if self.step:
                 self.begin()
                 load_moments(self.optimizer, state)
-        except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
 
@@ -1092,33 +1092,42 @@ def refuse_fused(module: nn.Module, *_: object) -> None:
         raise ValueError("gates act on to_k and to_v, which are fused into one: unfuse_qkv_projections() of this U-Net")
 
 
+def refuse_compiled(unet: nn.Module) -> None:
+    """ValueError for what torch.compile has made of a U-Net: it may go on as it was traced, with gates or without."""
+    if hasattr(unet, "_orig_mod"):
+        raise ValueError(
+            "this U-Net is compiled: attach or detach gates on what torch.compile was given, and compile anew"
+        )
+
+
 class Hook:
     """What `attach` hangs on every `to_k` and `to_v`: evaluates the gates once per context and adds each its share.
 
     A context is known again by being the same tensor, kept alive here so that no other takes its place in memory, at
     the same version, so that writing into it counts. Tensors made in inference mode keep no versions: with these a
     context is known again until a projection asks a second time, which begins another pass through the U-Net. Where
-    gradients are wanted, nothing is remembered.
+    gradients are wanted, nothing is remembered. Threads may share a U-Net: what is remembered is replaced as a whole.
     """
 
     def __init__(self, gates: ResAG):
         self.gates = gates
-        self.context: Tensor | None = None
-        self.versions: list[int | None] = []
-        self.asked: set[str] = set()  # the projections that have had their share of these corrections
-        self.corrections: dict[str, Tensor] = {}
+        # a context, what it and the gates were like, their corrections, the projections that have had their share
+        self.kept: tuple[Tensor | None, list, dict[str, Tensor], set[str]] = (None, [], {}, set())
 
     def read(self, name: str, context: Tensor) -> Tensor:
         """R_l(E) [B, T, d_l] of projection `name`, of a context E [B, T, d]."""
         if torch.is_grad_enabled():
             return self.gates.corrections(context.to(self.gates.w_qs))[name]
-        versions = [None if t.is_inference() else t._version for t in (context, *self.gates.parameters())]
-        again = None in versions and name in self.asked
-        if context is not self.context or versions != self.versions or again:
-            self.context, self.versions, self.asked = context, versions, set()
-            self.corrections = self.gates.corrections(context.to(self.gates.w_qs))
-        self.asked.add(name)
-        return self.corrections[name]
+        gates = self.gates
+        tensors = (context, *gates.parameters(), *gates.buffers())
+        versions = [gates.zone, *(None if t.is_inference() else t._version for t in tensors)]
+        known, before, corrections, asked = self.kept
+        again = None in versions and name in asked
+        if context is not known or versions != before or again:
+            corrections, asked = gates.corrections(context.to(gates.w_qs)), set()
+            self.kept = (context, versions, corrections, asked)
+        asked.add(name)
+        return corrections[name]
 
     def on(self, name: str) -> Callable:
         """The forward hook of projection `name`: W_l E becomes W_l E + R_l(E)."""
@@ -1130,9 +1139,11 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
 
     Forward hooks add R_l(E) to what these modules return; the weights stay as they are. Gates attached before are
     replaced: `merge` several into one. ValueError when the gates are for another model, or where diffusers has fused
-    these modules; if it does so later, at the next call of the U-Net. A ContextGate needs none of
-    this: give the pipeline `prompt_embeds=gate(prompt_embeds)`, and the negative ones likewise.
+    these modules; if it does so later, at the next call of the U-Net; also for a U-Net that torch.compile has wrapped,
+    which may not notice hooks. A ContextGate needs none of this: give the pipeline `prompt_embeds=gate(prompt_embeds)`,
+    and the negative ones likewise.
     """
+    refuse_compiled(unet)
     found = {name for name, _ in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     if odd := sorted(found ^ set(gates.names)):
         raise ValueError(f"these gates are of another model: {odd[0]} is in one of the two only")
@@ -1149,6 +1160,7 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
 
 
 def detach(unet: nn.Module) -> None:
-    """Take what `attach` hung there away again, if anything."""
+    """Take what `attach` hung there away again, if anything; ValueError for what torch.compile has wrapped."""
+    refuse_compiled(unet)
     for handle in unet.__dict__.pop("cpe_handles", ()):
         handle.remove()

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -216,12 +215,7 @@ def batches(targets: Sequence[Target], together: int) -> list[list[Target]]:
 
 
 def part(whole: Sequence[Sequence[Target]], process: Process) -> list[tuple[int, dict[int, Target]]]:
-    """The r-th of n parts of batches: of each its size, and this process's targets by their places in it.
-
-    Batches are divided only where there are fewer of them than processes.
-    """
-    if len(whole) >= process.size:
-        return [(len(batch), dict(enumerate(batch))) for batch in share(whole, process)]
+    """The r-th of n parts of all targets: for each batch its size, and this process's targets by their places in it."""
     mine = share([(b, place) for b, batch in enumerate(whole) for place in range(len(batch))], process)
     grouped = groupby(mine, key=lambda pair: pair[0])
     return [(len(whole[b]), {place: whole[b][place] for _, place in pairs}) for b, pairs in grouped]
@@ -255,7 +249,7 @@ def train_batch(
 
     def lost(place: int, error: cpe.Diverged) -> None:
         diverged.add(place)
-        print(f"cpe.py: {batch[place].line}: {runs[place].diverged(error)}", file=sys.stderr)
+        commands.complain(f"{batch[place].line}: {runs[place].diverged(error)}")
 
     if runs:
         lines = batch[min(runs)].line + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")

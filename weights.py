@@ -611,6 +611,8 @@ def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Path) -> No
     """UserError for a config that asks for something else than the one value we implement."""
     for key, only in fixed.items():
         value = config.get(key)
+        if value is None and only is False:  # as diffusers' converter writes it
+            continue
         allowed = only if isinstance(only, tuple) else (only,)
         wrong = [v for v in (value if isinstance(value, list) and value else [value]) if v not in allowed]
         if key in config and wrong:
@@ -727,6 +729,9 @@ def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
             return Part(build, config, folder / name, diffusers_name)
     for file in sorted(folder.iterdir()):
         refuse_pickles(file)
+        if file.name.endswith(".safetensors.index.json"):
+            advice = "save it again in one file, in diffusers with save_pretrained(..., max_shard_size='10GB')"
+            raise UserError(f"{file}: this network comes in several files, which are not read: {advice}")
     raise UserError(f"{folder / stem}.safetensors does not exist: is this a whole model in the diffusers layout?")
 
 
@@ -830,11 +835,31 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     return folder
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The two files of a tokenizer, or the one that transformers 5 writes, if there is nothing else."""
+    two, one = [folder / file for file in TOKENIZER], folder / "tokenizer.json"
+    return [one] if one.is_file() and not any(path.is_file() for path in two) else two
+
+
+def check_added(folder: Path, tokenizer: Tokenizer) -> None:
+    """UserError for a tokenizer with words beside its vocabulary, as textual inversion adds: they would be spelt."""
+    for name in ("added_tokens.json", "tokenizer.json"):
+        path = folder / name
+        if path.is_file():
+            said = read_json(path)
+            added = said if name == "added_tokens.json" else [each["content"] for each in said.get("added_tokens", [])]
+            if odd := [word for word in added if tokenizer.bpe.token_to_id(word) is None]:
+                raise UserError(f"{path} adds the word {odd[0]!r} to the vocabulary, which is not implemented")
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder; UserError when its files are missing or are none."""
-    vocab, merges = (folder / file for file in TOKENIZER)
     try:
-        return Tokenizer(vocab, merges)
+        tokenizer = Tokenizer(*tokenizer_files(folder))
+        check_added(folder, tokenizer)
+        return tokenizer
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} does not exist: a model needs its {' and '.join(TOKENIZER)}") from error
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -1134,8 +1159,8 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
         if model.has_clip:
             write_part(model, "clip", temporary / "clip", changed.get("clip"))
         (temporary / "tokenizer").mkdir()
-        for file in TOKENIZER:
-            copy_file(model.tokenizer_folder / file, temporary / "tokenizer" / file)
+        for path in tokenizer_files(model.tokenizer_folder):
+            copy_file(path, temporary / "tokenizer" / path.name)
         length = model.part("text_encoder").config.get("max_position_embeddings", 77)
         tokenizer = {**TOKENIZER_CONFIG, "model_max_length": length}
         write_text(temporary / "tokenizer" / "tokenizer_config.json", json.dumps(tokenizer, indent=2))
@@ -1256,7 +1281,7 @@ def cached_contexts(
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     contexts = []
     for part in progress(parts):
-        vocabulary = [(model.tokenizer_folder / file).read_text(encoding="utf-8") for file in TOKENIZER]
+        vocabulary = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
         key = hashlib.sha256(json.dumps([model.fingerprint, vocabulary, part]).encode()).hexdigest()[:32]
         path = cache_folder() / f"contexts-{key}.safetensors"
         contexts.append(kept_contexts(path, model, part))

@@ -3,8 +3,10 @@
 import copy
 import gc
 import re
+import sys
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,10 +107,57 @@ def test_a_new_context_never_gets_an_old_gate(unet, gates):
     assert equal(unet.keys_values(E), expected["a"])
     E.copy_(context("b"))
     assert equal(unet.keys_values(E), expected["b"])
-    gates.lora_up.zero_()
-    shut = unet.keys_values(E)
-    cpe.detach(unet)
-    assert equal(shut, unet.keys_values(E))
+    gates.zone = 0.99
+    zone = unet.keys_values(E)
+    assert not equal(zone, expected["b"])
+    gates.zone = 0.0
+    for change in (gates.scale, gates.lora_up):  # a buffer, and a parameter
+        kept = change.clone()
+        assert equal(unet.keys_values(E), expected["b"])
+        change.zero_()
+        shut = unet.keys_values(E)
+        change.copy_(kept)
+        cpe.detach(unet)
+        assert equal(shut, unet.keys_values(E))
+        cpe.attach(unet, gates)
+
+
+@torch.no_grad()
+def test_threads_may_share_a_unet(unet, gates):
+    expected = {name: gates(context(name), unet.keys_values(context(name))) for name in "ab"}
+    cpe.attach(unet, gates)
+
+    def wrong(name: str) -> int:
+        with torch.no_grad():
+            return sum(not equal(unet.keys_values(context(name)), expected[name]) for _ in range(200))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(wrong, "ab")) == [0, 0]
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_compiled_unet_is_refused(unet, gates):
+    compiled = torch.compile(unet, backend="eager")
+    for call in (lambda: cpe.attach(compiled, gates), lambda: cpe.detach(compiled)):
+        with pytest.raises(ValueError, match="compiled"):
+            call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_context_gate_takes_contexts_of_a_pipeline_in_half_precision(unet, dtype):
+    gate = cpe.ContextGate(32, r=4, k=3)
+    for parameter in gate.parameters():
+        parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    E = context().to(dtype)
+    erased = gate(E)
+    assert erased.dtype == dtype
+    assert not torch.equal(erased, E)
+    torch.testing.assert_close(erased.float(), gate(E.float()), atol=0.05, rtol=0.01)
 
 
 @torch.inference_mode()

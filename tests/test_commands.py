@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,8 +124,9 @@ def test_a_gate_file_has_a_name_of_one(run, name):
 
 def test_the_demo_replaces_its_own_gates_and_no_others(run, monkeypatch):
     out = Path("demo.safetensors")
-    monkeypatch.setattr(commands, "build_trainer", lambda *_: None)
-    monkeypatch.setattr(commands, "train_target", lambda trainer, settings, out, **_: {"out": out})
+    monkeypatch.setattr(commands, "build_trainer", lambda *_: SimpleNamespace(steps=list))
+    monkeypatch.setattr(commands, "watch", lambda *_: None)
+    monkeypatch.setattr(commands, "write_gates", lambda run, settings, out, replace: {"out": out})
     args = commands.parser().parse_args(["demo"])
     for metadata in ({}, {"target": "dog face"}):
         weights.save_tensors(out, {}, metadata)
@@ -546,11 +548,11 @@ def test_an_interruption_before_the_first_step_promises_no_resume(run, monkeypat
 def test_a_demo_that_is_interrupted_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def interrupted(run, *_):
-        run.save()
+    def interrupted(runs, *_):
+        commands.save_all(runs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "run_trainer", interrupted)
+    monkeypatch.setattr(commands, "watch", interrupted)
     assert commands.main(["demo"]) == 130
     assert "nothing half-written is left" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

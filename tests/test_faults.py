@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import socket
 import subprocess
@@ -609,6 +610,20 @@ def test_output_that_nobody_can_read_is_no_traceback(tiny_original, tmp_path, to
     assert (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", ">&-", ">&- 2>&-"])
+def test_work_goes_on_where_nobody_can_be_told_of_it(tiny_original, tmp_path, redirection):
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    command = [sys.executable, str(ROOT / "cpe.py"), *train(tiny_original, Path("x.safetensors"))]
+    line = f"{shlex.join(command)} {redirection}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert weights.load_tensors(tmp_path / "x.safetensors")[0]
+    wrong = f"{shlex.join([*command[:2], 'inspect', 'none', '--prompt', 'x'])} {redirection}"
+    assert subprocess.run(wrong, shell=True, capture_output=True, cwd=tmp_path).returncode == 2
+
+
 def test_a_terminal_of_few_letters_gets_question_marks(tiny_original, tmp_path):
     command = [sys.executable, str(ROOT / "cpe.py"), "generate", "日本", *generate(tiny_original, Path("x.png"))[1:]]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -1052,7 +1067,8 @@ def test_a_tokenizer_of_another_model_is_named(tiny):
         weights.load_model(tiny).encode(["a cat"])
 
 
-def test_a_cached_context_of_another_shape_is_made_anew(tiny):
+def test_a_cached_context_of_another_shape_is_made_anew(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
     model = weights.load_model(tiny)
     good = weights.cached_contexts(model, ["a cat"])
     (path,) = (p for p in weights.cache_folder().iterdir() if torch.equal(load_file(p)["contexts"], good))

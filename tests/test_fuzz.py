@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -336,6 +336,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @cases(0.05)
 @given(changed(state(), tensors()))
+@example(state() | {"position": torch.tensor([math.inf, 0])})
 def test_any_state_to_go_on_from(content):
     run = trainer()
     with ends_well(ValueError, cpe.Diverged):
@@ -353,6 +354,14 @@ def new_baker(tiny_original):
     tokens = model.tokenizer(["a red heart"]), model.tokenizer(["", "a dog", "a cat"])
     recipe = bake.Recipe(steps=4, targets=1, others=2)
     return lambda: bake.Baker(model.text_encoder, gates, objective, *tokens, recipe)
+
+
+def test_a_state_of_a_bake_that_is_nowhere(new_baker):
+    baker = new_baker()
+    next(baker.steps())
+    for done in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="another run"):
+            baker.load_state(baker.state() | {"done": torch.tensor(done)})
 
 
 @cases(0.05)

@@ -422,9 +422,8 @@ def test_a_trainer_that_diverges_leaves_the_others_of_its_batch_alone():
     ("targets", "processes", "expected"),
     [
         (6, 1, ["4:0 1 2 3|2:0 1"]),
-        (9, 2, ["4:0 1 2 3|4:0 1 2 3", "1:0"]),
-        (6, 2, ["4:0 1 2 3", "2:0 1"]),
-        (6, 4, ["4:0 1", "4:2", "4:3|2:0", "2:1"]),  # fewer batches than processes: they are divided
+        (9, 2, ["4:0 1 2 3|4:0", "4:1 2 3|1:0"]),
+        (6, 4, ["4:0 1", "4:2", "4:3|2:0", "2:1"]),
         (3, 2, ["3:0 1", "3:2"]),
         (1, 2, ["1:0", ""]),
     ],

@@ -520,6 +520,57 @@ def test_a_device_that_is_not_there_is_named(tiny, device):
         load_model(tiny, device=device)
 
 
+def test_a_tokenizer_in_one_file_is_read_and_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+    model = load_model(tiny)
+    texts = ["a cat", "Two dogs, here"]
+    expected, context = model.tokenizer(texts), model.encode(texts)
+    vocab, merges = ((tiny / "tokenizer" / file).read_text(encoding="utf-8") for file in weights.TOKENIZER)
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    for file in weights.TOKENIZER:
+        (tiny / "tokenizer" / file).unlink()
+    for pairs in (lines, [line.split() for line in lines]):  # as older and newer versions write them
+        said = {"model": {"vocab": json.loads(vocab), "merges": pairs}, "added_tokens": [{"content": "<|endoftext|>"}]}
+        weights.write_text(tiny / "tokenizer/tokenizer.json", json.dumps(said))
+        again = load_model(weights.save_model(load_model(tiny), tmp_path / f"copy-{len(pairs[0])}"))
+        assert torch.equal(again.tokenizer(texts), expected)
+        assert torch.equal(again.encode(texts), context)
+        assert torch.equal(weights.cached_contexts(again, texts), context.half())
+    said["added_tokens"].append({"content": "<mine>"})
+    weights.write_text(tiny / "tokenizer/tokenizer.json", json.dumps(said))
+    with pytest.raises(UserError, match=r"tokenizer.json adds the word '<mine>'"):
+        _ = load_model(tiny).tokenizer
+    weights.write_text(tiny / "tokenizer/tokenizer.json", "{}")
+    with pytest.raises(UserError, match="could not be read"):
+        _ = load_model(tiny).tokenizer
+
+
+def test_words_added_to_a_vocabulary_are_refused(tiny):
+    weights.write_text(tiny / "tokenizer/added_tokens.json", json.dumps({"<|endoftext|>": 1}))
+    assert load_model(tiny).tokenizer
+    weights.write_text(tiny / "tokenizer/added_tokens.json", json.dumps({"<mine>": 49408}))
+    with pytest.raises(UserError, match=r"added_tokens.json adds the word '<mine>'"):
+        _ = load_model(tiny).tokenizer
+
+
+def test_a_network_in_several_files_is_named(tiny):
+    (tiny / "unet/diffusion_pytorch_model.safetensors").rename(
+        tiny / "unet/diffusion_pytorch_model-00001-of-1.safetensors"
+    )
+    weights.write_text(tiny / "unet/diffusion_pytorch_model.safetensors.index.json", "{}")
+    with pytest.raises(UserError, match="comes in several files, which are not read: save it again in one file"):
+        load_model(tiny)
+
+
+def test_a_setting_that_says_nothing_is_none(tiny):
+    config = weights.read_json(tiny / "unet/config.json")
+    weights.write_text(tiny / "unet/config.json", json.dumps(config | {"upcast_attention": None}))
+    assert load_model(tiny).unet
+    weights.write_text(tiny / "unet/config.json", json.dumps(config | {"upcast_attention": True}))
+    with pytest.raises(UserError, match="upcast_attention is true, and only false"):
+        load_model(tiny)
+
+
 def test_clip_loads_from_its_own_folder(tiny):
     for file in weights.TOKENIZER:
         shutil.copy(tiny / "tokenizer" / file, tiny / "clip")
@@ -931,6 +982,19 @@ def test_a_folder_we_wrote_loads_in_diffusers(tiny, tmp_path):
     with torch.no_grad():
         context = theirs.text_encoder(tokens).last_hidden_state
     assert reference.difference(model.encode(["a cat"]), context) <= 1e-5
+
+
+@pytest.mark.oracle
+def test_a_pipeline_that_diffusers_saved_is_read(tiny, tmp_path):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    model, texts = load_model(tiny), ["a cat", "a red heart, here"]
+    pipeline.from_pretrained(weights.save_model(model, tmp_path / "ours"), local_files_only=True).save_pretrained(
+        tmp_path / "theirs"
+    )
+    again = load_model(tmp_path / "theirs")
+    assert torch.equal(again.tokenizer(texts), model.tokenizer(texts))
+    assert torch.equal(again.encode(texts), model.encode(texts))
+    assert again.fingerprint == model.fingerprint
 
 
 @pytest.mark.oracle
