@@ -341,7 +341,10 @@ def bar(iterable: Iterable | None, total: int, text: str) -> "tqdm":
     from many import this_process
 
     quiet = this_process().rank > 0 or sys.stderr is None
-    return tqdm(iterable, total=total, desc=text, leave=False, file=Unfailing(sys.stderr), disable=quiet)
+    often = 0.1 if quiet or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
+    return tqdm(
+        iterable, total=total, desc=text, leave=False, mininterval=often, file=Unfailing(sys.stderr), disable=quiet
+    )
 
 
 class Unfailing:
@@ -706,7 +709,7 @@ def check_style(name: str, shared: Training) -> None:
         known = ", ".join(styles)
         raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
     if shared.preset == "emoji" and normalised(name) in styles:
-        raise UserError(f"{name!r} is a style: give --preset emoji-style.")
+        raise UserError(f"{name!r} is a style: give --preset emoji-style (in a file of targets, styles alone).")
 
 
 def style_names(prompts: "Prompts") -> list[str]:

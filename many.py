@@ -102,7 +102,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: give a text file, one entry a line.")
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}. Check its name.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8.") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
@@ -111,7 +111,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         if "\0" in line:
             raise UserError(f"{path}, line {number} is not text: it holds a NUL.")
     if not lines:
-        raise UserError(f"{path} has no lines but blank ones and comments.")
+        raise UserError(f"{path} has no lines but blank ones and comments: write one entry a line.")
     return lines
 
 
@@ -154,6 +154,8 @@ def read_targets(path: Path, folder: Path, shared: commands.Training) -> list[Ta
     seen: dict[str, Target] = {}
     for number, text in read_lines(path):
         line, (name, *aliases) = f"{path}, line {number}", text.split(",")
+        if not all(part.strip() for part in (name, *aliases)):
+            raise UserError(f"{line}: a name is missing before or after a comma.")
         with naming(line, shared.args):
             names = commands.check_names((name, *aliases), shared)
         target = Target(f"{line} ({names[0]!r})", names, folder / f"{commands.slug(names[0])}.safetensors")
