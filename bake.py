@@ -371,7 +371,11 @@ class Baker:
             yield Progress(self.done, self.total, 1, "bake", losses)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors for a safetensors file."""
+        """Everything a resumed run needs, as tensors for a safetensors file.
+
+        The units' parameters, the optimiser's `moments`, errors [Q], the state of the generator [n] in bytes, and the
+        steps done [].
+        """
         state = {f"units.{name}": t for name, t in self.units.state_dict().items()} | cpe.moments(self.optimizer)
         state |= {"errors": self.errors, "generator": self.generator.get_state(), "done": torch.tensor(self.done)}
         return {name: t.detach().clone() for name, t in state.items()}
@@ -398,7 +402,10 @@ class Baker:
 
     @torch.no_grad()
     def changed(self) -> dict[str, Tensor]:
-        """The tensors that are not as they were, all of the last MLP, named as in the text encoder."""
+        """The tensors that are not as they were, named as in the text encoder.
+
+        Of the last MLP fc1.weight [m, d], fc1.bias [m], fc2.weight [d, m] and fc2.bias [d].
+        """
         mlp, units, free = self.last.mlp, self.units, self.free
         changed = {"fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight)}
         changed["fc1.bias"] = mlp.fc1.bias.index_copy(0, free, units.bias)

@@ -490,7 +490,10 @@ def check_out(path: Path, option: str = "--out") -> None:
 
 
 def check_new(path: Path) -> None:
-    """`check_out` of a gate file, before a model is downloaded; one that is there is for `is_finished` to judge."""
+    """UserError unless a path can become a gate file; before a model is downloaded.
+
+    One that is there is for `is_finished` to judge.
+    """
     from weights import UserError
 
     if path.suffix != ".safetensors" or path.name.endswith(".state.safetensors"):

@@ -998,7 +998,11 @@ class Trainer:
             core.lora_up *= (shares * before).sum() / (shares * torch.sigmoid(t * (H @ v + b - c))).sum()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors for a safetensors file."""
+        """Everything a resumed run needs, as tensors for a safetensors file.
+
+        The gates' parameters and buffers, deltas [J, T, d], the optimiser's `moments`, the state of the generator [n]
+        in bytes, and the position [2]: phase, and step in it.
+        """
         state = {f"gates.{name}": t for name, t in self.gates.state_dict().items()}
         state |= {"deltas": self.deltas, "generator": self.generator.get_state()}
         state["position"] = torch.tensor([self.phase, self.step])

@@ -981,7 +981,7 @@ class Model:
         return torch.cat([tower(batch) for batch in tokens.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
-        """The same model, other parts shared, with tensors of its U-Net replaced; errors as of `edited`."""
+        """The same model, other parts shared, with tensors of its U-Net replaced, by name; errors as of `edited`."""
         return self.edited("unet", changed)
 
     def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
@@ -993,7 +993,7 @@ class Model:
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
         """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied.
 
-        KeyError for a tensor that the part does not have, RuntimeError for one of another shape.
+        `changed` has tensors of the shapes they have there, under the names of that part's `state_dict`. KeyError for a tensor that the part does not have, RuntimeError for one of another shape.
         """
         twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
