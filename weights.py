@@ -993,7 +993,8 @@ class Model:
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
         """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied.
 
-        `changed` has tensors of the shapes they have there, under the names of that part's `state_dict`. KeyError for a tensor that the part does not have, RuntimeError for one of another shape.
+        `changed` has tensors of the shapes that they have there, under the names of that part's `state_dict`. KeyError
+        for a tensor that the part does not have, RuntimeError for one of another shape.
         """
         twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
