@@ -34,6 +34,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import math
 import random
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -1096,12 +1097,14 @@ def refuse_fused(module: nn.Module, *_: object) -> None:
         raise ValueError("gates act on to_k and to_v, which are fused into one: unfuse_qkv_projections() of this U-Net")
 
 
-def refuse_compiled(unet: nn.Module) -> None:
-    """ValueError for what torch.compile has made of a U-Net: it may go on as it was traced, with gates or without."""
-    if hasattr(unet, "_orig_mod"):
-        raise ValueError(
-            "this U-Net is compiled: attach or detach gates on what torch.compile was given, and compile anew"
-        )
+def traced_anew(unet: nn.Module) -> nn.Module:
+    """The U-Net itself, of one that torch.compile has wrapped; whatever was compiled is forgotten.
+
+    A compiled U-Net does not notice hooks that come after its first call: it would go on without gates.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    return getattr(unet, "_orig_mod", unet)
 
 
 class Hook:
@@ -1143,11 +1146,11 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
 
     Forward hooks add R_l(E) to what these modules return; the weights stay as they are. Gates attached before are
     replaced: `merge` several into one. ValueError when the gates are for another model, or where diffusers has fused
-    these modules; if it does so later, at the next call of the U-Net; also for a U-Net that torch.compile has wrapped,
-    which may not notice hooks. A ContextGate needs none of this: give the pipeline `prompt_embeds=gate(prompt_embeds)`,
-    and the negative ones likewise.
+    these modules; if it does so later, at the next call of the U-Net. What is compiled is compiled anew at its next
+    call. A ContextGate needs none of this: give the pipeline `prompt_embeds=gate(prompt_embeds)`, and the negative ones
+    likewise.
     """
-    refuse_compiled(unet)
+    unet = traced_anew(unet)
     found = {name for name, _ in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     if odd := sorted(found ^ set(gates.names)):
         raise ValueError(f"these gates are of another model: {odd[0]} is in one of the two only")
@@ -1164,7 +1167,7 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
 
 
 def detach(unet: nn.Module) -> None:
-    """Take what `attach` hung there away again, if anything; ValueError for what torch.compile has wrapped."""
-    refuse_compiled(unet)
+    """Take what `attach` hung there away again, if anything."""
+    unet = traced_anew(unet)
     for handle in unet.__dict__.pop("cpe_handles", ()):
         handle.remove()

@@ -140,11 +140,36 @@ def test_threads_may_share_a_unet(unet, gates):
         sys.setswitchinterval(before)
 
 
-def test_a_compiled_unet_is_refused(unet, gates):
-    compiled = torch.compile(unet, backend="eager")
-    for call in (lambda: cpe.attach(compiled, gates), lambda: cpe.detach(compiled)):
-        with pytest.raises(ValueError, match="compiled"):
-            call()
+class Their(torch.nn.Module):
+    """A module that can be compiled, with a U-Net inside."""
+
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, E: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keys and values."""
+        return self.unet.keys_values(E)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_a_compiled_unet_that_has_run_notices_gates(unet, gates, way):
+    contexts = [context(name) for name in "ab"]
+    plain = [unet.keys_values(E) for E in contexts]
+    erased = [gates(E, kv) for E, kv in zip(contexts, plain, strict=True)]
+    theirs = compiled = Their(unet)
+    if way == "in place":
+        theirs.compile(backend="eager")
+    else:
+        compiled = torch.compile(theirs, backend="eager")
+    gates.names = [f"unet.{name}" for name in gates.names]
+    for _ in range(2):
+        assert all(equal(compiled(E), kv) for E, kv in zip(contexts, plain, strict=True))
+        cpe.attach(compiled, gates)
+        assert all(equal(compiled(E), kv) for E, kv in zip(contexts, erased, strict=True))
+        cpe.detach(compiled)
+    torch.compiler.reset()
 
 
 @torch.no_grad()
