@@ -40,7 +40,7 @@ class Tokenizer:
     def __init__(self, vocab: str | Path, merges: str | Path | None = None):
         """Read the two files, or the one of transformers 5, which holds the same in other words.
 
-        ValueError or KeyError when they are not a CLIP vocabulary, OSError when they cannot be read.
+        ValueError, KeyError or TypeError when they are no CLIP vocabulary, OSError when they cannot be read.
         """
         table = json.loads(Path(vocab).read_text(encoding="utf-8"))
         if merges is None:

@@ -851,7 +851,7 @@ class Run:
     state: Path
     name: str  # `run_name` of its settings
     losses: dict[str, float] = dataclasses.field(default_factory=dict)  # the last value of every loss
-    kept: bool = True  # whether a state is saved at all
+    saves: bool = True  # whether a state is saved at all
 
     def begin(self, resume: bool) -> None:
         """Go on where the state was saved, if one was; UserError as of `check_state`, or if it has other shapes."""
@@ -872,7 +872,7 @@ class Run:
         """Save the state; UserError if another run has saved its own there meanwhile, or as of `kept`."""
         from weights import save_tensors
 
-        if not self.kept:
+        if not self.saves:
             return
         with kept(self.state, self.name):
             check_state(self.state, True, self.name)
@@ -1233,7 +1233,7 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
         )
     settings, trainer = shared.settings(names) | {"demo": True}, build_trainer(shared, names)
     shared.forget()
-    run = Run(trainer, state_file(out), run_name(settings), kept=False)  # a minute's work: it begins anew
+    run = Run(trainer, state_file(out), run_name(settings), saves=False)  # a minute's work: it begins anew
     try:
         watch([run], ({trainer: report} for report in trainer.steps()), "training")
     except cpe.Diverged as error:
