@@ -196,9 +196,9 @@ usual very vintage wait want warm was well what when which why wide without wood
 """
 
 
-def among_words(prompts: cpe.Prompts, count: int, seed: int = 0) -> cpe.Prompts:
-    """The same prompts with so many templates more, of one to seven words around the name that say nothing of it."""
-    words, chance, more = WORDS.split(), random.Random(seed), {}
+def among_words(prompts: cpe.Prompts, count: int) -> cpe.Prompts:
+    """The same prompts with so many templates more, always the same: one to seven of WORDS around the name."""
+    words, chance, more = WORDS.split(), random.Random(0), {}
     while len(more) < count:
         before, after = chance.choices(words, k=chance.randint(0, 4)), chance.choices(words, k=chance.randint(0, 3))
         if before or after:
