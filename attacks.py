@@ -452,7 +452,7 @@ def learned_tokens(
 # --- Through other sentences -------------------------------------------------------------------------------------
 
 # By preset, as in prompts/<preset>.txt; no template of any of these files is repeated here. Those for the embedded
-# model keep to the words of its captions: its text encoder knows no others.
+# model keep close to the words of its captions, and to its concepts: it hardly understands others.
 PARAPHRASES = {
     "emoji": (
         "a {} emoji",

@@ -52,7 +52,11 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     target = metadata.get("target") or metadata.get("prompts")
     if not target:
         raise ValueError("its metadata does not say what it erases")
-    surrogate, eta = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
+    surrogate, said = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
+    try:
+        eta = float(said)
+    except ValueError as error:
+        raise ValueError(f"the eta in its metadata is no number: {said[:80]!r}") from error
     try:
         aliases = json.loads(metadata.get("aliases", "[]"))
         known = isinstance(aliases, list) and all(isinstance(alias, str) and alias.encode() for alias in aliases)
@@ -60,7 +64,7 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
         known = False
     if not known:
         raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases'][:80]!r}")
-    return Concept([target, *aliases], surrogate, float(eta))
+    return Concept([target, *aliases], surrogate, eta)
 
 
 def in_company(texts: Sequence[str], words: Sequence[str], chance: random.Random) -> list[str]:
@@ -80,8 +84,8 @@ def training_prompts(
     """Prompts of the targets, and others: as they are, then in company.
 
     Every name in every template, again and again until there are `least` of each concept and about `total` of all;
-    anchor words in four templates each, and '', with three companies; "tiger" and "face with tears" are none for
-    "tiger face". ValueError as of `cpe.anchor_words`.
+    anchor words in four templates each, and '', with three companies. What spells a target by accident is left out of
+    the others: "tiger" followed by "face with tears" contains "tiger face". ValueError as of `cpe.anchor_words`.
     """
     least = max(least, total // len(concepts))
     chance = random.Random(seed)
@@ -121,7 +125,8 @@ def spare_units(mlp: MLP, x: Tensor, metric: Tensor, count: int) -> tuple[Tensor
 
     `metric` [d, d] weighs what an MLP says.
     """
-    weight, bias = mlp.fc2.weight.cpu().double(), mlp.fc2.bias.cpu().double()
+    # copied: both are changed below
+    weight, bias = (x.detach().to("cpu", torch.float64, copy=True) for x in (mlp.fc2.weight, mlp.fc2.bias))
     mean, C = mean_and_covariance(quick_gelu(mlp.fc1(x)))
     heard = ((weight.T @ metric.cpu().double()) * weight.T).sum(dim=1)  # |column|^2 in the metric
     order = (C.diagonal() * heard).argsort()

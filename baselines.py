@@ -5,7 +5,8 @@
 
 All have one signature, `(model, targets, surrogate, preserved, seed) -> edited weights`: float32 on the CPU, under the
 checkpoint keys of the U-Net, only those that changed. Hyper-parameters are keyword-only; defaults are the papers'.
-`preserved` are prompts that must stay; a target among them is taken out by the caller (`cpe.anchor_words`).
+The surrogate is one for all targets, or a list of one each. `preserved` are prompts that must stay; a target among them
+is taken out by the caller (`cpe.anchor_words`).
 
     uce     closed form   to_k, to_v   Gandikota et al. 2024 (arXiv 2308.14761)
     rece    closed form   to_k, to_v   Gong et al. 2024 (arXiv 2407.12383)
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 Weights = dict[str, Tensor]  # by checkpoint key
 
 # Where a concept stands when an eraser needs it inside prompts.
-TEMPLATES = ("{}", "a {}", "a photo of {}", "a photo of a {}", "a picture of {}", "an image of a {}")
+TEMPLATES = ("a photo of {}", "{}", "a {}", "a photo of a {}", "a picture of {}", "an image of a {}")
 
 # --- What all share ----------------------------------------------------------------------------------------------
 
@@ -102,6 +103,14 @@ def move(
     return {key: refit(W, W @ mapped, gram, lam) for key, W in weights.items()}
 
 
+def guides(surrogate: str | Sequence[str], targets: Sequence[str]) -> list[str]:
+    """What each target becomes. ValueError unless there is one surrogate, or one for each."""
+    names = [surrogate] * len(targets) if isinstance(surrogate, str) else list(surrogate)
+    if len(names) != len(targets):
+        raise ValueError(f"{len(names)} surrogates for {len(targets)} targets: give one, or one each")
+    return names
+
+
 def plain(weights: Weights) -> Weights:
     """Edited weights as they are returned: float32 on the CPU, out of any graph."""
     return {key: W.detach().float().cpu().contiguous() for key, W in weights.items()}
@@ -113,7 +122,7 @@ def plain(weights: Weights) -> Weights:
 def uce(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -134,10 +143,15 @@ def uce(
     return plain(move(projections(model), C, G, kept, lam, s_e, s_p))
 
 
-def paired_tails(model: "Model", targets: Sequence[str], surrogate: str, end: int | None) -> tuple[Tensor, Tensor]:
-    """Tokens C of the targets and G of the surrogate, [n, d], that correspond: the first `end` of their `tails`."""
-    (guide,) = tails(model, [surrogate])
-    pairs = [(tail[: len(guide)][:end], guide[: len(tail)][:end]) for tail in tails(model, targets)]
+def paired_tails(
+    model: "Model", targets: Sequence[str], surrogate: str | Sequence[str], end: int | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens C of the targets and G of their surrogates, [n, d], that correspond: the first `end` of their `tails`."""
+    names = guides(surrogate, targets)
+    once = list(dict.fromkeys(names))
+    known = dict(zip(once, tails(model, once), strict=True))
+    both = zip(tails(model, targets), (known[name] for name in names), strict=True)
+    pairs = [(tail[: len(guide)][:end], guide[: len(tail)][:end]) for tail, guide in both]
     C, G = (torch.cat(rows) for rows in zip(*pairs, strict=True))
     return C, G
 
@@ -156,7 +170,7 @@ def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
 def rece(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -168,14 +182,15 @@ def rece(
     """RECE: UCE, then rounds of finding the embeddings that revive the targets and erasing these too. No chance in it.
 
     A round moves all T tokens of the bare targets; what stays are the tokens of '' and the last tokens of `preserved`.
-    The paper's own surrogate is ' '. For art styles it takes rho = 1e-3 and one round.
+    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). The paper's own surrogate is ' '. For
+    art styles it takes rho = 1e-3 and one round.
     """
     original = projections(model)
     P, empty = last_tokens(model, preserved), encode(model, [""])[0]
-    C, G = last_tokens(model, targets), last_tokens(model, [surrogate] * len(targets))
+    C, G = last_tokens(model, targets), last_tokens(model, guides(surrogate, targets))
     edited = move(original, C, G, P.T @ P, lam, 1.0, s_p)
     kept = P.T @ P + empty.T @ empty
-    C, G = encode(model, targets).flatten(0, 1), encode(model, [surrogate] * len(targets)).flatten(0, 1)
+    C, G = encode(model, targets).flatten(0, 1), encode(model, guides(surrogate, targets)).flatten(0, 1)
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)
     return plain(edited)
@@ -233,7 +248,7 @@ def null_edit(
 def speed(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -247,7 +262,7 @@ def speed(
     Without preserved prompts the tokens of '' stay, as in the authors' code.
     """
     generator = torch.Generator().manual_seed(seed)
-    C, G = last_tokens(model, targets), last_tokens(model, [surrogate] * len(targets))
+    C, G = last_tokens(model, targets), last_tokens(model, guides(surrogate, targets))
     T, A = C.T @ C / len(C), G.T @ C / len(C)
     empty = encode(model, [""])[0]
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
@@ -289,7 +304,7 @@ class LoRA(cpe.ResAG):
 def lora_trainer(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int,
     recipe: cpe.Recipe,
@@ -299,7 +314,8 @@ def lora_trainer(
 
     Its rank stops at the width of the context, where a LoRA can be any matrix.
     """
-    names = [(t.format(name), t.format(surrogate)) for name in targets for t in templates]
+    both = zip(targets, guides(surrogate, targets), strict=True)
+    names = [(t.format(name), t.format(guide)) for name, guide in both for t in templates]
 
     def encode_float(prompts: list[str]) -> Tensor:
         return encode(model, prompts).float()
@@ -311,7 +327,7 @@ def lora_trainer(
         empty=encode_float([""]),
     )
     objective = cpe.Objective({key: W.cpu() for key, W in model.cross_attention().items()}, data.empty.shape[1])
-    trainer = cpe.Trainer(objective, data, replace(recipe, surrogate=surrogate, margin=0.0), seed)
+    trainer = cpe.Trainer(objective, data, replace(recipe, margin=0.0), seed)
     d = len(objective.M)
     k = min(recipe.k * len(targets), d)
     # alpha = rank / recipe.k keeps the scale s = 1 / recipe.k of a single target
@@ -323,7 +339,7 @@ def lora_trainer(
 def lora(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -402,7 +418,7 @@ def esd_steps(
 def esd(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -428,17 +444,19 @@ def esd(
 # --- MACE --------------------------------------------------------------------------------------------------------
 
 
-def around(model: "Model", template: str, target: str, surrogate: str) -> tuple[Tensor, Tensor]:
-    """Tokens around a concept in a prompt: with the target [n, d], and the same words with the surrogate [n, d].
+def around(model: "Model", templates: Sequence[str], target: str, surrogate: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens around a concept in each prompt: with the target [n, d], and the same words with the surrogate [n, d].
 
     The words before it, then all that follows, word by word; the padding is cut where the longer name ends sooner.
     """
-    E_old, E_new = encode(model, [template.format(target), template.format(surrogate)])
-    start = span(model, template, target)[0]
-    after = [span(model, template, name)[1] for name in (target, surrogate)]
-    n = len(E_old) - max(after)
-    old, new = (torch.cat([E[:start], E[a : a + n]]) for E, a in zip((E_old, E_new), after, strict=True))
-    return old, new
+    names = (target, surrogate)
+    contexts = [encode(model, [template.format(name) for template in templates]) for name in names]
+    for template, E_old, E_new in zip(templates, *contexts, strict=True):
+        start = span(model, template, target)[0]
+        after = [span(model, template, name)[1] for name in names]
+        n = len(E_old) - max(after)
+        old, new = (torch.cat([E[:start], E[a : a + n]]) for E, a in zip((E_old, E_new), after, strict=True))
+        yield old, new
 
 
 def span(model: "Model", template: str, name: str) -> tuple[int, int]:
@@ -520,7 +538,7 @@ def unseeing_steps(
     lr: float,
     images: int,
     sampling_steps: int,
-    template: str = "a photo of {}",
+    template: str,
 ) -> Iterator[float]:
     """Train one concept's rank-1 changes (up [d_l, 1], down [1, d]) in place on top of `refined`; one loss per step.
 
@@ -563,7 +581,7 @@ def new_change(weights: Weights, generator: torch.Generator) -> dict[str, tuple[
 def mace(
     model: "Model",
     targets: list[str],
-    surrogate: str,
+    surrogate: str | Sequence[str],
     preserved: list[str],
     seed: int = 0,
     *,
@@ -577,13 +595,15 @@ def mace(
 ) -> Weights:
     """MACE: refine the words around the targets, train one rank-1 LoRA per target to look away from it, fuse them all.
 
-    Its masks come from the model's own cross-attention maps (`own_masks`), not from a segmentation network as in the
-    paper. Defaults are the authors' for objects, which weigh `preserved` by keep = 0.
+    Its pictures are drawn from the first of the templates. Its masks come from the model's own cross-attention maps
+    (`own_masks`), not from a segmentation network as in the paper. Defaults are the authors' for objects, which weigh
+    `preserved` by keep = 0.
     """
     generator, W = torch.Generator().manual_seed(seed), projections(model)
     d = next(iter(W.values())).shape[1]
     kept = keep * moment(model, preserved, d) if keep else torch.zeros(d, d, dtype=torch.float64)
-    pairs = [around(model, template, name, surrogate) for name in targets for template in templates]
+    both = list(zip(targets, guides(surrogate, targets), strict=True))
+    pairs = [pair for name, guide in both for pair in around(model, templates, name, guide)]
     gram, cross = kept + sum(old.T @ old for old, _ in pairs), kept + sum(new.T @ old for old, new in pairs)
     # W' = (lam W + sum (W e_new) e_old^T + p M1) (lam I + sum e_old e_old^T + p M2)^-1
     refined = {key: refit(V, V @ cross, gram, lam) for key, V in W.items()}
@@ -592,7 +612,7 @@ def mace(
     grams, goals = kept.clone(), {key: V @ kept for key, V in W.items()}
     for name in targets:
         change = new_change(base, generator)
-        for _ in unseeing_steps(model, name, base, change, generator, steps, lr, images, sampling_steps):
+        for _ in unseeing_steps(model, name, base, change, generator, steps, lr, images, sampling_steps, templates[0]):
             pass
         seen = moment(model, [template.format(name) for template in templates], d)
         grams += seen

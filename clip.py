@@ -85,9 +85,11 @@ class Tokenizer:
         return self.encode(text).ids
 
     def tokens(self, text: str) -> list[str]:
-        """The tokens of a text as a person would write them: "cat</w>" becomes "cat"."""
-        symbols = [self.bpe.id_to_token(i) for i in self.ids(text)]
-        return [symbol.removesuffix("</w>") for symbol in symbols]
+        """What each token of a text stands for, in the letters of the text.
+
+        Of a letter that takes several tokens each is that letter. ValueError as of `encode`.
+        """
+        return [text[start:end] for start, end in self.encode(text).offsets]
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> Tensor:
         """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning.

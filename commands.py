@@ -6,7 +6,7 @@
     python cpe.py inspect gates/brad-pitt.safetensors --prompt "a portrait of Brad Pitt"
 
 Many targets or prompts from a file, perhaps split by torchrun, are in many.py.
-Arguments are read before torch is imported. What the user can mend ends with one line and exit code 2.
+Arguments are read before torch is imported. An error that the user can mend is one line, and exit code 2.
 """
 
 import argparse
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from bake import Baker, Concept
+    from compare import Method, Scenario
     from cpe import Objective, Progress, Prompts, ResAG, Trainer
     from unet import UNet
     from weights import Model
@@ -65,7 +66,9 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every command."""
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="repeats a run")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**31), default=0, help="of all chance: the same seed repeats a run"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of this command to FILE")
 
 
@@ -139,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--surrogate", help="what it becomes (default: the preset's)")
     sub.add_argument("--preset", choices=PRESET_NAMES, help="recipe (default: celebrity; emoji for --model emoji)")
     sub.add_argument("--gate", choices=("resag", "context"), default="resag", help="the paper's, or one for all layers")
-    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
+    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies the recipe's steps")
     sub.add_argument("--out", type=Path, help="gate file, of --targets a folder (default: gates/<target>.safetensors)")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run (--targets always does)")
     add_model(sub)
@@ -173,7 +176,7 @@ def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add("compare", compare, "measure CPE against the linear erasers: one table, figures and a picture")
     sub.add_argument("--target", action="append", default=[], help="instead of the scenarios: erase these at once")
     sub.add_argument("--preset", choices=PRESET_NAMES, default="emoji", help="of --target: its words and recipe")
-    text = "only these (repeatable); 50 at once runs only if named"
+    text = "only these (repeatable); '50 at once' runs only when named"
     sub.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
     sub.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     sub.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
@@ -188,7 +191,7 @@ def add_measuring(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--gates", action="append", type=Path, required=True, help="gate file to bake in (repeatable)")
     sub.add_argument("--out", type=Path, required=True, help="folder to write, in the diffusers layout")
     sub.add_argument("--preset", choices=PRESET_NAMES, help="prompts to train on (default: those of the gates)")
-    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="times the recipe's steps")
+    sub.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies the recipe's steps")
     sub.add_argument("--images", type=number(int, 0, 100), default=1, help="images per concept for the comparison")
     add_zone(sub)
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -451,9 +454,9 @@ def check_fits(gates: "ResAG", unet: "UNet", name: str, path: Path) -> None:
     for known, what in (("emoji", "the embedded model"), ("sd14", "Stable Diffusion 1.x")):
         if sizes(gates) == wanted_sizes(expected_unet(known)):
             advice = f"It fits {what}: use --model {known}"
-    (ours, its), (d, widths) = sizes(gates), wanted_sizes(unet)
+    (width, corrected), (d, widths) = sizes(gates), wanted_sizes(unet)
     raise UserError(
-        f"{path} is of another model: it corrects {len(its)} projections of a context of width {ours}, "
+        f"{path} is of another model: it corrects {len(corrected)} projections of a context of width {width}, "
         f"{name} has {len(widths)} of width {d}. {advice}."
     )
 
@@ -727,7 +730,7 @@ def is_emoji(model: str) -> bool:
     files = (Path("tokenizer", "vocab.json"), Path("unet", "config.json"))
     with suppress(UserError):  # there is no such folder: what is wrong with it is said when it is opened
         return model == "emoji" or all(
-            read_json(Path(model, file)) == read_json(shipped("emoji") / file) for file in files
+            read_json(Path(os.path.expanduser(model), file)) == read_json(shipped("emoji") / file) for file in files
         )
     return False
 
@@ -902,7 +905,7 @@ def save_all(runs: Sequence[Run]) -> None:
 
 
 def watch(runs: Sequence[Run], steps: "Iterator[dict[Trainer | Baker, Progress]]", text: str) -> None:
-    """Go through steps of the trainers of some runs, with a progress bar, and save their states every few seconds.
+    """Make the steps of all runs behind one progress bar, saving their states every few seconds.
 
     KeyboardInterrupt after Ctrl-C, the states saved; UserError as of `Run.save`; Diverged as of `steps`.
     """
@@ -1072,7 +1075,7 @@ def train(args: argparse.Namespace) -> dict:
     settings, model = shared.settings(names), shared.model
     if is_finished(out, settings):
         figures = {**settings, "out": str(out), "kept": True}
-        print(f"kept    {out}: is finished already")
+        print(f"kept    {out}: already finished")
     else:
         check_state(state_file(out), args.resume, run_name(settings))
         trainer = build_trainer(shared, names)
@@ -1112,6 +1115,8 @@ def generate(args: argparse.Namespace) -> dict:
     model = open_model(args, ("text_encoder", "unet", "vae"), args.dtype)
     gates = load_gates(args.gates, model, args.zone) if args.gates else None
     warn_of_odd_words(args, args.prompts)
+    import evaluate
+
     seeds = [args.seed + i for i in range(len(args.prompts))]
     kinds = [None, gates] if args.before_after else [gates]
     rows = [draw(model, args.prompts, seeds, kind, args, "after" if kind else "before") for kind in kinds]
@@ -1121,7 +1126,7 @@ def generate(args: argparse.Namespace) -> dict:
     print(f"wrote   {out}: {what}{' before and after' if len(rows) == 2 else ''}, from seed {seeds[0]}{rest}")
     figures = {"out": str(out), "prompts": args.prompts, "seeds": seeds}
     if len(rows) == 2:
-        figures["change"] = [(b - a).abs().mean().item() for a, b in zip(*rows, strict=True)]
+        figures["change"] = evaluate.change(*rows).tolist()
         for prompt, change in zip(args.prompts, figures["change"], strict=True):
             print(f"change  {change:.4f} of 2  {prompt}")
     return figures | {"next": after_drawing(args, args.prompts[0])}
@@ -1158,8 +1163,9 @@ def inspect(args: argparse.Namespace) -> dict:
         ]
         print(f"{token:{width}}" + "  ".join(cells))
     figures = {"tokens": tokens, "targets": gates.targets, "gates": values[:, : len(tokens)].tolist()}
-    more = ["--guidance", 4] if is_emoji(args.model) else []
-    again = command("generate", args.prompt, "--gates", args.gates[0], "--before-after", "--model", args.model, *more)
+    more = [word for path in args.gates for word in ("--gates", path)] + (["--zone", args.zone] if args.zone else [])
+    more += ["--before-after", "--model", args.model] + (["--guidance", 4] if is_emoji(args.model) else [])
+    again = command("generate", args.prompt, *more)
     return figures | {"next": again}
 
 
@@ -1203,7 +1209,7 @@ def demo(args: argparse.Namespace) -> dict:
         share = {
             name: sum(seen[name][i].item() == cases[i][1] for i in rows) / len(rows) for name in ("before", "after")
         }
-        change = (before[rows] - after[rows]).abs().mean().item()
+        change = evaluate.change(before[rows], after[rows]).mean().item()
         figures["groups"][group] = {"images": len(rows), **share, "change": change}
         print(f"{group:22}{len(rows):8}{share['before']:9.1%}{share['after']:9.1%}{change:15.4f}")
     first = {case[1]: i for i, case in reversed(list(enumerate(cases)))}  # the first image of every concept
@@ -1249,8 +1255,10 @@ UNFAMILIAR = (  # words that no caption of the embedded model has
 
 def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str, int, int, str]]:
     """(group, concept, number of the image, template) of all pictures of `demo`; `order`: nearest concepts first."""
+    import evaluate
+
     rest = order[10:]
-    groups = {"erased": [target], "nearest": order[:10], "others": rest[:: max(1, len(rest) // 30)][:30]}
+    groups = {"erased": [target], "nearest": order[:10], "others": evaluate.spread(rest, 30)}
     styles, colours = ("noto", "twemoji", "fluent", "blob"), ("white", "blue", "yellow", "green")
     drawn = [
         (group, c, i)
@@ -1268,21 +1276,12 @@ def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str
 # --- compare -----------------------------------------------------------------------------------------------------
 
 
-def compare(args: argparse.Namespace) -> dict:
-    """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again.
-
-    UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
-    """
-    from concurrent.futures.process import BrokenProcessPool
-
+def asked_of_compare(args: argparse.Namespace) -> "tuple[dict[str, Scenario], list[Method]]":
+    """The scenarios and erasers that `compare` was asked for; UserError for one that is not known."""
     import compare as table
     import cpe
-    from weights import UserError, write_text
+    from weights import UserError
 
-    check_picture(args.out)
-    check_out(args.out)
-    if args.markdown:
-        check_out(args.markdown, "--markdown")
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
         scenarios, methods = table.ABLATION_SCENARIOS, table.METHODS | table.ABLATIONS
@@ -1307,10 +1306,29 @@ def compare(args: argparse.Namespace) -> dict:
     scenarios = {name: scenarios[name] for name in asked}
     if args.quick:
         scenarios = dict(list(scenarios.items())[:1])
+    return scenarios, [methods[name] for name in names]
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """`compare`: every eraser on every scenario; what an earlier run has measured is not measured again.
+
+    UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
+    """
+    from concurrent.futures.process import BrokenProcessPool
+
+    import compare as table
+    import cpe
+    from weights import UserError, write_text
+
+    check_picture(args.out)
+    check_out(args.out)
+    if args.markdown:
+        check_out(args.markdown, "--markdown")
+    scenarios, chosen = asked_of_compare(args)
     world = table.World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget = table.QUICK if args.quick else table.Budget()
 
-    figures, pictures, chosen = {}, {}, [methods[name] for name in names]
+    figures, pictures = {}, {}
     total = sum(len(table.compared(scenario, chosen)) for scenario in scenarios.values())
     try:
         if args.device == "cpu" and len(scenarios) > 1:
@@ -1384,7 +1402,7 @@ def bake(args: argparse.Namespace) -> dict:
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
     try:
-        figures |= losses_of_baking(args, baker.objective, model, baked, gates, concepts, prompts)
+        figures |= measure_baking(args, baker.objective, model, baked, gates, concepts, prompts)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{args.out} is written; what it loses was not measured to the end") from error
     print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
@@ -1394,7 +1412,7 @@ def bake(args: argparse.Namespace) -> dict:
     return figures | {"unreachable": baker.unreachable, "next": again}
 
 
-def is_order(name: str) -> bool:
+def has_control_characters(name: str) -> bool:
     """Whether a terminal would do something else with a name than to print it."""
     return any(unicodedata.category(letter) == "Cc" for letter in name)
 
@@ -1422,7 +1440,7 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
             concept = baking.read_concept(load_tensors(path)[1], cpe.PRESETS[preset])
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
-        if odd := [name for name in (*concept.names, concept.surrogate) if is_order(name)]:
+        if odd := [name for name in (*concept.names, concept.surrogate) if has_control_characters(name)]:
             raise UserError(f"{path}: the name {odd[0]!r} in its metadata is no prompt.")
         concepts.append(concept)
     return concepts
@@ -1450,7 +1468,7 @@ def build_baker(
         raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
 
 
-def losses_of_baking(
+def measure_baking(
     args: argparse.Namespace,
     objective: "Objective",
     model: "Model",
@@ -1465,12 +1483,9 @@ def losses_of_baking(
 
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     figures = {}
-    print(
-        "\nleft: the share of the erasure that is missing on the target. near, others: how far others move, as a part"
-    )
-    print(
-        "of it. All are best at 0. The templates are of no training: at words that are new to it a gate may stay shut."
-    )
+    print("\nleft: the share of the erasure still missing on the target. near, others: how far other concepts move,")
+    print("relative to it. 0 is best everywhere. No gate was trained on these templates: beside words new to it")
+    print("it may stay shut.")
     print(f"{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:
         rows = {}
@@ -1494,7 +1509,7 @@ def image_changes(
     names = [target, *words]
     order = evaluate.nearest(evaluate.name_features(model.clip, model.tokenizer, names), 0, len(words))
     rest = order[10:]
-    groups = {"target": [0] * 8, "nearest": order[:10], "others": rest[:: max(1, len(rest) // 20)][:20]}
+    groups = {"target": [0] * 8, "nearest": order[:10], "others": evaluate.spread(rest, 20)}
     cases = [(group, names[i]) for group, members in groups.items() for i in members * args.images]
     texts, seeds = [f"a picture of a {name}" for _, name in cases], [args.seed + i for i in range(len(cases))]
     before = draw(model, texts, seeds, None, args, "before")
@@ -1502,7 +1517,7 @@ def image_changes(
         "gates": draw(model, texts, seeds, gates, args, "gates"),
         "baked": draw(baked, texts, seeds, None, args, "baked"),
     }
-    changes = {kind: (images - before).abs().mean(dim=(1, 2, 3)) for kind, images in after.items()}
+    changes = {kind: evaluate.change(before, images) for kind, images in after.items()}
     return {
         f"image change, {group}": {
             kind: change[[i for i, case in enumerate(cases) if case[0] == group]].mean().item()

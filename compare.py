@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ from weights import (
     save_tensors,
 )
 
-VERSIONS = {"cpe": 4, "lora": 3}  # of measurements, by eraser, else 1: raise it when a change makes kept figures wrong
+# Of measurements, by eraser, else 1: raise it when a change makes kept figures wrong.
+VERSIONS = {"cpe": 4, "lora": 3, "mace": 2}
+LAYOUT = 2  # of what is kept of a cell: raised when a change makes the figures of all erasers wrong
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class World:
 
     def __init__(self, model: Model, clip: str | None = None, preset: str = "emoji"):
         self.model = model
-        self.clip, self.tokenizer = load_clip(clip) if clip else (model.clip, model.tokenizer)
+        self.clip, self.tokenizer = load_clip(clip, device=model.device) if clip else (model.clip, model.tokenizer)
         self.concepts = read_prompts(preset).domain
         self.styles = ("noto", "twemoji", "fluent", "blob") if preset.startswith("emoji") else ()
         self.objective = cpe.Objective(model.cross_attention())
@@ -156,7 +158,7 @@ class World:
 
     @property
     def held_out(self) -> list[str]:
-        """Every third concept: no eraser is ever told of it, unless it is the target."""
+        """Every third concept: no eraser is ever told of it, unless it is a target or a surrogate."""
         return self.concepts[1::3]
 
     def prompt(self, concept: str, i: int, style: str | None = None) -> str:
@@ -228,7 +230,7 @@ def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[t
         "erased": (targets, max(1, budget.erased // len(targets))),
         "near, listed": (near, budget.near),
         "near, unlisted": (fresh[:10], budget.near),
-        "others": (fresh[10:][:: max(1, (len(fresh) - 10) // 30)][:30], budget.others),
+        "others": (evaluate.spread(fresh[10:], 30), budget.others),
     }
     for group, (members, images) in groups.items():
         for n, c in enumerate(members):
@@ -275,7 +277,7 @@ class Erased:
     model: Model
     gates: nn.Module | None
     parameters: int  # that were trained or solved for
-    bytes: int  # to ship, float32
+    bytes: int  # to ship, float32: gate files, factors of a LoRA, or edited weights
     spared: float = 0.0  # seconds of training that an earlier cell has spent
 
 
@@ -303,25 +305,37 @@ def linear(eraser: str) -> Callable[..., Erased]:
         """The model with edited weights; `settings` are hyper-parameters of the eraser.
 
         `templates`: what is put into CPE's own prompt templates; "" nothing, "kept" what is preserved, "all" the
-        targets, too. `anchors`: whether nothing is preserved but what CPE's gates have as anchors, as LoRA always does.
+        targets, too, "pairs" the surrogate with them. `anchors`: whether nothing is preserved but what CPE's gates have
+        as anchors, as LoRA always does; the fewer there are, the more each weighs.
         """
         prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
-        kept = [*prompts.general, *prompts.domain]
-        if anchors or eraser == "lora":
-            kept = anchors_of_gates(world, scenario)
-        elif templates:
+        kept, surrogates = [*prompts.general, *prompts.domain], [cpe.PRESETS[scenario.preset].surrogate] * len(targets)
+        if templates:
             kept = cpe.anchor_prompts(kept, prompts.templates)
-        if templates == "all":
-            targets = [template.replace("{}", name) for name in targets for template in prompts.templates]
-        surrogate = cpe.PRESETS[scenario.preset].surrogate
+        if anchors or eraser == "lora":
+            listed, kept = len(kept), anchors_of_gates(world, scenario)
+            settings |= {name: settings[name] * listed / len(kept) for name in ("s_p", "keep") if name in settings}
+        if templates in ("all", "pairs"):
+            targets = filled(prompts.templates, targets)
+            bare = [surrogate for surrogate in surrogates for _ in prompts.templates]
+            surrogates = filled(prompts.templates, surrogates) if templates == "pairs" else bare
         if eraser == "lora":
-            recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
-            settings = {"recipe": recipe, "templates": prompts.templates}
-        edited = baselines.ERASERS[eraser](world.model, targets, surrogate, kept, seed, **settings)
+            settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)}
+        if eraser in ("lora", "mace"):  # put names into sentences themselves: such as the model understands
+            settings |= {"templates": prompts.templates}
+        edited = baselines.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
         size = sum(W.numel() for W in edited.values())
+        if eraser == "lora":  # its factors
+            k = settings["recipe"].k * len(targets)
+            size = sum(min(k, W.shape[1]) * sum(W.shape) for W in edited.values())
         return Erased(world.model.with_unet(edited), None, size, 4 * size)
 
     return build
+
+
+def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Every name in every template, the first name in all of them first."""
+    return [template.replace("{}", name) for name in names for template in templates]
 
 
 def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
@@ -343,20 +357,24 @@ def gated(kind: str) -> Callable[..., Erased]:
 
         `distractors`: how many templates of words that no caption has they and their anchors are trained in, too.
         """
-        gates, seconds = merged_gates(world, scenario, kind, seed, settings, zone, distractors)
-        size = sum(p.numel() for p in gates.parameters())
-        return Erased(world.model, gates, size, 4 * size, seconds)
+        gates, seconds = separate_gates(world, scenario, kind, seed, settings, distractors)
+        size = sum(p.numel() for g in gates for p in g.parameters())
+        written = sum(t.numel() for g in gates for t in cpe.to_tensors(as_resag(world, g)).values())
+        alone = len(gates) == 1 and not zone
+        return Erased(world.model, gates[0] if alone else merged(world, gates, zone), size, 4 * written, seconds)
 
     return build
 
 
 def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
     """CPE's gates distilled into the text encoder (bake.py): nothing is added to the model."""
-    gates, seconds = merged_gates(world, scenario, "resag", seed, settings)
+    gates, seconds = separate_gates(world, scenario, "resag", seed, settings)
     recipe, prompts = cpe.PRESETS[scenario.preset], world.listed(scenario)
     concepts = [bake.Concept(world.names(scenario, t), recipe.surrogate, recipe.eta) for t in scenario.targets]
-    tokens = [world.model.tokenizer(part) for part in bake.training_prompts(concepts, prompts, seed)]
-    gate = world.objective.context_gate(gates)
+    length = world.model.part("text_encoder").config.get("max_position_embeddings", 77)
+    texts = bake.training_prompts(concepts, prompts, seed)
+    tokens = [world.model.tokenizer(part, length).to(world.model.device) for part in texts]
+    gate = world.objective.context_gate(merged(world, gates))
     baker = bake.Baker(world.model.text_encoder, gate, world.objective, *tokens, bake.Recipe().of(len(concepts)), seed)
     for _ in baker.steps():
         pass
@@ -365,17 +383,24 @@ def baked(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erase
     return Erased(world.model.with_text_encoder(changed), None, size, 4 * size, seconds)
 
 
-def merged_gates(
-    world: World, scenario: Scenario, kind: str, seed: int, settings: dict, zone: float = 0.0, distractors: int = 0
-) -> tuple[nn.Module, float]:
-    """Gates of all targets of a scenario, and how many seconds of their training an earlier cell has spent."""
+def separate_gates(
+    world: World, scenario: Scenario, kind: str, seed: int, settings: dict, distractors: int = 0
+) -> tuple[list[nn.Module], float]:
+    """Gates of every target of a scenario, and how many seconds of their training an earlier cell has spent."""
     recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)
     prompts = among_words(world.listed(scenario), distractors)
     trained = [train_gates(world, world.names(scenario, t), prompts, recipe, kind, seed) for t in scenario.targets]
-    gates, seconds = zip(*trained, strict=True)
-    if len(gates) == 1 and not zone:
-        return gates[0], sum(seconds)
-    return cpe.merge([g.expand(world.objective.W) if kind == "context" else g for g in gates], zone), sum(seconds)
+    return [gates for gates, _ in trained], sum(seconds for _, seconds in trained)
+
+
+def as_resag(world: World, gates: nn.Module) -> nn.Module:
+    """Gates as a file holds them."""
+    return gates.expand(world.objective.W) if isinstance(gates, cpe.ContextGate) else gates
+
+
+def merged(world: World, gates: Sequence[nn.Module], zone: float = 0.0) -> cpe.ResAG:
+    """Gates of several targets as one."""
+    return cpe.merge([as_resag(world, g) for g in gates], zone)
 
 
 def train_gates(
@@ -392,9 +417,12 @@ def train_gates(
     path = cache_folder() / "compare" / f"gates-{named(parts)}.safetensors"
     try:
         state, metadata = load_tensors(path)
+        seconds = float(metadata["seconds"])
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in trainer.gates.state_dict().items()}:
+            raise ValueError("tensors of other gates")  # loading these would keep what fits before it raised
         trainer.gates.load_state_dict(state)
-        return trainer.gates.requires_grad_(False), float(metadata["seconds"])
-    except (UserError, KeyError, ValueError, RuntimeError):  # not there yet, or damaged
+        return trainer.gates.requires_grad_(False), seconds
+    except (UserError, KeyError, ValueError):  # not there yet, or damaged
         pass
     begun = time.perf_counter()
     for _ in trainer.steps():
@@ -468,9 +496,10 @@ def tuned(method: Method, scenario: Scenario) -> dict:
 
     They were found on things. A style has a preset of its own, whose lambda holds for the context gate, too.
     """
-    found = TUNED.get(method.name, TUNED.get(method.name.split(",")[0], {}))
+    eraser = method.name.split(",")[0]
+    found = TUNED.get(method.name, TUNED.get(eraser, {}))
     if len(scenario.targets) > 1:
-        found = found | MANY.get(method.name, {})
+        found = found | MANY.get(eraser, {})
     if method.name == "cpe, context gate" and scenario.style:
         return {name: value for name, value in found.items() if name != "lam"}
     return found
@@ -491,7 +520,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
         recipe = {"surrogate": recipe["surrogate"]}
     if eraser == "lora":
         del recipe["margin"]
-    parts = [VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
+    parts = [LAYOUT, VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe().of(len(scenario.targets)))] if method.build is baked else []
     parts += [tuned(method, scenario), dataclasses.asdict(budget), seed]
@@ -590,21 +619,34 @@ def figures_of(world: World, scenario: Scenario, before: Originals, images: Tens
 
 
 def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
-    """Images per attack that are recognised as the target; of several targets the first is attacked."""
+    """Images per attack that are recognised as the target; of several the first is searched for, all paraphrased."""
     victim, found = attacks.Victim(world.model, erased.model, erased.gates), {}
-    target = scenario.targets[0]
-    known = world.styles if scenario.style else world.concepts
-    judge, template = ("style", "a picture of a robot, {}") if scenario.style else ("concept", "a picture of a {}")
-    for name, attack in attacks.ATTACKS.items():
-        options = {"preset": scenario.preset} if name == "paraphrases" else {}
-        searches = budget.searches if name in attacks.RANDOM else 1
-        tried = [attack(victim, target, (template,), seed + i, **options).contexts for i in range(searches)]
-        each = max(1, budget.attacked // searches)
-        contexts = torch.cat([one[torch.arange(each) % len(one)] for one in tried])
+    known, judge = (world.styles, "style") if scenario.style else (world.concepts, "concept")
+    for name in attacks.ATTACKS:
+        tried = attempts(victim, scenario, name, budget, seed)
+        contexts, targets = torch.cat([E for E, _ in tried]), [target for E, target in tried for _ in E]
         drawn = draw(erased.model, contexts, range(len(contexts)), erased.gates, budget)
-        seen = world.see(drawn, judge)
-        found[name] = {"images": len(seen), "hits": int((seen == known.index(target.removesuffix(" style"))).sum())}
+        wanted = [known.index(target.removesuffix(" style")) for target in targets]
+        hits = sum(seen == index for seen, index in zip(world.see(drawn, judge).tolist(), wanted, strict=True))
+        found[name] = {"images": len(wanted), "hits": hits}
     return found
+
+
+def attempts(
+    victim: attacks.Victim, scenario: Scenario, name: str, budget: Budget, seed: int
+) -> list[tuple[Tensor, str]]:
+    """What one attack draws: contexts [B, T, d] that should show a target, and that target."""
+    template = "a picture of a robot, {}" if scenario.style else "a picture of a {}"
+    if name == "paraphrases":  # no search: of every target some, each target in the sentences that follow
+        each, tried = max(1, budget.attacked // len(scenario.targets)), []
+        for i, target in enumerate(scenario.targets):
+            E = attacks.ATTACKS[name](victim, target, (template,), seed, preset=scenario.preset).contexts
+            tried.append((E[(i * each + torch.arange(each)) % len(E)], target))
+        return tried
+    target, searches = scenario.targets[0], budget.searches if name in attacks.RANDOM else 1
+    each = max(1, budget.attacked // searches)
+    found = [attacks.ATTACKS[name](victim, target, (template,), seed + i).contexts for i in range(searches)]
+    return [(E[torch.arange(each) % len(E)], target) for E in found]
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
@@ -616,13 +658,13 @@ COLUMNS = (
 
 
 def cells(figures: dict) -> dict[str, str]:
-    """Figures as the table prints them: shares in per cent with half their 95 % interval; empty where not measured."""
+    """Figures as the table prints them: shares in per cent with their 95 % interval; empty where not measured."""
 
     def percent(group: dict | None) -> str:
         if not group or not group["images"]:
             return ""
         low, high = evaluate.interval(group["hits"], group["images"])
-        return f"{100 * share(group):.0f} ± {50 * (high - low):.0f}"
+        return f"{100 * share(group):.0f} ({100 * low:.0f}–{100 * high:.0f})"
 
     groups = figures["groups"]
     kept = [group for name, group in groups.items() if name != "erased"]
@@ -633,7 +675,7 @@ def cells(figures: dict) -> dict[str, str]:
         | {"CLIP score": f"{figures['clip_score']:.1f}", "CMMD": f"{figures['cmmd']:.2f}", "change": f"{moved:.3f}"}
         | {name: percent(figures["attacks"].get(name)) for name in attacks.ATTACKS}
         | {"seconds": f"{figures['seconds']:.0f}"}
-        | {"parameters": f"{figures['parameters']:,}", "bytes": f"{figures['bytes']:,}"}
+        | {name: f"{figures[name]:,}" if name in figures else "" for name in ("parameters", "bytes")}
     )
 
 
@@ -647,11 +689,11 @@ def added(counts: Sequence[dict]) -> dict:
 
 
 def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """The figures {method: figures} of all scenarios together, of methods that each has; sizes: of the first."""
+    """The figures {method: figures} of all scenarios together, of methods that each has; sizes differ: none."""
     scenarios, total = list(table.values()), {}
     for method in (name for name in scenarios[0] if all(name in scenario for scenario in scenarios)):
         rows = [scenario[method] for scenario in scenarios]
-        figures = dict(rows[0])
+        figures = {name: value for name, value in rows[0].items() if name not in ("parameters", "bytes")}
         for name in ("groups", "attacks"):
             figures[name] = {key: added([row[name][key] for row in rows if key in row[name]]) for key in rows[0][name]}
         figures["style"] = added([row["style"] for row in rows])
@@ -661,15 +703,18 @@ def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
     return total
 
 
+def with_pool(table: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    """The same, before them all scenarios together where there are several."""
+    return {f"All {len(table)} scenarios": pooled(table)} | table if len(table) > 1 else table
+
+
 def markdown(table: dict[str, dict[str, dict]]) -> str:
     """The figures {scenario: {method: figures}} as Markdown tables, one a scenario; empty columns are left out.
 
     Of several scenarios, all images together come first.
     """
     lines = []
-    if len(table) > 1:
-        table = {f"All {len(table)} scenarios": pooled(table)} | table
-    for scenario, rows in table.items():
+    for scenario, rows in with_pool(table).items():
         shown = {method: cells(figures) for method, figures in rows.items()}
         columns = [c for c in COLUMNS if any(row[c] for row in shown.values())]
         lines += [f"**{scenario}**", "", f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
@@ -679,26 +724,24 @@ def markdown(table: dict[str, dict[str, dict]]) -> str:
 
 
 def text(table: dict[str, dict[str, dict]]) -> str:
-    """The same for a terminal: aligned, the columns that matter most."""
-    columns = [c for c in COLUMNS if c not in ("parameters", "bytes", "CLIP score", "style")]
+    """The same for a terminal: aligned, what an eraser does and below it what it withstands and costs."""
     lines = []
-    for scenario, rows in table.items():
+    for scenario, rows in with_pool(table).items():
         shown = {method: cells(figures) for method, figures in rows.items()}
-        used = [c for c in columns if any(row[c] for row in shown.values())]
-        widths = [max(len(c), *(len(row[c]) for row in shown.values())) + 2 for c in used]
-        first = max(map(len, [scenario, *shown])) + 1
-        lines += ["", scenario.ljust(first) + "".join(c.rjust(w) for c, w in zip(used, widths, strict=True))]
-        for method, row in shown.items():
-            lines += [method.ljust(first) + "".join(row[c].rjust(w) for c, w in zip(used, widths, strict=True))]
+        for columns in (COLUMNS[: COLUMNS.index("change") + 1], COLUMNS[COLUMNS.index("change") + 1 :]):
+            used = [c for c in columns if any(row[c] for row in shown.values())]
+            widths = [max(len(c), *(len(row[c]) for row in shown.values())) + 2 for c in used]
+            first = max(map(len, [scenario, *shown])) + 1
+            lines += ["", scenario.ljust(first) + "".join(c.rjust(w) for c, w in zip(used, widths, strict=True))]
+            for method, row in shown.items():
+                lines += [method.ljust(first) + "".join(row[c].rjust(w) for c, w in zip(used, widths, strict=True))]
     return "\n".join(lines)
 
 
 def shown_columns(all_cases: Sequence[Case]) -> list[int]:
     """The images of a scenario that its picture shows: three of the target, two of each other group."""
     rows = {group: [i for i, case in enumerate(all_cases) if case.group == group] for group in GROUPS}
-    return [
-        i for group in GROUPS for i in rows[group][:: max(1, len(rows[group]) // 3)][: 3 if group == "erased" else 2]
-    ]
+    return [i for group in GROUPS for i in evaluate.spread(rows[group], 3)[: 3 if group == "erased" else 2]]
 
 
 def run(
@@ -710,13 +753,7 @@ def run(
 ) -> Iterable[tuple[str, str, dict, list[Tensor]]]:
     """Measure every cell, the unerased model first: yields (scenario, method, figures, images [3, H, W] to show)."""
     for name, scenario in scenarios.items():
-        made: list[Originals] = []
-
-        def originals(scenario: Scenario = scenario, made: list[Originals] = made) -> Originals:
-            if not made:
-                made.append(Originals(world, scenario, budget))
-            return made[0]
-
+        originals = cache(partial(Originals, world, scenario, budget))
         columns = shown_columns(cases(world, scenario, budget))
         for method in compared(scenario, methods):
             figures, pixels = measure(world, scenario, method, budget, seed, originals)

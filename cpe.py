@@ -171,7 +171,7 @@ def merge(gates: Sequence[ResAG], zone: float = 0.0) -> ResAG:
             raise ValueError("gates of different models cannot be merged: their projections differ")
     d, r, k = first.w_qs.shape[1], max(g.r for g in gates), max(g.k for g in gates)
     widths = dict(zip(first.names, first.widths, strict=True))
-    merged = ResAG(widths, d, r, k, concepts=sum(g.concepts for g in gates))
+    merged = ResAG(widths, d, r, k, concepts=sum(g.concepts for g in gates)).to(first.w_qs.device)
     merged.zone = zone
 
     def down(g: ResAG) -> Tensor:
@@ -482,7 +482,7 @@ def misfit(energy: Tensor, xP: Tensor, z: Tensor, G: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reached(objective: Objective, gates: "ResAG | ContextGate", context: Tensor, x: Tensor) -> float:
-    """How much of the shifts x [B, T, d] gates of one concept make to a context [B, T, d]: 1 is all, 0 nothing.
+    """How much of the shifts x [B, T, d] the gates of one concept achieve on contexts [B, T, d]: 1 all, 0 nothing.
 
     1 - sum |W_l x - R_l(E)|^2 / sum |W_l x|^2    over layers, weighted as in `Objective`, prompts and tokens
 
@@ -679,8 +679,8 @@ def prepare(
 ) -> Data:
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
-    Both may answer from a cache, of contexts rounded to half precision; `encode_anchors`, which may also return them in
-    it, is asked for the same prompts whatever the target. Both give contexts [B, T, d] of B prompts.
+    `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half
+    precision. `encode_anchors` may return half precision, and is asked for the same prompts whatever the target.
     `one` [d] is the text encoder's `constant_direction`, for recipes with a margin. ValueError as of `anchor_words`.
     """
     words = anchor_words(prompts, names)
@@ -696,7 +696,7 @@ def prepare(
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
         rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
-    return Data(targets, surrogates, torch.cat(rows).half(), encode([""]), one)
+    return Data(targets, surrogates, torch.cat(rows).half().cpu(), encode([""]), one)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -834,7 +834,7 @@ class Trainer:
         Only n C matters, C = `columns` [d, c]. With C = Q R (Q orthonormal) n C = (n Q) R, and n Q is again standard
         normal: draw it there. The part of n outside of Q's span adds nothing to n C nor to the mean gradient.
         """
-        Q = torch.linalg.qr(columns.detach())[0]
+        Q = torch.linalg.qr(columns.detach().cpu())[0].to(columns)  # Apple's graphics cards have no QR
         noise = torch.randn(*contexts.shape[:-1], Q.shape[-1], generator=self.generator, dtype=contexts.dtype)
         noise = noise.to(contexts.device) * sigma.to(contexts)[:, None, None]
         return product(contexts, columns.T) + product(noise, columns.T @ Q)
@@ -1047,8 +1047,8 @@ def denoise(
 ) -> Iterator[Tensor]:
     """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
 
-    An image depends on its own prompt and seed alone, whatever else is in the batch. ValueError unless there
-    are as many of both, and as of `sampler.check_steps`, at the first step.
+    To rounding, an image depends on its own prompt and seed alone, whatever else is in the batch. ValueError, at the
+    first step, unless there are as many seeds as prompts, or as of `sampler.check_steps`.
     """
     return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
 
@@ -1094,7 +1094,7 @@ def decode(model: "Model", latents: Tensor) -> Tensor:
 def refuse_fused(module: nn.Module, *_: object) -> None:
     """ValueError for a cross-attention that computes keys and values in one product: gates would do nothing there."""
     if "Fused" in type(getattr(module, "processor", None)).__name__:  # diffusers' flag stays when they are unfused
-        raise ValueError("gates act on to_k and to_v, which are fused into one: unfuse_qkv_projections() of this U-Net")
+        raise ValueError("gates act on to_k and to_v, which are fused into one: call unfuse_qkv_projections() first")
 
 
 def traced_anew(unet: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ CMMD, Jayasumana et al. 2024 (2401.09603); the harmonic mean H, Lu et al. 2024 (
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,11 @@ def nearest(features: Tensor, index: int, count: int) -> list[int]:
     """Indices of the `count` other names whose unit features [C, p] are nearest to those of name `index`."""
     order = (features @ features[index]).argsort(descending=True).tolist()
     return [i for i in order if i != index][:count]
+
+
+def spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most `count` items, evenly spaced from the first."""
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def clip_score(images: Tensor, prompts: Tensor) -> Tensor:

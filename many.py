@@ -30,7 +30,7 @@ import torch
 
 import commands
 import cpe
-from weights import Model, UserError
+from weights import Model, UserError, tokenizer_files
 
 # --- Processes ---------------------------------------------------------------------------------------------------
 
@@ -64,6 +64,8 @@ def separate(args: argparse.Namespace, process: Process) -> None:
         args.device = f"cuda:{process.local}"
     if args.json and process.size > 1:
         args.json = args.json.with_stem(f"{args.json.stem}-{process.rank}")
+        commands.check_apart(args)
+        commands.check_out(args.json, "--json")
 
 
 @contextmanager
@@ -310,7 +312,7 @@ def train(args: argparse.Namespace) -> dict:
                 if process.rank == 0:
                     what = f"erases {', '.join(target.names)} from {shared.model.name}"
                     new = "kept" not in trained
-                    print(f"wrote   {target.out}: {what}" if new else f"kept    {target.out}: is finished already")
+                    print(f"wrote   {target.out}: {what}" if new else f"kept    {target.out}: already finished")
     if failed:
         raise UserError(f"{len(failed)} of {len(targets)} targets diverged: {', '.join(failed)}.")
     new = sum("kept" not in each for each in figures.values())
@@ -378,7 +380,7 @@ def generate(args: argparse.Namespace) -> dict:
 def drawing(args: argparse.Namespace, model: Model) -> dict:
     """All that a picture depends on but its prompt: who has the same settings has the same picture.
 
-    Of networks larger than the text encoder the file's size and time must do.
+    The U-Net and the autoencoder are too large to hash: their files' size and time stand for them.
     """
     names = ("model", "seed", "steps", "guidance", "sampler", "dtype", "before_after")
     drawn = (
@@ -388,4 +390,6 @@ def drawing(args: argparse.Namespace, model: Model) -> dict:
     )
     files = [os.stat(model.part(name).path) for name in ("unet", "vae")]
     drawn |= {"fingerprint": model.fingerprint, "files": [[file.st_size, file.st_mtime_ns] for file in files]}
+    words = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tokenizer_files(model.tokenizer_folder)]
+    drawn |= {"schedule": model.schedule.config, "tokenizer": words}
     return drawn | {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]}

@@ -218,7 +218,10 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(Transformer(outputs, width, heads, groups) for _ in inputs)
 
     def down(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Downward half, x [B, C, h, w] -> [B, outputs, h/2, w/2]: every intermediate result is pushed onto `skips`."""
+        """Downward half, x [B, C, h, w] -> [B, outputs, h, w], half the side where the level ends with a downsampler.
+
+        Every intermediate result is pushed onto `skips`.
+        """
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
@@ -230,7 +233,10 @@ class Block(nn.Module):
         return x
 
     def up(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Upward half, x [B, C, h, w] -> [B, outputs, 2h, 2w]: every ResNet takes one result off `skips`."""
+        """Upward half, x [B, C, h, w] -> [B, outputs, h, w], twice the side where the level ends with an upsampler.
+
+        Every ResNet takes one result off `skips`.
+        """
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, rows(skips.pop(), len(x))], dim=1), time)
             if hasattr(self, "attentions"):

@@ -80,5 +80,5 @@ def trainer(objective: cpe.Objective, data: cpe.Data, recipe: cpe.Recipe, seed: 
         recipe = replace(recipe, margin=0.0)
     made = cpe.Trainer(objective, data, recipe, seed)
     gates = KINDS[kind](objective.widths, len(objective.M), recipe.r, recipe.k)
-    made.gates = made.core = gates.initialise(made.generator)
+    made.gates = made.core = gates.initialise(made.generator).to(objective.M.device)
     return made

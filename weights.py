@@ -354,7 +354,7 @@ class Part:
             "unfit": sorted(bad),
         }
         lines = [
-            f"{len(found)} tensors {what}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+            f"{len(found)} tensor{'s' * (len(found) > 1)} {what}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}"
             for what, found in problems.items()
             if found
         ]
@@ -604,7 +604,7 @@ def check_sizes(config: dict[str, Any], keys: Sequence[str], path: Path) -> None
             if divisor in keys and type(config.get(divisor)) is int and config[divisor] > 0:
                 odd = [size for size in sizes if size % config[divisor]]
                 if odd:
-                    raise UserError(f"{path}: {key} {odd[0]} does not divide by {divisor} {config[divisor]}")
+                    raise UserError(f"{path}: {key} {odd[0]} is not divisible by {divisor} {config[divisor]}")
 
 
 def check_fixed(config: dict[str, Any], fixed: dict[str, Any], path: Path) -> None:
@@ -896,17 +896,19 @@ class Model:
     device: torch.device
     repository: str | None = None
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
+    edits: frozenset[str] = frozenset()  # parts that are no longer as their files have them
 
     def part(self, name: str) -> Part:
         """Where a network is, found and its config checked, but not read; UserError if it does not fit the others."""
         if name not in self.parts:
             if self.path.is_file():
-                self.parts[name] = ldm_part(self.path, name)
+                found = ldm_part(self.path, name)
             else:
                 if self.repository and name != "clip":
                     fetch(self.repository, wanted_files([name], self.dtype))
-                self.parts[name] = folder_part(self.path / name, name, self.dtype)
-            check_agreement(self.parts, self.name)
+                found = folder_part(self.path / name, name, self.dtype)
+            check_agreement(self.parts | {name: found}, self.name)
+            self.parts[name] = found
         return self.parts[name]
 
     @property
@@ -1002,6 +1004,7 @@ class Model:
         network = self.part(name).empty()
         network.load_state_dict(state | {key: W.to(state[key]) for key, W in changed.items()}, assign=True)
         setattr(twin, name, network.eval().requires_grad_(False))
+        twin.edits = self.edits | {name}
         return twin
 
     def cross_attention(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -1071,7 +1074,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
         there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
-        said = f"the device {device} cannot be used ({reason}): here is {', '.join(there)}"
+        said = f"the device {device} cannot be used ({reason}): available here: {', '.join(there)}"
         raise UserError(f"{said}. Leave --device out, or install a torch that is built for that device") from error
     name, repository = str(name), None
     if name == "sd14":
@@ -1145,8 +1148,9 @@ TOKENIZER_CONFIG = {
 def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
     """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
 
-    It appears when it is complete, and not before. UserError when the folder exists already or cannot be written, or a
-    file of the model cannot be read; ValueError for a part that no model has, or tensors that are not that part's.
+    Parts edited by `with_unet` or `with_text_encoder` are written as they are. The folder appears when it is complete,
+    and not before. UserError when it exists already or cannot be written, or a file of the model cannot be read;
+    ValueError for a part that no model has, or tensors that are not that part's.
     """
     if changed.keys() - PARTS.keys():
         raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
@@ -1212,6 +1216,8 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
     ValueError for a `state` whose names or shapes are not those of the network.
     """
     part = model.part(name)
+    if state is None and name in model.edits:
+        state = getattr(model, name).state_dict()
     folder.mkdir(parents=True)
     target = folder / f"{PARTS[name][1]}.safetensors"
     if state is None and model.path.is_dir():
@@ -1281,8 +1287,8 @@ def cached_contexts(
     """
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     contexts = []
+    vocabulary = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
     for part in progress(parts):
-        vocabulary = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
         key = hashlib.sha256(json.dumps([model.fingerprint, vocabulary, part]).encode()).hexdigest()[:32]
         path = cache_folder() / f"contexts-{key}.safetensors"
         contexts.append(kept_contexts(path, model, part))

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
+import cpe
 import weights
 from compare import METHODS, Budget, Scenario
 
@@ -65,32 +66,55 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 }
 
 
-BEYOND = {  # and more of linear erasers whose best lay at an edge of these, until it does not
-    "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0]),
-    "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01]),
-    "mace": product(lr=[1e-5], keep=[0.3, 3.0], lam=[10.0], images=[4], sampling_steps=[20]),
-    "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10]),
+BEYOND = {  # and more of linear erasers: beyond these where their best lay at an edge, and what came to mind later
+    "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0])
+    + product(padding=[False, True], templates=["pairs"], s_p=[0.1, 1.0, 3.0]),
+    "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
+    + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0]),
+    "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], images=[4], sampling_steps=[20])
+    + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], images=[4], sampling_steps=[20]),
+    "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10])
+    + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0]),
     "esd": product(lr=[2e-4], negative=[5.0, 7.0, 10.0], images=[8], sampling_steps=[20]),
 }
+
+
+def longer(settings: dict, times: int) -> dict:
+    """Settings of LoRA, trained so many times longer."""
+    recipe = cpe.PRESETS["emoji"]
+    steps = {name: times * getattr(recipe, name) for name in ("first_steps", "later_steps", "attack_steps")}
+    return settings | steps
 
 
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
     # What linear erasers need for many targets at once.
-    "uce, many": ("uce", [TEN], product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])),
-    "rece, many": ("rece", [TEN], product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])),
+    "uce, many": (
+        "uce",
+        [TEN],
+        product(templates=["all", "kept", "pairs"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0]),
+    ),
+    "rece, many": (
+        "rece",
+        [TEN],
+        product(templates=["kept", "", "pairs"], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0]),
+    ),
     "mace, many": (
         "mace",
         [TEN],
-        product(lr=[1e-5], keep=[1.0, 3.0, 10.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
+        product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], images=[4], sampling_steps=[20]),
     ),
-    "speed, many": ("speed", [TEN], product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])),
+    "speed, many": (
+        "speed",
+        [TEN],
+        product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all", "pairs"], augment=[10]),
+    ),
     "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
     "lora, many": (
         "lora",
         [TEN],
-        [{"k": 8, "lam": 30.0} | each for each in product(lam=[30.0, 10.0, 3.0])],
+        [*({"k": 8, "lam": lam} for lam in (30.0, 10.0, 3.0)), longer({"k": 8, "lam": 10.0}, 3)],
     ),
 }
 

@@ -445,7 +445,7 @@ def test_gates_refuse_layers_whose_keys_and_values_are_one_product(unet, gates):
     latents = reference.draw("latents", 2, 4, 8, 8)
     cpe.attach(theirs, gates)
     theirs.fuse_qkv_projections()
-    with torch.no_grad(), pytest.raises(ValueError, match=r"fused into one: unfuse_qkv_projections\(\)"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"fused into one: call unfuse_qkv_projections\(\)"):
         theirs(latents, 800, context())
     cpe.detach(theirs)
     with pytest.raises(ValueError, match="fused into one"):

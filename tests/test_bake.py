@@ -1,5 +1,6 @@
 """Baking: what is trained, towards what, and that nothing half-written is left."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -102,6 +103,8 @@ def test_a_gate_file_says_what_it_erases():
     for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
         with pytest.raises(ValueError, match="no list of names"):
             bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
+    with pytest.raises(ValueError, match="the eta in its metadata is no number: 'much'"):
+        bake.read_concept(ours | {"eta": "much"}, cpe.PRESETS["style"])
 
 
 # --- The units and the ellipsoid -----------------------------------------------------------------------------------
@@ -118,6 +121,9 @@ def test_others_take_over_what_the_spared_units_said():
     """Against a least-squares fit of all the MLP says by the kept units and a constant."""
     mlp, x = reference.filled(MLP(6, 24)), correlated(500, 6)
     free, weight, bias = bake.spare_units(mlp, x, torch.eye(6), 6)
+    double, x64 = copy.deepcopy(mlp).double(), x.double()
+    bake.spare_units(double, x64, torch.eye(6).double(), 6)
+    assert torch.equal(double.fc2.weight.float(), mlp.fc2.weight)  # the model is left as it was
     assert len({*free.tolist()}) == 6
     assert (weight[:, free] == 0).all()
     a = bake.quick_gelu(mlp.fc1(x))

@@ -295,11 +295,27 @@ def test_predict_is_the_unet(model: weights.Model) -> None:
     assert not torch.equal(baselines.predict(model.unet, edited, x, 500, E), expected)
 
 
+def test_targets_may_have_a_surrogate_each(model: weights.Model) -> None:
+    targets, becoming = ["cat", "red heart"], ["a dog", "a tree"]
+    edited = baselines.uce(model, targets, becoming, [], lam=1e-6)
+    W = baselines.projections(model)
+    C, G = baselines.last_tokens(model, targets), baselines.last_tokens(model, becoming)
+    for key, V in edited.items():
+        torch.testing.assert_close(C.float() @ V.T, (G @ W[key].T).float(), rtol=1e-2, atol=1e-3)
+    for name in ERASERS:
+        assert (
+            erase(name, model, ["cat"]).keys()
+            == ERASERS[name](model, ["cat"], [SURROGATE], KEPT, **QUICK.get(name, {})).keys()
+        )
+    with pytest.raises(ValueError, match="2 surrogates for 1 targets"):
+        baselines.uce(model, ["cat"], becoming, [])
+
+
 # --- MACE --------------------------------------------------------------------------------------------------------
 
 
 def test_tokens_around_a_concept(model: weights.Model) -> None:
-    old, new = baselines.around(model, "a photo of {} on white", "cat", "red heart")
+    ((old, new),) = baselines.around(model, ["a photo of {} on white"], "cat", "red heart")
     E_old, E_new = baselines.encode(model, ["a photo of cat on white", "a photo of red heart on white"])
     ids = model.tokenizer.ids
     start, n_old, n_new = 1 + len(ids("a photo of")), len(ids("cat")), len(ids("red heart"))
@@ -330,14 +346,14 @@ def test_mace_masks_and_loss(model: weights.Model) -> None:
     assert set(masks.flatten().tolist()) == {0.0, 1.0}
     base = baselines.plain(baselines.projections(model))
     change = baselines.new_change(base, generator)
-    losses = list(baselines.unseeing_steps(model, "cat", base, change, generator, 24, 2e-2, 1, 2))
+    losses = list(baselines.unseeing_steps(model, "cat", base, change, generator, 24, 2e-2, 1, 2, "a photo of {}"))
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
 
 
 def test_mace_fuses_one_untrained_concept_into_its_refinement(model: weights.Model) -> None:
     """With lam -> 0 and one LoRA that is still zero, fusion returns the refined weights on the concept's prompts."""
     edited = erase("mace", model, steps=0, keep=0.0, lam=1e-9, templates=["{}"])
-    old, new = baselines.around(model, "{}", "cat", SURROGATE)
+    ((old, new),) = baselines.around(model, ["{}"], "cat", SURROGATE)
     gram, cross = old.T @ old, new.T @ old
     E = baselines.encode(model, TARGETS)[0]
     for key, W in baselines.projections(model).items():

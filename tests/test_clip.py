@@ -124,7 +124,9 @@ def test_tokenizer_gives_the_stored_ids(beginning, text, ids):
 
 
 def test_tokens_are_readable(tokenizer):
-    assert "".join(tokenizer.tokens("A photo of a cat")) == "aphotoofacat"
+    assert "".join(tokenizer.tokens(" A photo  of a cat")) == "Aphotoofacat"
+    shown = tokenizer.tokens("pokémon, 猫")  # not the bytes that byte pairs are made of
+    assert {letter for token in shown for letter in token} == set("pokémon,猫")
 
 
 def test_long_prompt_is_cut_with_a_warning_that_shows_what(tokenizer):

@@ -59,7 +59,7 @@ def test_a_finished_gate_file_is_kept(run, monkeypatch):
     monkeypatch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
     code, said = run(*TRAIN, "--json", "figures.json")
     assert code == 0
-    assert "kept    gates/red-heart.safetensors: is finished already" in said
+    assert "kept    gates/red-heart.safetensors: already finished" in said
     assert "next    python cpe.py generate" in said
     assert json.loads(Path("figures.json").read_text())["kept"]
     assert Path("gates/red-heart.safetensors").read_bytes() == before
@@ -347,6 +347,23 @@ def test_inspect_prints_a_column_for_every_gate(run):
     numbers = [line for line in said[1:] if "0." in line and "took" not in line]
     assert len(numbers) == 5
     assert all(line[column : column + 2] == "0." for line in numbers)
+
+
+def test_what_follows_inspecting_draws_with_all_of_the_gates(run):
+    run(*TRAIN, "--out", "first.safetensors")
+    run("train", "--target", "two hearts", *TRAIN[3:], "--out", "second.safetensors")
+    said = run("inspect", "first.safetensors", "second.safetensors", "--prompt", "a red heart", "--zone", "0.5")[1]
+    (following,) = [line for line in said.splitlines() if line.startswith("next ")]
+    assert "--gates first.safetensors --gates second.safetensors --zone 0.5 --before-after" in following
+
+
+def test_a_copy_of_the_embedded_model_is_known_below_the_home_folder(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "emoji/tokenizer", tmp_path / "baked/tokenizer")
+    (tmp_path / "baked/unet").mkdir()
+    shutil.copy(ROOT / "emoji/unet/config.json", tmp_path / "baked/unet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert commands.is_emoji("~/baked")
+    assert not commands.is_emoji("~/other")
 
 
 def test_a_target_that_is_trained_again_is_not_encoded_again(run, monkeypatch):

@@ -148,15 +148,24 @@ def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
     assert compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)[0]["groups"] == first["groups"]
 
 
-@pytest.mark.parametrize("name", ["uce", "cpe", "cpe, context gate"])
+@pytest.mark.parametrize("name", ["uce", "cpe", "cpe, context gate", "lora"])
 def test_every_kind_of_method_builds_and_counts_what_it_ships(world, name, monkeypatch):
     short = dataclasses.replace(cpe.PRESETS["emoji"], stages=1, first_steps=2)
     monkeypatch.setitem(cpe.PRESETS, "emoji", short)
-    scenario = compare.Scenario(("umbrella", "red heart"))
+    scenario, (r, k) = compare.Scenario(("umbrella", "red heart")), (short.r, short.k)
     erased = compare.METHODS[name].build(world, scenario, 0)
-    assert erased.parameters > 0
-    assert erased.bytes == 4 * erased.parameters
-    assert (erased.gates is None) == (name == "uce")
+    W = world.objective.W
+    d, L, widths = 16, len(W), sum(len(w) for w in W.values())
+    a_file = 2 * d * r + d + L * (d * k + 1) + k * widths  # queries, unused keys, scaler; of each layer D, alpha, U
+    trained, written = {
+        "uce": (widths * d, widths * d),
+        "cpe": (2 * (d * r + d + L * d * k + k * widths), 2 * a_file),
+        "cpe, context gate": (2 * (d * r + d + 2 * d * k), 2 * a_file),
+        "lora": (2 * k * (L * d + widths), 2 * k * (L * d + widths)),
+    }[name]
+    assert erased.parameters == trained
+    assert erased.bytes == 4 * written
+    assert (erased.gates is None) == (name in ("uce", "lora"))
     images = compare.draw(erased.model, world.model.encode(["an umbrella"]), [0], erased.gates, SMALL)
     assert images.isfinite().all()
 
@@ -258,21 +267,109 @@ def test_what_takes_an_hour_alone_runs_only_when_it_is_named(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["object", "style", "10 at once"])
 def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
     """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""
-    asked = []
+    scenario, asked = compare.SCENARIOS[name], []
 
     def plain(victim, target, templates, seed, **options):
         asked.append((target, seed))
         contexts = victim.original.encode([template.format(target) for template in templates])
         return compare.attacks.Found(contexts, [], None, None, 0.0)
 
+    known = world.styles if scenario.style else world.concepts
+    target = known.index(scenario.targets[0].removesuffix(" style"))
+    other = (target + 1) % len(known)
+
+    def see(images, judge):  # the first of a target, then something else
+        assert judge == ("style" if scenario.style else "concept")
+        return torch.tensor([target, *[other] * (len(images) - 1)])
+
     monkeypatch.setattr(compare.attacks, "ATTACKS", dict.fromkeys(("revival", "tokens", "paraphrases"), plain))
+    monkeypatch.setattr(world, "see", see, raising=False)
     budget = dataclasses.replace(SMALL, attacked=4, searches=2)
-    erased = compare.Erased(world.model, None, 0, 0)
-    found = compare.under_attack(world, compare.SCENARIOS[name], erased, budget, 0)
-    target = compare.SCENARIOS[name].targets[0]
-    assert asked == [(target, 0), (target, 0), (target, 1), (target, 0)]  # tokens are searched for twice
-    assert all(group["images"] == 4 for group in found.values())
-    assert all(0 <= group["hits"] <= group["images"] for group in found.values())
+    found = compare.under_attack(world, scenario, compare.Erased(world.model, None, 0, 0), budget, 0)
+    first = scenario.targets[0]
+    # tokens are searched for twice; of several targets all are paraphrased
+    assert asked == [(first, 0), (first, 0), (first, 1), *((one, 0) for one in scenario.targets)]
+    images = {"revival": 4, "tokens": 4, "paraphrases": max(4, len(scenario.targets))}
+    assert {attack: group["images"] for attack, group in found.items()} == images
+    assert all(group["hits"] == 1 for group in found.values())
+
+
+def test_of_several_targets_each_is_paraphrased_in_its_own_sentences(world):
+    scenario, victim = compare.SCENARIOS["10 at once"], attacks.Victim(world.model, world.model)
+    budget = dataclasses.replace(SMALL, attacked=20)
+    tried = compare.attempts(victim, scenario, "paraphrases", budget, 0)
+    assert [target for _, target in tried] == list(scenario.targets)
+    for i, (contexts, target) in enumerate(tried):
+        sentences = [attacks.PARAPHRASES["emoji"][(2 * i + n) % 8].replace("{}", target) for n in range(2)]
+        assert torch.equal(contexts, world.model.encode(sentences))
+
+
+def test_a_cell_counts_what_the_judge_sees(world, monkeypatch):
+    """Of the target's two images one is recognised; of the others the first half; of styles all."""
+    scenario = compare.SCENARIOS["object"]
+    rows = compare.cases(world, scenario, SMALL)
+    half = {group: sum(case.group == group for case in rows) // 2 for group in compare.GROUPS}
+    left = dict(half)
+
+    def see(images, judge):
+        if judge == "style":
+            return torch.tensor([next(i for i, s in enumerate(world.styles) if s in case.prompt) for case in rows])
+        answers = []
+        for case in rows:
+            left[case.group] -= 1
+            answers.append(case.expected if left[case.group] >= 0 else -1)
+        return torch.tensor(answers)
+
+    monkeypatch.setattr(world, "see", see, raising=False)
+    figures, _ = compare.measure(world, scenario, UNTOUCHED, SMALL)
+    assert {group: counts["hits"] for group, counts in figures["groups"].items()} == half
+    assert figures["style"]["hits"] == figures["style"]["images"] == len(rows) - 2
+    kept = sum(half[group] / figures["groups"][group]["images"] for group in compare.GROUPS[1:]) / 3
+    assert figures["H"] == pytest.approx(3 / (2 / (1 - 0.5) + 1 / kept))  # without paraphrases erasing counts twice
+    shown = compare.cells(figures)
+    assert (shown["erased"], shown["style"].split()[0]) == ("50 (9–91)", "100")  # Wilson's, of one of two
+    paraphrased = figures | {"attacks": {"paraphrases": {"images": 8, "hits": 2}}}
+    assert compare.harmonic(paraphrased) == pytest.approx(3 / (1 / 0.5 + 1 / kept + 1 / 0.75))
+
+
+@pytest.mark.parametrize("name", compare.TUNED)
+def test_tuned_settings_are_of_the_grid_that_was_searched(name):
+    def values(eraser: str, key: str) -> set:
+        searched = [*tune.GRIDS.get(eraser, []), *tune.BEYOND.get(eraser, [])]
+        searched += [settings for base, _, grid in tune.ASIDE.values() if base == eraser for settings in grid]
+        return {settings.get(key) for settings in searched}
+
+    assert compare.TUNED[name] in [*tune.GRIDS[name], *tune.BEYOND.get(name, [])]
+    for key, value in compare.MANY.get(name, {}).items():
+        assert value in values(name, key)
+
+
+def test_settings_of_many_targets_are_for_a_row_and_its_ablations():
+    one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
+    for method in (compare.METHODS["uce"], compare.ABLATIONS["uce, CPE's anchors"]):
+        assert compare.tuned(method, one) == compare.TUNED["uce"]
+        assert compare.tuned(method, ten) == compare.TUNED["uce"] | compare.MANY["uce"]
+    context = compare.METHODS["cpe, context gate"]
+    assert compare.tuned(context, compare.SCENARIOS["style"]).keys() == {"k"}  # a style's preset has its own lambda
+
+
+def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
+    given = []
+    monkeypatch.setitem(baselines.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
+    one, templates = compare.SCENARIOS["object"], weights.read_prompts("emoji").templates
+    surrogate = cpe.PRESETS["emoji"].surrogate
+    for where in ("kept", "all", "pairs"):
+        compare.METHODS["uce"].build(world, one, 0, templates=where, s_p=2.0)
+    (kept, _), (everywhere, _), (pairs, settings) = given
+    assert (kept[1], kept[2]) == (["umbrella"], [surrogate])
+    assert everywhere[1] == pairs[1] == [template.replace("{}", "umbrella") for template in templates]
+    assert everywhere[2] == [surrogate] * len(templates)
+    assert pairs[2] == [template.replace("{}", surrogate) for template in templates]
+    assert kept[3] == pairs[3] == cpe.anchor_prompts([*world.listed(one).general, *world.listed(one).domain], templates)
+    # With fewer to preserve each weighs more, so that all of them together weigh the same.
+    compare.METHODS["uce"].build(world, one, 0, templates="pairs", anchors=True, s_p=2.0)
+    fewer, weighed = given[-1]
+    assert len(fewer[3]) * weighed["s_p"] == pytest.approx(len(pairs[3]) * settings["s_p"])
 
 
 def test_scenarios_together_are_all_their_images_together(world):

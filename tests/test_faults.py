@@ -4,7 +4,6 @@ Nothing half-written is ever found, and a person is told what to do. Each comman
 model; `pytest -m slow tests/test_faults.py` kills each of them forty times on the embedded one.
 """
 
-import dataclasses
 import errno
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,16 +24,12 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_download import Handler, server  # noqa: F401  a fixture
-from tiny import ON_DISK, contents
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny import FEW, ON_DISK, bake, contents, generate, train
 
 import bake as baking
 import commands
 import compare
 import cpe
-import evaluate
-import sampler
 import weights
 from weights import UserError
 
@@ -58,7 +52,6 @@ FORKSERVER.set_forkserver_preload(
 DOZENS = pytest.mark.parametrize(
     ("name", "kills"), [("tiny", 12), pytest.param("emoji", 40, marks=pytest.mark.slow)], ids=["tiny", "emoji"]
 )
-FEW = cpe.Prompts(["a picture of a {}", "{}"], ["house", "tree"], ["red heart", "dog face", "cat", "cloud"])
 
 
 @pytest.fixture(autouse=True)
@@ -71,29 +64,6 @@ def few_prompts(monkeypatch):
 def folder_of(tiny_original):
     """The folder of a model, by its name."""
     return {"tiny": tiny_original, "emoji": ROOT / "emoji"}.__getitem__
-
-
-def train(model: Path, out: Path, target: str = "red heart", *more: str) -> list[str]:
-    """Arguments of a short training."""
-    settings = ["--preset", "emoji", "--steps-scale", "0.01", "--model", str(model)]
-    return ["train", "--target", target, "--out", str(out), *settings, *more]
-
-
-def bake(model: Path, out: Path, gates: Path, *more: str) -> list[str]:
-    """Arguments of a short baking; writes the gate file, random and open somewhere."""
-    objective = cpe.Objective(weights.load_model(model).cross_attention())
-    random_gates = objective.new_gates("resag", 4, 1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in random_gates.parameters():
-            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
-    weights.save_tensors(gates, cpe.to_tensors(random_gates), {"target": "red heart"})
-    settings = ["--preset", "emoji", "--steps-scale", "0.03", "--images", "0", "--model", str(model)]
-    return ["bake", "--gates", str(gates), "--out", str(out), *settings, *more]
-
-
-def generate(model: Path, out: Path, *more: str) -> list[str]:
-    """Arguments that draw one small picture."""
-    return ["generate", "a cat", "--steps", "1", "--model", str(model), "--out", str(out), *more]
 
 
 # --- Killed ------------------------------------------------------------------------------------------------------
@@ -784,174 +754,7 @@ def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, ask
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
 
-# --- Devices and memory ------------------------------------------------------------------------------------------
-
-
-class NoDoubles(TorchDispatchMode):
-    """float64 is known on the CPU alone, as on Apple's machines."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.device.type != "cpu":
-                raise TypeError(f"{func} makes float64 on {tensor.device}")
-        return made
-
-
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """A device whose tensors have shapes and no numbers, no float64, and fail when mixed with the CPU's, as a GPU's do.
-
-    It stands in for hardware; what asks for a number gets 1.
-    """
-    adam, adamw = torch.optim.Adam, torch.optim.AdamW
-
-    def to(
-        module: torch.nn.Module, device: torch.device
-    ) -> torch.nn.Module:  # nn.Module's own cannot move such tensors
-        for inner in module.modules():
-            inner._parameters |= {n: torch.nn.Parameter(x.detach().to(device)) for n, x in inner._parameters.items()}
-            inner._buffers |= {name: x.to(device) for name, x in inner._buffers.items()}
-        return module
-
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1)
-    monkeypatch.setattr(torch.Tensor, "any", lambda self: False)
-    for name, optimizer in (("Adam", adam), ("AdamW", adamw)):
-        unfused = partial(lambda make, *args, **more: make(*args, **{**more, "fused": False}), optimizer)
-        monkeypatch.setattr(torch.optim, name, unfused)
-    with FakeTensorMode(allow_non_fake_inputs=True), NoDoubles():
-        yield torch.device("meta")
-
-
-@pytest.fixture
-def drawn_on(monkeypatch) -> list[torch.device]:
-    """The device of every generator that random numbers are drawn from."""
-    devices = []
-    for name in ("randn", "rand", "randint"):
-        original = getattr(torch, name)
-
-        def watched(*arguments, original=original, **options):
-            devices.append(options["generator"].device)
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(torch, name, watched)
-    return devices
-
-
-@pytest.fixture
-def model(tiny_original):
-    """The tiny model, to be moved."""
-    model = weights.load_model(tiny_original)
-    assert model.tokenizer
-    assert model.schedule
-    return model
-
-
-def moved(model: weights.Model, device: torch.device) -> weights.Model:
-    """The model with empty networks on a device."""
-    model.device = device
-    for part in ("text_encoder", "unet", "vae"):
-        setattr(model, part, model.part(part).empty().requires_grad_(False))
-    return model
-
-
-@pytest.mark.parametrize("method", ["ddim", "dpm"])
-def test_images_are_made_on_the_device_from_noise_of_the_cpu(model, elsewhere, drawn_on, method):
-    model = moved(model, elsewhere)
-    widths = {
-        f"{p}.{x}": a.to_k.out_features for p, a in model.unet.cross_attentions().items() for x in ("to_k", "to_v")
-    }
-    gates = cpe.ResAG(widths, d=16, r=2).to(elsewhere)
-    *_, latents = cpe.denoise(model, ["a cat", "a dog"], [0, 1], gates, steps=2, method=method)
-    assert cpe.decode(model, latents).device == elsewhere
-    assert drawn_on == [torch.device("cpu")] * 2
-
-
-@pytest.mark.parametrize("kind", ["resag", "context"])
-def test_gates_are_trained_on_the_device_from_chance_of_the_cpu(model, elsewhere, drawn_on, kind, monkeypatch):
-    def separate(*tensors):  # L-BFGS looks at numbers, which this device has not
-        assert all(tensor.device == elsewhere for tensor in tensors)
-        separated.append(tensors)
-        return tensors[-1], tensors[-1].sum()
-
-    separated: list = []
-    monkeypatch.setattr(cpe, "separate", separate)
-    model, prompts = moved(model, elsewhere), cpe.Prompts(["a {}", "{}"], ["dog", "cat"], ["tree", "house"])
-    recipe = cpe.Recipe("x", 0.3, 1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=2, deltas=2, anchors=2)
-    recipe = dataclasses.replace(recipe, margin=0.25)
-    one = torch.ones(16).to(elsewhere)
-    data = cpe.prepare(recipe, prompts, ["heart"], model.encode, lambda wanted: model.encode(wanted).half().cpu(), one)
-    layers = {name: x for name, x in model.unet.state_dict().items() if "attn2" in name}
-    trainer = cpe.Trainer(cpe.Objective(layers), data, recipe, kind=kind)
-    assert sum(1 for _ in trainer.steps()) == 6
-    assert len(separated) == 1
-    assert {parameter.device for parameter in trainer.gates.parameters()} == {elsewhere}
-    assert set(drawn_on) == {torch.device("cpu")}
-
-
-def test_a_text_encoder_is_baked_on_the_device(model, elsewhere):
-    model = moved(model, elsewhere)
-    objective = cpe.Objective({name: x for name, x in model.unet.state_dict().items() if "attn2" in name})
-    gate = cpe.ContextGate(16, r=2, k=2).to(elsewhere).requires_grad_(False)
-    tokens = (torch.randint(5, (n, 7)).to(elsewhere) for n in (3, 4))
-    recipe = baking.Recipe(steps=5, targets=2, others=2)
-    baker = baking.Baker(model.text_encoder, gate, objective, *tokens, recipe)
-    assert sum(1 for _ in baker.steps()) == 5
-    assert {tensor.device for tensor in baker.tensors().values()} == {elsewhere}
-
-
-def test_images_on_the_device_are_compared(elsewhere):
-    assert evaluate.cmmd(torch.ones(3, 4, device=elsewhere), torch.ones(2, 4, device=elsewhere)) is not None
-
-
-@pytest.fixture
-def card() -> str:
-    """A real graphics card; skips where there is none."""
-    if not torch.cuda.is_available():
-        pytest.skip("there is no graphics card")
-    return "cuda"
-
-
-def test_a_graphics_card_draws_what_the_cpu_draws(tiny_original, tmp_path, card, monkeypatch):
-    bake(tiny_original, tmp_path / "x", tmp_path / "gates.safetensors")  # writes the gates
-    starts, sample, latents = [], sampler.sample, {}
-
-    def watched(unet, schedule, start, *settings):
-        starts.append(start.cpu())
-        return sample(unet, schedule, start, *settings)
-
-    monkeypatch.setattr(sampler, "sample", watched)
-    for device in ("cpu", card):
-        model = weights.load_model(tiny_original, device=device)
-        for gates in (None, commands.load_gates([tmp_path / "gates.safetensors"], model)):
-            *_, last = cpe.denoise(model, ["a red heart", "a cat"], [3, 4], gates, steps=4)
-            assert last.device.type == device
-            assert cpe.decode(model, last).isfinite().all()
-            latents[device, gates is not None] = last.cpu()
-    assert all(torch.equal(start, starts[0]) for start in starts)
-    for with_gates in (False, True):  # a card rounds what its convolutions multiply to eleven bits
-        torch.testing.assert_close(latents[card, with_gates], latents["cpu", with_gates], rtol=0, atol=0.05)
-    assert (latents[card, True] - latents[card, False]).abs().max() > 0.5
-
-
-@pytest.mark.parametrize("kind", ["resag", "context"])
-def test_a_graphics_card_trains_what_the_cpu_trains(run, tiny_original, card, kind):
-    losses = {}
-    for device in ("cpu", card):
-        out = Path(f"{device}.safetensors")
-        arguments = train(tiny_original, out, "red heart", "--gate", kind, "--device", device)
-        assert run([*arguments, "--json", "x.json"])[0] == 0
-        losses[device] = json.loads(Path("x.json").read_text())["losses"]
-        gates = commands.load_gates([out])
-        assert all(parameter.isfinite().all() for parameter in gates.parameters())
-    assert losses[card] == pytest.approx(losses["cpu"], rel=0.01)
-
-
-def test_a_device_without_float64_is_told_from_one_that_has_it(elsewhere):
-    torch.ones(2).double()
-    with pytest.raises(TypeError, match="float64"):
-        torch.ones(2, device=elsewhere).double()
+# --- Precision and memory ----------------------------------------------------------------------------------------
 
 
 def test_gates_are_inspected_in_the_precision_that_they_are_used_in(run, tiny_original, tmp_path):
@@ -973,7 +776,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
     assert code == 2
     assert f"the device {device} cannot be used" in said
-    assert "here is cpu. Leave --device out" in said
+    assert "available here: cpu. Leave --device out" in said
     assert run(["demo", "--target", "cat", "--device", device]) == (code, said)
 
 

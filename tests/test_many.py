@@ -103,7 +103,7 @@ def test_what_is_finished_is_kept_and_nothing_else_is_replaced(train, monkeypatc
         patch.setattr(commands, "build_trainer", lambda *_: pytest.fail("trained"))
         code, said = train("all", "--json", "figures.json")
     assert code == 0
-    assert said.count("is finished already") == 3
+    assert said.count("already finished") == 3
     assert contents("all") == before
     assert all(each["kept"] for each in json.loads(Path("figures.json").read_text())["targets"].values())
     Path("all/red-heart.safetensors").unlink()
@@ -482,6 +482,19 @@ def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, tr
         assert ", kept 0\n" in run(*draw, *other)[1]
     (Path("gates") / FILES[1]).replace(Path("gates") / FILES[0])  # another gate under the same name
     assert ", kept 0\n" in run(*draw, *gates)[1]
+
+
+@pytest.mark.parametrize("file", [weights.SCHEDULER, "tokenizer/merges.txt"])
+def test_pictures_of_another_noise_schedule_or_tokenizer_are_drawn_anew(run, tiny, file):
+    Path("prompts.txt").write_text("a cat\n")
+    draw = ("generate", "--prompts", "prompts.txt", *DRAW, "--model", str(tiny))
+    run(*draw)
+    assert ", kept 1\n" in run(*draw)[1]
+    text = (tiny / file).read_text()
+    changed = text.replace("0.012", "0.013") if file == weights.SCHEDULER else text.rsplit("\n", 2)[0] + "\n"
+    assert changed != text
+    (tiny / file).write_text(changed)
+    assert ", kept 0\n" in run(*draw)[1]
 
 
 def test_prompts_of_a_file_are_drawn_in_the_precision_that_was_asked_for(run, monkeypatch):

@@ -1,6 +1,7 @@
 """weights.py: whole and exact models load, everything else is refused with a sentence a person can use."""
 
 import errno
+import filecmp
 import json
 import os
 import re
@@ -88,7 +89,7 @@ def test_old_names_of_the_autoencoders_attention_load(tiny):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: t.pop("conv_in.bias"), ["1 tensors missing", "conv_in.bias"]),
+        (lambda t: t.pop("conv_in.bias"), ["1 tensor missing", "conv_in.bias"]),
         (lambda t: t.update(surplus=torch.zeros(1)), ["not part of this architecture", "surplus"]),
         (lambda t: t.update({"conv_in.bias": torch.zeros(9)}), ["unfit", "conv_in.bias is [9], not [8]"]),
         (lambda t: t.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}), ["unfit", "holds I64"]),
@@ -401,6 +402,11 @@ def test_a_clip_that_contradicts_itself_is_refused(tiny, again):
 
 def test_parts_that_do_not_fit_together_are_named(tiny):
     change(tiny, "unet", cross_attention_dim=24)
+    model = weights.Model("x", tiny, torch.float32, torch.device("cpu"))
+    model.part("text_encoder")
+    for _ in range(2):  # the second time, too
+        with pytest.raises(UserError, match="cross_attention_dim is 24, hidden_size is 16"):
+            model.part("unet")
     with pytest.raises(UserError, match="cross_attention_dim is 24, hidden_size is 16"):
         load_model(tiny)
 
@@ -707,7 +713,7 @@ def test_fingerprints_agree_on_both_precisions(tiny):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: t.pop("model.diffusion_model.out.2.bias"), ["1 tensors missing", "conv_out.bias"]),
+        (lambda t: t.pop("model.diffusion_model.out.2.bias"), ["1 tensor missing", "conv_out.bias"]),
         (lambda t: t.update({"model.diffusion_model.x": torch.zeros(1)}), ["not part of", "model.diffusion_model.x"]),
         (lambda t: t.update({"control_model.x": torch.zeros(1)}), ["control_model.x does not belong there"]),
         (lambda t: [t.pop(n) for n in list(t) if n.startswith("first_stage")], ["it has no first_stage_model.*"]),
@@ -1018,6 +1024,19 @@ def test_a_twin_with_another_unet_shares_the_rest_and_leaves_the_first_alone(tin
     assert torch.equal(model.cross_attention()[name], before)
     with pytest.raises(KeyError, match="nothing"):
         model.with_unet({"nothing.weight": before})
+
+
+def test_an_edited_model_is_saved_as_it_is_edited(tiny, tmp_path):
+    model = weights.load_model(str(tiny))
+    name = next(key for key in model.cross_attention() if key.endswith("to_k.weight"))
+    bias = "text_model.final_layer_norm.bias"
+    changed = {name: model.cross_attention()[name] + 1}, {bias: model.text_encoder.state_dict()[bias] + 1}
+    twin = model.with_unet(changed[0]).with_text_encoder(changed[1])
+    saved = weights.load_model(weights.save_model(twin, tmp_path / "twin"))
+    for part in ("unet", "text_encoder"):
+        ours, expected = getattr(saved, part).state_dict(), getattr(twin, part).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.items())
+    assert filecmp.cmp(tmp_path / "twin" / VAE_FILE, tiny / VAE_FILE, shallow=False)
 
 
 def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):

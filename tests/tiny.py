@@ -1,4 +1,4 @@
-"""What several test files share: tiny configs and models, weights that any machine draws alike, the references.
+"""What several test files share: tiny configs and models, weights that any machine draws alike, commands, references.
 
 Fixtures are in conftest.py. Where a test takes the fixture `tiny`, this module is imported under another name.
 """
@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cpe
 import weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +180,34 @@ def tokens(vocab_size: int, length: int = 9) -> Tensor:
     bos, eos = vocab_size - 2, vocab_size - 1
     rows = [[bos, 5, 17, 3, eos], [bos, 40, 2, 2, 31, 8, 11, eos], [bos, eos]]
     return torch.tensor([row + [eos] * (length - len(row)) for row in rows])
+
+
+# --- Commands ----------------------------------------------------------------------------------------------------
+
+FEW = cpe.Prompts(["a picture of a {}", "{}"], ["house", "tree"], ["red heart", "dog face", "cat", "cloud"])
+
+
+def train(model: Path, out: Path, target: str = "red heart", *more: str) -> list[str]:
+    """Arguments of a short training."""
+    settings = ["--preset", "emoji", "--steps-scale", "0.01", "--model", str(model)]
+    return ["train", "--target", target, "--out", str(out), *settings, *more]
+
+
+def bake(model: Path, out: Path, gates: Path, *more: str) -> list[str]:
+    """Arguments of a short baking; writes the gate file, random and open somewhere."""
+    objective = cpe.Objective(weights.load_model(model).cross_attention())
+    random_gates = objective.new_gates("resag", 4, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in random_gates.parameters():
+            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
+    weights.save_tensors(gates, cpe.to_tensors(random_gates), {"target": "red heart"})
+    settings = ["--preset", "emoji", "--steps-scale", "0.03", "--images", "0", "--model", str(model)]
+    return ["bake", "--gates", str(gates), "--out", str(out), *settings, *more]
+
+
+def generate(model: Path, out: Path, *more: str) -> list[str]:
+    """Arguments that draw one small picture."""
+    return ["generate", "a cat", "--steps", "1", "--model", str(model), "--out", str(out), *more]
 
 
 # --- The references ----------------------------------------------------------------------------------------------
