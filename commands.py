@@ -725,13 +725,14 @@ def style_names(prompts: "Prompts") -> list[str]:
 
 def is_emoji(model: str) -> bool:
     """Whether --model names the embedded model, or a folder with its vocabulary and U-Net: a copy, or a baked one."""
-    from weights import UserError, read_json, shipped
+    from weights import UserError, read_json, shipped, vocabulary
 
-    files = (Path("tokenizer", "vocab.json"), Path("unet", "config.json"))
+    if model == "emoji":
+        return True
+    folder, ours = Path(os.path.expanduser(model)), shipped("emoji")
     with suppress(UserError):  # there is no such folder: what is wrong with it is said when it is opened
-        return model == "emoji" or all(
-            read_json(Path(os.path.expanduser(model), file)) == read_json(shipped("emoji") / file) for file in files
-        )
+        if vocabulary(folder / "tokenizer") == vocabulary(ours / "tokenizer"):
+            return read_json(folder / "unet/config.json") == read_json(ours / "unet/config.json")
     return False
 
 

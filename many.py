@@ -374,6 +374,8 @@ def generate(args: argparse.Namespace) -> dict:
         kept = sum("kept" in picture for picture in pictures)
         drew = f"drew    {len(pictures) - kept} prompts into {folder}, each from seed {args.seed}, kept {kept}"
         print(f"{drew}{told(process)}")
+        if others := sorted({path.name for path in folder.glob("[0-9]*-*.png")} - set(names)):
+            print(f"left    {len(others)} pictures of other prompts there, {others[0]} for one")
     return {"out": str(folder), "pictures": pictures, "next": commands.after_drawing(args, lines[0][1])}
 
 

@@ -841,6 +841,18 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() and not any(path.is_file() for path in two) else two
 
 
+def vocabulary(folder: Path) -> dict[str, int]:
+    """The tokens of a tokenizer and their ids; UserError when they cannot be read."""
+    path = tokenizer_files(folder)[0]
+    said = read_json(path)
+    if path.name == "vocab.json":
+        return said
+    try:
+        return said["model"]["vocab"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no vocabulary: get the tokenizer again") from error
+
+
 def check_added(folder: Path, tokenizer: Tokenizer) -> None:
     """UserError for a tokenizer with words beside its vocabulary, as textual inversion adds: they would be spelt."""
     for name in ("added_tokens.json", "tokenizer.json"):

@@ -68,7 +68,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 
 BEYOND = {  # and more of linear erasers: beyond these where their best lay at an edge, and what came to mind later
     "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0])
-    + product(padding=[False, True], templates=["pairs"], s_p=[0.1, 1.0, 3.0]),
+    + product(padding=[False, True], templates=["pairs"], s_p=[1.0, 3.0, 10.0]),
     "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
     + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0]),
     "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], images=[4], sampling_steps=[20])

@@ -363,6 +363,12 @@ def test_a_copy_of_the_embedded_model_is_known_below_the_home_folder(tmp_path, m
     shutil.copy(ROOT / "emoji/unet/config.json", tmp_path / "baked/unet")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert commands.is_emoji("~/baked")
+    words = json.loads((tmp_path / "baked/tokenizer/vocab.json").read_text())
+    for path in (tmp_path / "baked/tokenizer").iterdir():
+        path.unlink()
+    for said, known in ({"model": {"vocab": words}}, True), ({"model": {}}, False):  # as transformers 5 writes it
+        (tmp_path / "baked/tokenizer/tokenizer.json").write_text(json.dumps(said))
+        assert commands.is_emoji("~/baked") == known
     assert not commands.is_emoji("~/other")
 
 

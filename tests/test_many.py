@@ -463,6 +463,10 @@ def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
     assert pictures["0001-a-cat.png"] == pictures["0003-a-cat.png"]
     figures = json.loads(Path("figures.json").read_text())
     assert [each["prompt"] for each in figures["pictures"]] == ["a cat", "a dog", "a cat", "???"]
+    assert "of other prompts" not in said
+    Path("prompts.txt").write_text(PROMPTS.replace("a dog\n", ""))
+    said = run("generate", "--prompts", "prompts.txt", *DRAW)[1]
+    assert "left    3 pictures of other prompts there, 0002-a-dog.png for one" in said
 
 
 def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, train):

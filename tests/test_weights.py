@@ -1001,6 +1001,10 @@ def test_a_pipeline_that_diffusers_saved_is_read(tiny, tmp_path):
     assert torch.equal(again.tokenizer(texts), model.tokenizer(texts))
     assert torch.equal(again.encode(texts), model.encode(texts))
     assert again.fingerprint == model.fingerprint
+    # And what is saved of that is what stock tools open, whichever files the tokenizer came in.
+    stock = pipeline.from_pretrained(weights.save_model(again, tmp_path / "again"), local_files_only=True)
+    ids = stock.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(ids, model.tokenizer(texts))
 
 
 @pytest.mark.oracle
