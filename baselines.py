@@ -138,9 +138,14 @@ def uce(
     """
     end = None if padding else 1
     C, G = paired_tails(model, targets, surrogate, end)
-    d = C.shape[1]
-    kept = sum((tail[:end].T @ tail[:end] for tail in tails(model, preserved)), torch.zeros(d, d, dtype=C.dtype))
-    return plain(move(projections(model), C, G, kept, lam, s_e, s_p))
+    return plain(move(projections(model), C, G, moment_of_tails(model, preserved, end), lam, s_e, s_p))
+
+
+def moment_of_tails(model: "Model", prompts: Sequence[str], end: int | None) -> Tensor:
+    """sum e e^T [d, d] over the first `end` of the `tails` of prompts, float64."""
+    d = model.part("unet").config["cross_attention_dim"]
+    rows = (tail[:end] for tail in tails(model, prompts))
+    return sum((tail.T @ tail for tail in rows), torch.zeros(d, d, dtype=torch.float64))
 
 
 def paired_tails(
@@ -178,18 +183,20 @@ def rece(
     rho: float = 0.1,
     lam: float = 0.1,
     s_p: float = 0.1,
+    padding: bool = False,
 ) -> Weights:
     """RECE: UCE, then rounds of finding the embeddings that revive the targets and erasing these too. No chance in it.
 
-    A round moves all T tokens of the bare targets; what stays are the tokens of '' and the last tokens of `preserved`.
+    A round moves all T tokens of the targets; what stays are the tokens of '' and the last tokens of `preserved`, with
+    `padding` (which is as in `uce`) also those that follow.
     The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). The paper's own surrogate is ' '. For
     art styles it takes rho = 1e-3 and one round.
     """
-    original = projections(model)
-    P, empty = last_tokens(model, preserved), encode(model, [""])[0]
-    C, G = last_tokens(model, targets), last_tokens(model, guides(surrogate, targets))
-    edited = move(original, C, G, P.T @ P, lam, 1.0, s_p)
-    kept = P.T @ P + empty.T @ empty
+    original, end = projections(model), None if padding else 1
+    kept, empty = moment_of_tails(model, preserved, end), encode(model, [""])[0]
+    C, G = paired_tails(model, targets, surrogate, end)
+    edited = move(original, C, G, kept, lam, 1.0, s_p)
+    kept = kept + empty.T @ empty
     C, G = encode(model, targets).flatten(0, 1), encode(model, guides(surrogate, targets)).flatten(0, 1)
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)
@@ -256,17 +263,18 @@ def speed(
     mu: float = 0.0,
     threshold: float = 0.1,
     augment: int = 10,
+    padding: bool = False,
 ) -> Weights:
     """SPEED: values only, changed in the null space of what must stay. `augment` 0: every preserved prompt, no copies.
 
-    Without preserved prompts the tokens of '' stay, as in the authors' code.
+    Without preserved prompts the tokens of '' stay, as in the authors' code. `padding` is as in `uce`, not theirs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    C, G = last_tokens(model, targets), last_tokens(model, guides(surrogate, targets))
+    generator, end = torch.Generator().manual_seed(seed), None if padding else 1
+    C, G = paired_tails(model, targets, surrogate, end)
     T, A = C.T @ C / len(C), G.T @ C / len(C)
     empty = encode(model, [""])[0]
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
-    kept = last_tokens(model, preserved) if preserved else empty[1:]
+    kept = torch.cat([tail[:end] for tail in tails(model, preserved)]) if preserved else empty[1:]
     edited = {}
     for key, W in projections(model, ["to_v"]).items():
         # the edit that nothing holds back: W (A - T) (T + I)^-1

@@ -68,13 +68,16 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 
 BEYOND = {  # and more of linear erasers: beyond these where their best lay at an edge, and what came to mind later
     "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0])
-    + product(padding=[False, True], templates=["pairs"], s_p=[1.0, 3.0, 10.0]),
+    + product(padding=[False, True], templates=["pairs"], s_p=[1.0, 3.0, 10.0])
+    + product(padding=[True], templates=["pairs"], s_p=[30.0, 100.0]),
     "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
-    + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0]),
+    + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0])
+    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[1.0, 3.0, 10.0, 30.0]),
     "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], images=[4], sampling_steps=[20])
     + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], images=[4], sampling_steps=[20]),
     "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10])
-    + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0]),
+    + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0])
+    + product(threshold=[3.0, 1.0, 0.3], templates=["pairs"], padding=[True], augment=[0]),
     "esd": product(lr=[2e-4], negative=[5.0, 7.0, 10.0], images=[8], sampling_steps=[20]),
 }
 
@@ -93,12 +96,14 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "uce, many": (
         "uce",
         [TEN],
-        product(templates=["all", "kept", "pairs"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0]),
+        product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])
+        + product(templates=["pairs"], padding=[True], s_p=[3.0, 10.0, 30.0, 100.0]),
     ),
     "rece, many": (
         "rece",
         [TEN],
-        product(templates=["kept", "", "pairs"], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0]),
+        product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])
+        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[1.0, 3.0, 10.0, 30.0]),
     ),
     "mace, many": (
         "mace",
@@ -108,7 +113,8 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "speed, many": (
         "speed",
         [TEN],
-        product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all", "pairs"], augment=[10]),
+        product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])
+        + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0]),
     ),
     "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
     "lora, many": (
