@@ -74,12 +74,6 @@ def tails(model: "Model", prompts: Sequence[str]) -> Iterator[Tensor]:
             yield tokens[min(len(model.tokenizer.ids(prompt)), len(tokens) - 2) :]
 
 
-def last_tokens(model: "Model", prompts: Sequence[str]) -> Tensor:
-    """Embedding [B, d] of the last token before EOS of every prompt, float64; of '' it is BOS."""
-    d = model.part("unet").config["cross_attention_dim"]
-    return torch.stack([torch.zeros(d, dtype=torch.float64), *(tail[0] for tail in tails(model, prompts))])[1:]
-
-
 def refit(W: Tensor, cross: Tensor, gram: Tensor, lam: float) -> Tensor:
     """The V [d_l, d] that minimises sum_i |V x_i - y_i|^2 + lam |V - W|^2.
 

@@ -38,6 +38,11 @@ def erase(name: str, model: weights.Model, targets: list[str] = TARGETS, seed: i
     return ERASERS[name](model, targets, SURROGATE, KEPT, seed, **{**QUICK.get(name, {}), **options})
 
 
+def last_tokens(model: weights.Model, prompts: list[str]) -> Tensor:
+    """Embedding [B, d] of the last token before EOS of every prompt; of '' it is BOS."""
+    return torch.stack([tail[0] for tail in baselines.tails(model, prompts)])
+
+
 def assert_minimum(objective: Callable[[Tensor], Tensor], solution: Tensor) -> None:
     """The gradient of an objective vanishes at the solution, and every step away from it is worse."""
     x = solution.clone().requires_grad_()
@@ -107,18 +112,17 @@ def test_move_is_the_optimum_of_uce() -> None:
 
 def test_last_tokens_stand_before_eos(model: weights.Model) -> None:
     prompts = ["cat", "a picture of a heart", ""]
-    rows = baselines.last_tokens(model, prompts)
+    rows = last_tokens(model, prompts)
     ids, E = model.tokenizer(prompts), model.encode(prompts).double()
     for i, row in enumerate(rows):
         first_eos = (ids[i] == model.tokenizer.eos).nonzero()[0].item()
         assert torch.equal(row, E[i, first_eos - 1])
-    assert baselines.last_tokens(model, []).shape == (0, E.shape[-1])
 
 
 def test_uce_moves_the_target_to_the_surrogate(model: weights.Model) -> None:
     edited = erase("uce", model, lam=1e-6)
-    c, g = baselines.last_tokens(model, TARGETS), baselines.last_tokens(model, [SURROGATE])
-    p = baselines.last_tokens(model, KEPT)
+    c, g = last_tokens(model, TARGETS), last_tokens(model, [SURROGATE])
+    p = last_tokens(model, KEPT)
     for key, W in baselines.projections(model).items():
         V = edited[key].double()
         torch.testing.assert_close(V @ c.T, W @ g.T, rtol=0, atol=1e-4)
@@ -135,7 +139,7 @@ def test_uce_with_padding_moves_all_that_has_seen_the_target(model: weights.Mode
 
 
 def test_uce_keeps_what_weighs_enough(model: weights.Model) -> None:
-    p = baselines.last_tokens(model, KEPT)
+    p = last_tokens(model, KEPT)
     loose, tight = erase("uce", model, s_p=0.0), erase("uce", model, s_p=1e9)
     for key, W in baselines.projections(model).items():
         moved = (p @ (tight[key].double() - W).T).norm()
@@ -213,8 +217,8 @@ def test_null_edit_where_all_must_stay() -> None:
 
 def test_speed_keeps_preserved_prompts(model: weights.Model) -> None:
     edited = erase("speed", model, augment=0, threshold=1e-9)
-    p = baselines.last_tokens(model, [*KEPT, ""])
-    c = baselines.last_tokens(model, TARGETS)
+    p = last_tokens(model, [*KEPT, ""])
+    c = last_tokens(model, TARGETS)
     for key, W in baselines.projections(model, ["to_v"]).items():
         V = edited[key].double()
         torch.testing.assert_close(p @ V.T, p @ W.T, rtol=0, atol=1e-5)
@@ -299,7 +303,7 @@ def test_targets_may_have_a_surrogate_each(model: weights.Model) -> None:
     targets, becoming = ["cat", "red heart"], ["a dog", "a tree"]
     edited = baselines.uce(model, targets, becoming, [], lam=1e-6)
     W = baselines.projections(model)
-    C, G = baselines.last_tokens(model, targets), baselines.last_tokens(model, becoming)
+    C, G = last_tokens(model, targets), last_tokens(model, becoming)
     for key, V in edited.items():
         torch.testing.assert_close(C.float() @ V.T, (G @ W[key].T).float(), rtol=1e-2, atol=1e-3)
     for name in ERASERS:
