@@ -40,6 +40,9 @@ def product(**choices: list) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
+FEW = {"images": [4], "sampling_steps": [20]}  # pictures that MACE makes for itself: the authors' take longer
+
+
 GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
     "cpe": [
         {},
@@ -59,7 +62,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
     "cpe, context gate": product(k=[8, 16], lam=[30.0, 100.0, 300.0, 1000.0]),
     "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
     "rece": product(rounds=[3, 1], templates=["", "kept"], s_p=[0.1, 1.0]),
-    "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], images=[4], sampling_steps=[20]),
+    "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], **FEW),
     "speed": product(threshold=[1.0, 0.1], templates=["", "all"], augment=[10, 0]),
     "esd": product(lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0], images=[8], sampling_steps=[20]),
     "lora": product(k=[4, 8], lam=[3.0, 10.0, 30.0, 100.0]),
@@ -73,8 +76,10 @@ BEYOND = {  # and more of linear erasers: beyond these where their best lay at a
     "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
     + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0])
     + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[1.0, 3.0, 10.0, 30.0]),
-    "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], images=[4], sampling_steps=[20])
-    + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], images=[4], sampling_steps=[20]),
+    "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], **FEW)
+    + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], **FEW)
+    + product(lr=[1e-5], keep=[0.3, 3.0], lam=[0.1], templates=["kept"], **FEW)
+    + product(lr=[1e-4, 1e-3], keep=[1.0], lam=[0.1], templates=["kept"], **FEW),
     "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10])
     + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0])
     + product(threshold=[3.0, 1.0, 0.3], templates=["pairs"], padding=[True], augment=[0]),
@@ -108,7 +113,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "mace, many": (
         "mace",
         [TEN],
-        product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], images=[4], sampling_steps=[20]),
+        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1, 10.0], templates=["kept"], **FEW),
     ),
     "speed, many": (
         "speed",
