@@ -55,6 +55,8 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     surrogate, said = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
     try:
         eta = float(said)
+        if not math.isfinite(eta):
+            raise ValueError
     except ValueError as error:
         raise ValueError(f"the eta in its metadata is no number: {said[:80]!r}") from error
     try:

@@ -51,7 +51,7 @@ from weights import (
 
 # Of measurements, by eraser, else 1: raise it when a change makes kept figures wrong.
 VERSIONS = {"cpe": 4, "lora": 3, "mace": 2}
-LAYOUT = 2  # of what is kept of a cell: raised when a change makes the figures of all erasers wrong
+ALL = 2  # the same for all erasers at once
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ class Budget:
     erased: int = 16  # of the target; several targets share them, one each at least
     near: int = 2  # of each near concept
     others: int = 1  # of each other concept
-    attacked: int = 8  # of each attack; 0: no attacks
+    attacked: int = 8  # of each attack, of paraphrases at least one of every target; 0: no attacks
     searches: int = 2  # of each attack that searches by chance, which share its images
     steps: int = 12
     guidance_scale: float = 4.0
@@ -308,6 +308,8 @@ def linear(eraser: str) -> Callable[..., Erased]:
         targets, too, "pairs" the surrogate with them. `anchors`: whether nothing is preserved but what CPE's gates have
         as anchors, as LoRA always does; the fewer there are, the more each weighs.
         """
+        if eraser in ("lora", "mace") and templates in ("all", "pairs"):
+            raise ValueError(f"{eraser} puts names into sentences itself")
         prompts, targets = world.listed(scenario), [*scenario.targets, *scenario.aliases]
         kept, surrogates = [*prompts.general, *prompts.domain], [cpe.PRESETS[scenario.preset].surrogate] * len(targets)
         if templates:
@@ -321,7 +323,7 @@ def linear(eraser: str) -> Callable[..., Erased]:
             surrogates = filled(prompts.templates, surrogates) if templates == "pairs" else bare
         if eraser == "lora":
             settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)}
-        if eraser in ("lora", "mace"):  # put names into sentences themselves: such as the model understands
+        if eraser in ("lora", "mace"):  # into such as the model understands
             settings |= {"templates": prompts.templates}
         edited = baselines.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
         size = sum(W.numel() for W in edited.values())
@@ -394,7 +396,7 @@ def separate_gates(
 
 
 def as_resag(world: World, gates: nn.Module) -> nn.Module:
-    """Gates as a file holds them."""
+    """Gates as a file holds them (of a bias or a perceptron it has no place for what they have more)."""
     return gates.expand(world.objective.W) if isinstance(gates, cpe.ContextGate) else gates
 
 
@@ -440,10 +442,10 @@ NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
     "cpe, context gate": {"k": 16, "lam": 300.0},
-    "uce": {"padding": False, "templates": "all", "s_p": 3.0},
-    "rece": {"rounds": 1, "templates": "kept", "s_p": 0.1},
+    "uce": {"padding": True, "templates": "pairs", "s_p": 10.0},
+    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 3.0},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
-    "mace": {"lr": 1e-5, "keep": 1.0, "lam": 10.0, "images": 4, "sampling_steps": 20},
+    "mace": {"lr": 1e-5, "keep": 3.0, "lam": 0.1, "templates": "kept", "images": 4, "sampling_steps": 20},
     "esd": {"lr": 2e-4, "negative": 5.0, "images": 8, "sampling_steps": 20},
     "lora": {"k": 4, "lam": 30.0},
 }
@@ -520,7 +522,7 @@ def key(world: World, scenario: Scenario, method: Method, budget: Budget, seed: 
         recipe = {"surrogate": recipe["surrogate"]}
     if eraser == "lora":
         del recipe["margin"]
-    parts = [LAYOUT, VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
+    parts = [ALL, VERSIONS.get(eraser, 1), world.fingerprint, dataclasses.asdict(scenario), method.name]
     parts += [method.settings, recipe, world.concepts, dataclasses.asdict(world.listed(scenario))]
     parts += [dataclasses.asdict(bake.Recipe().of(len(scenario.targets)))] if method.build is baked else []
     parts += [tuned(method, scenario), dataclasses.asdict(budget), seed]
@@ -689,7 +691,7 @@ def added(counts: Sequence[dict]) -> dict:
 
 
 def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """The figures {method: figures} of all scenarios together, of methods that each has; sizes differ: none."""
+    """The figures {method: figures} of all scenarios together, of methods that each has; no sizes, which differ."""
     scenarios, total = list(table.values()), {}
     for method in (name for name in scenarios[0] if all(name in scenario for scenario in scenarios)):
         rows = [scenario[method] for scenario in scenarios]

@@ -633,7 +633,7 @@ class Data:
 
     targets: Tensor  # [P, T, d]
     surrogates: Tensor  # [P, T, d]
-    anchors: Tensor  # [A, T, d], half precision
+    anchors: Tensor  # [A, T, d], half precision, on the CPU
     empty: Tensor  # [1, T, d], of the prompt ''
     one: Tensor | None = None  # [d] with E one = 1 at every token of every prompt (`constant_direction`)
 
@@ -987,7 +987,7 @@ class Trainer:
         v, b = separate(wanted, torch.cat([shares, attacked]), spared, core.scaler[0, :, 0].detach())
         logits, order = (H @ v + b).flatten().sort()
         at = (shares.flatten()[order].cumsum(0) < 0.2).sum().clamp(max=len(logits) - 1)
-        m = logits.take(at).item()
+        m = logits[at].item()
         if m < 0.1:  # it is hardly open on the target, and would become a step
             return
         c = self.recipe.margin * m

@@ -10,7 +10,7 @@ CMMD, Jayasumana et al. 2024 (2401.09603); the harmonic mean H, Lu et al. 2024 (
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from clip import CLIP, Tokenizer, preprocess
 
 TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -65,8 +66,8 @@ def nearest(features: Tensor, index: int, count: int) -> list[int]:
     return [i for i in order if i != index][:count]
 
 
-def spread(items: Sequence[Any], count: int) -> Sequence[Any]:
-    """At most `count` items, evenly spaced from the first."""
+def spread(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most `count` items, evenly spaced from the first; of fewer than twice as many the first `count`."""
     return items[:: max(1, len(items) // count)][:count]
 
 

@@ -30,6 +30,7 @@ import torch
 
 import commands
 import cpe
+import evaluate
 from weights import Model, UserError, tokenizer_files
 
 # --- Processes ---------------------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def generate(args: argparse.Namespace) -> dict:
                 rows = [commands.draw(model, [prompt], [args.seed], kind, args, text) for kind in kinds]
                 commands.grid(rows, folder / name, settings=said)
             if len(rows) == 2:
-                picture["change"] = (rows[1] - rows[0]).abs().mean().item()
+                picture["change"] = evaluate.change(*rows).item()
             pictures.append(picture)
             if process.rank == 0:
                 change = f"change {picture['change']:.4f} of 2, " if len(rows) == 2 else ""
@@ -374,8 +375,8 @@ def generate(args: argparse.Namespace) -> dict:
         kept = sum("kept" in picture for picture in pictures)
         drew = f"drew    {len(pictures) - kept} prompts into {folder}, each from seed {args.seed}, kept {kept}"
         print(f"{drew}{told(process)}")
-        if others := sorted({path.name for path in folder.glob("[0-9]*-*.png")} - set(names)):
-            print(f"left    {len(others)} pictures of other prompts there, {others[0]} for one")
+        if others := sorted({path.name for path in folder.glob("[0-9][0-9][0-9][0-9]*-*.png")} - set(names)):
+            print(f"left    {len(others)} of other prompts there, {others[0]} for one")
     return {"out": str(folder), "pictures": pictures, "next": commands.after_drawing(args, lines[0][1])}
 
 

@@ -1299,9 +1299,9 @@ def cached_contexts(
     """
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     contexts = []
-    vocabulary = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
+    words = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
     for part in progress(parts):
-        key = hashlib.sha256(json.dumps([model.fingerprint, vocabulary, part]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([model.fingerprint, words, part]).encode()).hexdigest()[:32]
         path = cache_folder() / f"contexts-{key}.safetensors"
         contexts.append(kept_contexts(path, model, part))
     return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

@@ -4,8 +4,9 @@
     x = torch.ones(3).to("card")        # x + torch.ones(3): RuntimeError; x.cpu() + torch.ones(3): twos
 
 Its numbers are the CPU's to the bit, so what a command makes on it can be compared with what it makes without. It
-refuses what a card does: tensors of two devices in one operation, and NumPy. It also refuses what only Apple's do,
-float64 and decompositions of matrices, and what none would, but this project must not do: random numbers of its own.
+refuses much of what cards do: tensors of two devices in one operation, and NumPy. It also refuses what only Apple's do,
+float64, decompositions of matrices and what else they lack, and what none would, but this project must not do: random
+numbers of its own.
 
 Built on torch's way to write a device in Python, which is not finished: hence what `install` replaces.
 """
@@ -21,8 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
-# Indices may lie on the CPU: hardware fetches them.
+# Indices may lie on the CPU: hardware fetches them. Not what is indexed, nor what is put there.
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+LACKING = (aten.take.default,)  # of what this project is tempted to use, by the list of operations in torch's source
 NORMS = ("aten::linalg_vector_norm", "aten::linalg_matrix_norm")
 
 
@@ -47,15 +49,18 @@ class OnCard(torch.Tensor):
         return compute(func, args, kwargs or {})
 
 
-def check(func: Any, tensors: list[Tensor], result_there: bool) -> None:
+def check(func: Any, args: tuple, tensors: list[Tensor], result_there: bool) -> None:
     """RuntimeError for operations that the card refuses, or that no device but the CPU should be asked for."""
     if any(isinstance(x, OnCard) for x in tensors) and func is not aten.copy_.default:
-        # A single number of the CPU's may come along.
-        strangers = [x for x in tensors if not isinstance(x, OnCard) and x.dim()]
-        if func in INDEXING:
-            strangers = [x for x in strangers if x.dtype not in (torch.long, torch.bool)]
-        if strangers:
+        indices = tree_leaves(args[1]) if func in INDEXING else []
+        # A single number of the CPU's may come along where numbers are computed one by one, but not be changed.
+        changed = args[0] if func._schema.is_mutable else None
+        alone = torch.Tag.pointwise in func.tags or func in INDEXING
+        strangers = [x for x in tensors if not isinstance(x, OnCard) and not any(x is i for i in indices)]
+        if any(x.dim() or not alone or x is changed for x in strangers):
             raise RuntimeError(f"{func}: some tensors are on the card, and some are not")
+    if result_there and func in LACKING:
+        raise RuntimeError(f"{func}: Apple's cards have no such operation")
     if result_there and torch.Tag.nondeterministic_seeded in func.tags:
         raise RuntimeError(f"{func}: random numbers of the card's own")
     if result_there and "linalg" in func.name() and func.name().split(".")[0] not in NORMS:
@@ -67,7 +72,7 @@ def compute(func: Any, args: tuple, kwargs: dict) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     asked = kwargs.get("device")
     there = any(isinstance(x, OnCard) for x in tensors) if asked is None else torch.device(asked).type == "card"
-    check(func, tensors, there)
+    check(func, args, tensors, there)
     inner, options = tree_map_only(OnCard, lambda x: x.inner, (args, kwargs))
     made = func(*inner, **(options if asked is None else options | {"device": "cpu"}))
     if func is aten.copy_.default:

@@ -103,8 +103,9 @@ def test_a_gate_file_says_what_it_erases():
     for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
         with pytest.raises(ValueError, match="no list of names"):
             bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
-    with pytest.raises(ValueError, match="the eta in its metadata is no number: 'much'"):
-        bake.read_concept(ours | {"eta": "much"}, cpe.PRESETS["style"])
+    for eta in ("much", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"the eta in its metadata is no number: '{eta}'"):
+            bake.read_concept(ours | {"eta": eta}, cpe.PRESETS["style"])
 
 
 # --- The units and the ellipsoid -----------------------------------------------------------------------------------

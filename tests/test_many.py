@@ -466,7 +466,7 @@ def test_every_prompt_of_a_file_is_drawn_as_if_alone(run):
     assert "of other prompts" not in said
     Path("prompts.txt").write_text(PROMPTS.replace("a dog\n", ""))
     said = run("generate", "--prompts", "prompts.txt", *DRAW)[1]
-    assert "left    3 pictures of other prompts there, 0002-a-dog.png for one" in said
+    assert "left    3 of other prompts there, 0002-a-dog.png for one" in said
 
 
 def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, train):
