@@ -113,7 +113,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "mace, many": (
         "mace",
         [TEN],
-        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1, 10.0], templates=["kept"], **FEW),
+        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], **FEW),
     ),
     "speed, many": (
         "speed",
