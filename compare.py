@@ -452,9 +452,9 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
 
 MANY: dict[str, dict] = {  # and what differs for several targets at once, of linear erasers; CPE's gates are merged
     "uce": {"s_p": 30.0},
-    "rece": {"rounds": 3, "s_p": 3.0},
-    "speed": {"threshold": 0.03, "templates": ""},
-    "mace": {"keep": 3.0},
+    "rece": {"s_p": 10.0},
+    "speed": {"threshold": 0.01, "templates": ""},
+    "mace": {"keep": 10.0},
     "esd": {"steps": 400},
     "lora": {"k": 8, "lam": 10.0},
 }
