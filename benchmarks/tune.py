@@ -97,6 +97,7 @@ def longer(settings: dict, times: int) -> dict:
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
+    "words": ("cpe", [TEN], product(distractors=[0, 200])),  # what training among other words costs, merged
     # What linear erasers need for many targets at once.
     "uce, many": (
         "uce",
