@@ -23,7 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
-import cpe
 import weights
 from compare import METHODS, Budget, Scenario
 
@@ -87,13 +86,6 @@ BEYOND = {  # and more of linear erasers: beyond these where their best lay at a
 }
 
 
-def longer(settings: dict, times: int) -> dict:
-    """Settings of LoRA, trained so many times longer."""
-    recipe = cpe.PRESETS["emoji"]
-    steps = {name: times * getattr(recipe, name) for name in ("first_steps", "later_steps", "attack_steps")}
-    return settings | steps
-
-
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
@@ -126,7 +118,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "lora, many": (
         "lora",
         [TEN],
-        [*({"k": 8, "lam": lam} for lam in (30.0, 10.0, 3.0)), longer({"k": 8, "lam": 10.0}, 3)],
+        product(k=[8], lam=[30.0, 10.0, 3.0]),
     ),
 }
 
