@@ -323,7 +323,7 @@ def linear(eraser: str) -> Callable[..., Erased]:
             surrogates = filled(prompts.templates, surrogates) if templates == "pairs" else bare
         if eraser == "lora":
             settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)}
-        if eraser in ("lora", "mace"):  # into such as the model understands
+        if eraser in ("lora", "mace"):  # which put names into sentences: into such as the model understands
             settings |= {"templates": prompts.templates}
         edited = baselines.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
         size = sum(W.numel() for W in edited.values())
