@@ -137,6 +137,7 @@ def test_pictures_are_those_of_the_cpu(run, tiny_original, device, sampler_name)
         assert run(*[*arguments, "--steps", "3", "--sampler", sampler_name, "--device", name])[0] == 0
         pixels[name] = torch.tensor(np.array(Image.open(f"{name}.png")).astype(int))
     assert (pixels["cuda"] - pixels["cpu"]).abs().max() <= (0 if device == STAND_IN else 8)
+    assert not torch.equal(*pixels["cuda"].chunk(2))  # the gates do something
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
