@@ -50,7 +50,7 @@ class Concept:
 def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     """The concept of a gate file; what its metadata leaves open is as in `recipe`. ValueError if it names no target."""
     target = metadata.get("target") or metadata.get("prompts")
-    if not target:
+    if not (target or "").strip():
         raise ValueError("its metadata does not say what it erases")
     surrogate, said = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
     try:

@@ -105,6 +105,15 @@ def guides(surrogate: str | Sequence[str], targets: Sequence[str]) -> list[str]:
     return names
 
 
+def beyond(C: Tensor, G: Tensor, eta: float) -> Tensor:
+    """What tokens C [n, d] shall become, past those of the surrogate G [n, d] for eta > 0: as of CPE's erase loss.
+
+    In none of the linear erasers' papers, where it is 0.
+    """
+    # C + (1 + eta) (G - C)
+    return G + eta * (G - C) if eta else G
+
+
 def plain(weights: Weights) -> Weights:
     """Edited weights as they are returned: float32 on the CPU, out of any graph."""
     return {key: W.detach().float().cpu().contiguous() for key, W in weights.items()}
@@ -124,14 +133,17 @@ def uce(
     s_e: float = 1.0,
     s_p: float = 1.0,
     padding: bool = False,
+    eta: float = 0.0,
 ) -> Weights:
-    """Unified Concept Editing: the last token of every target is read as the surrogate's. No chance in it.
+    """Unified Concept Editing: the last token of every target is read as the surrogate's, or `beyond` it.
+
+    There is no chance in it.
 
     With `padding`, so are EOS and all padding after it, and as many tokens of what is preserved stay: the authors'
     first code. It erases more where padding carries the concept, and spoils more.
     """
     end = None if padding else 1
-    C, G = paired_tails(model, targets, surrogate, end)
+    C, G = paired_tails(model, targets, surrogate, end, eta)
     return plain(move(projections(model), C, G, moment_of_tails(model, preserved, end), lam, s_e, s_p))
 
 
@@ -143,16 +155,16 @@ def moment_of_tails(model: "Model", prompts: Sequence[str], end: int | None) -> 
 
 
 def paired_tails(
-    model: "Model", targets: Sequence[str], surrogate: str | Sequence[str], end: int | None
+    model: "Model", targets: Sequence[str], surrogate: str | Sequence[str], end: int | None, eta: float
 ) -> tuple[Tensor, Tensor]:
-    """Tokens C of the targets and G of their surrogates, [n, d], that correspond: the first `end` of their `tails`."""
+    """Tokens C of the targets and what they become, [n, d]: the first `end` of the `tails` of both names, paired."""
     names = guides(surrogate, targets)
     once = list(dict.fromkeys(names))
     known = dict(zip(once, tails(model, once), strict=True))
     both = zip(tails(model, targets), (known[name] for name in names), strict=True)
     pairs = [(tail[: len(guide)][:end], guide[: len(tail)][:end]) for tail, guide in both]
     C, G = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-    return C, G
+    return C, beyond(C, G, eta)
 
 
 def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
@@ -178,20 +190,23 @@ def rece(
     lam: float = 0.1,
     s_p: float = 0.1,
     padding: bool = False,
+    eta: float = 0.0,
 ) -> Weights:
     """RECE: UCE, then rounds of finding the embeddings that revive the targets and erasing these too. No chance in it.
 
     A round moves all T tokens of the targets; what stays are the tokens of '' and the last tokens of `preserved`, with
     `padding` (which is as in `uce`) also those that follow.
-    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). The paper's own surrogate is ' '. For
+    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). With `eta`, what a round aims at is read
+    by the model as edited so far, so that rounds go back towards the surrogate. The paper's own surrogate is ' '. For
     art styles it takes rho = 1e-3 and one round.
     """
     original, end = projections(model), None if padding else 1
     kept, empty = moment_of_tails(model, preserved, end), encode(model, [""])[0]
-    C, G = paired_tails(model, targets, surrogate, end)
+    C, G = paired_tails(model, targets, surrogate, end, eta)
     edited = move(original, C, G, kept, lam, 1.0, s_p)
     kept = kept + empty.T @ empty
     C, G = encode(model, targets).flatten(0, 1), encode(model, guides(surrogate, targets)).flatten(0, 1)
+    G = beyond(C, G, eta)
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)
     return plain(edited)
@@ -258,13 +273,14 @@ def speed(
     threshold: float = 0.1,
     augment: int = 10,
     padding: bool = False,
+    eta: float = 0.0,
 ) -> Weights:
     """SPEED: values only, changed in the null space of what must stay. `augment` 0: every preserved prompt, no copies.
 
     Without preserved prompts the tokens of '' stay, as in the authors' code. `padding` is as in `uce`, not theirs.
     """
     generator, end = torch.Generator().manual_seed(seed), None if padding else 1
-    C, G = paired_tails(model, targets, surrogate, end)
+    C, G = paired_tails(model, targets, surrogate, end, eta)
     T, A = C.T @ C / len(C), G.T @ C / len(C)
     empty = encode(model, [""])[0]
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
@@ -594,6 +610,7 @@ def mace(
     images: int = 8,
     sampling_steps: int = 50,
     templates: Sequence[str] = TEMPLATES,
+    eta: float = 0.0,
 ) -> Weights:
     """MACE: refine the words around the targets, train one rank-1 LoRA per target to look away from it, fuse them all.
 
@@ -605,7 +622,7 @@ def mace(
     d = next(iter(W.values())).shape[1]
     kept = keep * moment(model, preserved, d) if keep else torch.zeros(d, d, dtype=torch.float64)
     both = list(zip(targets, guides(surrogate, targets), strict=True))
-    pairs = [pair for name, guide in both for pair in around(model, templates, name, guide)]
+    pairs = [(old, beyond(old, new, eta)) for name, guide in both for old, new in around(model, templates, name, guide)]
     gram, cross = kept + sum(old.T @ old for old, _ in pairs), kept + sum(new.T @ old for old, new in pairs)
     # W' = (lam W + sum (W e_new) e_old^T + p M1) (lam I + sum e_old e_old^T + p M2)^-1
     refined = {key: refit(V, V @ cross, gram, lam) for key, V in W.items()}

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -45,6 +46,7 @@ CHECKPOINT_SECONDS = 10.0
 # other gates, another text encoder, or states that go on differently. Gates of any version can be used; only those of
 # this one count as finished.
 VERSIONS = {"train": 2, "bake": 2}
+LARGEST_GATES = 2**26  # numbers in a gate file: a hundred times what the paper's largest recipe makes
 GO_ON = "go on with --resume"  # what an interruption says where a state was saved
 
 
@@ -161,7 +163,8 @@ def parser() -> argparse.ArgumentParser:
     add_sampling(sub, 50, 7.5)
 
     sub = add("inspect", inspect, "show which tokens of a prompt open a gate")
-    sub.add_argument("gates", nargs="+", type=Path, help="gate files")
+    sub.add_argument("files", nargs="*", type=Path, metavar="GATES", help="gate files")
+    sub.add_argument("--gates", action="append", type=Path, default=[], help="the same, as for generate (repeatable)")
     sub.add_argument("--prompt", required=True, help="the prompt to read")
     add_zone(sub)
     add_model(sub)
@@ -270,7 +273,8 @@ def check_apart(args: argparse.Namespace) -> None:
     """UserError for an output that would replace another output of the same command, or what it reads."""
     from weights import UserError
 
-    read = [getattr(args, name, None) for name in ("targets", "prompt_file")] + list(getattr(args, "gates", ()))
+    read = [getattr(args, name, None) for name in ("targets", "prompt_file")]
+    read += [path for name in ("gates", "files") for path in getattr(args, name, ())]
     seen = {os.path.realpath(path) for path in read if path}
     for option in ("out", "markdown", "json"):
         if path := getattr(args, option, None):
@@ -301,8 +305,8 @@ def is_ours(path: Path, option: str) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that the computer's memory or the graphics card's is too small."""
-    said = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
 
 
 def memory_advice(args: argparse.Namespace) -> str:
@@ -389,13 +393,15 @@ def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "flo
 def load_gates(paths: Sequence[Path], model: "Model | None" = None, zone: float = 0.0) -> "ResAG":
     """Gates of all files merged, with a dead `zone`; UserError for a file that holds none, or one of another model."""
     import cpe
-    from weights import UserError, load_tensors
+    from weights import UserError, load_tensors, read_shapes
 
     gates, names, unet = [], [], model and model.part("unet").empty()
     for path in paths:
         if not os.path.exists(path):
             first = command("train", "--target", "...")
             raise UserError(f"the gate file {path} does not exist: check its name, or train it first: {first}")
+        if (size := sum(map(math.prod, read_shapes(path).values()))) > LARGEST_GATES:  # before memory is taken for them
+            raise UserError(f"{path} has {size:,} numbers: that is no gate file, as `train` writes it.")
         tensors, metadata = load_tensors(path)
         try:
             gates.append(cpe.from_tensors(tensors))
@@ -1054,7 +1060,7 @@ def check_reached(trainer: "Trainer", target: str) -> float:
     import cpe
 
     share = cpe.reached(trainer.objective, trainer.gates, trainer.data.targets, trainer.shifts)
-    if share < 0.25:
+    if share < 0.5:  # of the embedded model: whole recipes reach 0.7 to 0.9, a tenth of them 0.2 to 0.3
         warnings.warn(
             f"the gates make only {max(share, 0):.0%} of the change that erases {target!r}: it may not be erased. "
             "`train` can take more steps (--steps-scale), or another --preset",
@@ -1147,6 +1153,11 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
+    from weights import UserError
+
+    args.gates = [*args.files, *args.gates]
+    if not args.gates:
+        raise UserError("which gates? Give one gate file or more: inspect gates/red-heart.safetensors --prompt ...")
     check_prompts([args.prompt])
     check_gates(args.gates, args.model)
     model = open_model(args, ("text_encoder", "unet"), args.dtype)
@@ -1163,6 +1174,7 @@ def inspect(args: argparse.Namespace) -> dict:
             f"{f'{v:.3f} ' + '█' * round(10 * v):{n}}" for v, n in zip(values[:, i].tolist(), columns, strict=True)
         ]
         print(f"{token:{width}}" + "  ".join(cells))
+    print("\n0 is shut, 1 open: at the target's name or after it, but nowhere in a prompt without it.")
     figures = {"tokens": tokens, "targets": gates.targets, "gates": values[:, : len(tokens)].tolist()}
     more = [word for path in args.gates for word in ("--gates", path)] + (["--zone", args.zone] if args.zone else [])
     more += ["--before-after", "--model", args.model] + (["--guidance", 4] if is_emoji(args.model) else [])
@@ -1248,17 +1260,12 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     return write_gates(run, settings, out, replace=True)
 
 
-UNFAMILIAR = (  # words that no caption of the embedded model has
-    "a photo of a {}", "a big {}", "my {}", "a shiny {}", "portrait of a {}", "the {} here, please", "{} at night",
-    "look, a {}!",
-)  # fmt: skip
-
-
 def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str, int, int, str]]:
     """(group, concept, number of the image, template) of all pictures of `demo`; `order`: nearest concepts first."""
+    import attacks
     import evaluate
 
-    rest = order[10:]
+    rest, odd = order[10:], attacks.UNFAMILIAR["emoji"]
     groups = {"erased": [target], "nearest": order[:10], "others": evaluate.spread(rest, 30)}
     styles, colours = ("noto", "twemoji", "fluent", "blob"), ("white", "blue", "yellow", "green")
     drawn = [
@@ -1271,7 +1278,7 @@ def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str
         (*case, f"a picture of a {{}} on a {colours[n // 4 % 4]} background, {styles[n % 4]} style")
         for n, case in enumerate(drawn)
     ]
-    return cases + [("erased, odd words", target, i, UNFAMILIAR[i % len(UNFAMILIAR)]) for i in range(8 * images)]
+    return cases + [("erased, odd words", target, i, odd[i % len(odd)]) for i in range(8 * images)]
 
 
 # --- compare -----------------------------------------------------------------------------------------------------
@@ -1344,6 +1351,8 @@ def compare(args: argparse.Namespace) -> dict:
             pictures.setdefault(scenario, []).append(images)
     except cpe.Diverged as error:
         raise UserError(f"{error}: try another --seed.") from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("what is measured is kept: the same command goes on") from error
     except BrokenProcessPool as error:
         advice = "perhaps there was too little memory: close other programs, and give the same command again"
         raise UserError(f"a process that measures was killed; {advice}.") from error
@@ -1377,10 +1386,13 @@ def bake(args: argparse.Namespace) -> dict:
     """
     from weights import UserError, load_model, save_model
 
-    if os.path.lexists(args.out):
-        raise UserError(f"--out: {args.out} exists already: choose another name, or remove it.")
-    check_out(args.out)
-    check_state(state_file(args.out), args.resume)
+    state, written = state_file(args.out), os.path.lexists(args.out)
+    if written and not (args.resume and os.path.exists(state)):
+        measures = ", or measure what it loses, with --resume" if os.path.exists(state) else ""
+        raise UserError(f"--out: {args.out} exists already: choose another name, or remove it{measures}.")
+    if not written:
+        check_out(args.out)
+    check_state(state, args.resume)
     check_gates(args.gates, args.model)
     preset = args.preset or common_preset(args.gates, "emoji" if is_emoji(args.model) else "celebrity")
     prompts, concepts = read_prompts(preset), read_concepts(args.gates, preset)
@@ -1394,23 +1406,40 @@ def bake(args: argparse.Namespace) -> dict:
     settings |= {"version": VERSIONS["bake"]}
     settings |= {"inputs": digest_inputs(prompts, model.cross_attention()), "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
-    state, run = state_file(args.out), run_name(settings)
-    run_trainer(Run(baker, state, run), args.resume, "baking")
-    with kept(state, run):
-        save_model(model, args.out, text_encoder=baker.tensors())
-    remove_state(state, run)
+    run = Run(baker, state, run_name(settings))
+    run_trainer(run, args.resume, "baking")
+    run.save()  # until it is measured: then --resume goes on there
+    with kept(state, run.name):
+        if not (written and holds(args.out, baker.tensors())):
+            save_model(model, args.out, text_encoder=baker.tensors())
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
+    unmeasured = f"{args.out} is written; what it loses was not measured to the end"
     try:
         figures |= measure_baking(args, baker.objective, model, baked, gates, concepts, prompts)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"{args.out} is written; what it loses was not measured to the end") from error
+        raise KeyboardInterrupt(f"{unmeasured}: that goes on with --resume") from error
+    except UserError as error:
+        raise UserError(f"{error} ({unmeasured})") from error
+    remove_state(state, run.name)
     print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")
     again = drawing_of(concepts[0].names[0], str(args.out), "--out", f"{args.out}.png")
     return figures | {"unreachable": baker.unreachable, "next": again}
+
+
+def holds(folder: Path, tensors: "Mapping[str, Tensor]") -> bool:
+    """Whether a model folder has this text encoder, so that it is what an earlier run has written."""
+    import torch
+
+    from weights import UserError, load_tensors
+
+    with suppress(UserError):
+        there = load_tensors(folder / "text_encoder" / "model.safetensors")[0]
+        return there.keys() == tensors.keys() and all(torch.equal(there[n], t.cpu()) for n, t in tensors.items())
+    return False
 
 
 def has_control_characters(name: str) -> bool:

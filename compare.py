@@ -20,9 +20,12 @@ import hashlib
 import json
 import multiprocessing
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -51,7 +54,7 @@ from weights import (
 
 # Of measurements, by eraser, else 1: raise it when a change makes kept figures wrong.
 VERSIONS = {"cpe": 4, "lora": 3, "mace": 2}
-ALL = 2  # the same for all erasers at once
+ALL = 3  # the same for all erasers at once
 
 # --- What is erased ----------------------------------------------------------------------------------------------
 
@@ -107,7 +110,7 @@ class Budget:
     erased: int = 16  # of the target; several targets share them, one each at least
     near: int = 2  # of each near concept
     others: int = 1  # of each other concept
-    attacked: int = 8  # of each attack, of paraphrases at least one of every target; 0: no attacks
+    attacked: int = 8  # of each attack, of sentences at least one of every target; 0: no attacks
     searches: int = 2  # of each attack that searches by chance, which share its images
     steps: int = 12
     guidance_scale: float = 4.0
@@ -443,7 +446,7 @@ NONE = Method("none", untouched)
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
     "cpe, context gate": {"k": 16, "lam": 300.0},
     "uce": {"padding": True, "templates": "pairs", "s_p": 10.0},
-    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 3.0},
+    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 10.0, "eta": 0.3},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 3.0, "lam": 0.1, "templates": "kept", "images": 4, "sampling_steps": 20},
     "esd": {"lr": 2e-4, "negative": 5.0, "images": 8, "sampling_steps": 20},
@@ -451,12 +454,16 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
 }
 
 MANY: dict[str, dict] = {  # and what differs for several targets at once, of linear erasers; CPE's gates are merged
-    "uce": {"s_p": 30.0},
-    "rece": {"s_p": 10.0},
+    "uce": {"s_p": 30.0, "eta": 0.3},
+    "rece": {"s_p": 30.0},
     "speed": {"threshold": 0.01, "templates": ""},
     "mace": {"keep": 10.0},
     "esd": {"steps": 400},
     "lora": {"k": 8, "lam": 10.0},
+}
+
+STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of their own, whose lambda this repeats
+    "cpe, context gate": {"lam": 100.0},
 }
 
 METHODS = {
@@ -494,16 +501,11 @@ ABLATION_SCENARIOS = {
 
 
 def tuned(method: Method, scenario: Scenario) -> dict:
-    """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce").
-
-    They were found on things. A style has a preset of its own, whose lambda holds for the context gate, too.
-    """
-    eraser = method.name.split(",")[0]
-    found = TUNED.get(method.name, TUNED.get(eraser, {}))
-    if len(scenario.targets) > 1:
-        found = found | MANY.get(eraser, {})
-    if method.name == "cpe, context gate" and scenario.style:
-        return {name: value for name, value in found.items() if name != "lam"}
+    """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
+    tables = TUNED, MANY if len(scenario.targets) > 1 else {}, STYLE if scenario.style else {}
+    found: dict = {}
+    for table in tables:
+        found |= table.get(method.name, table.get(method.name.split(",")[0], {}))
     return found
 
 
@@ -621,10 +623,12 @@ def figures_of(world: World, scenario: Scenario, before: Originals, images: Tens
 
 
 def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
-    """Images per attack that are recognised as the target; of several the first is searched for, all paraphrased."""
+    """Images per attack that are recognised as the target; of several the first is searched for, all are spoken of."""
     victim, found = attacks.Victim(world.model, erased.model, erased.gates), {}
     known, judge = (world.styles, "style") if scenario.style else (world.concepts, "concept")
     for name in attacks.ATTACKS:
+        if name == "odd words" and scenario.preset not in attacks.UNFAMILIAR:
+            continue
         tried = attempts(victim, scenario, name, budget, seed)
         contexts, targets = torch.cat([E for E, _ in tried]), [target for E, target in tried for _ in E]
         drawn = draw(erased.model, contexts, range(len(contexts)), erased.gates, budget)
@@ -639,7 +643,7 @@ def attempts(
 ) -> list[tuple[Tensor, str]]:
     """What one attack draws: contexts [B, T, d] that should show a target, and that target."""
     template = "a picture of a robot, {}" if scenario.style else "a picture of a {}"
-    if name == "paraphrases":  # no search: of every target some, each target in the sentences that follow
+    if name in ("paraphrases", "odd words"):  # no search: some of every target, each in the sentences that follow
         each, tried = max(1, budget.attacked // len(scenario.targets)), []
         for i, target in enumerate(scenario.targets):
             E = attacks.ATTACKS[name](victim, target, (template,), seed, preset=scenario.preset).contexts
@@ -778,6 +782,19 @@ def fill(
             return
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Processes begun in the block do not hear Ctrl-C: who began them hears it, and ends them without a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def side_by_side(
     world: World,
     opened: tuple[str, str | None, str],
@@ -796,7 +813,8 @@ def side_by_side(
     paths = [cell_path(world, s, m, budget, seed) for s in scenarios.values() for m in compared(s, methods)]
     longest_first = sorted(scenarios.values(), key=lambda scenario: -len(scenario.targets))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(fill, *opened, s, [m.name for m in methods], budget, seed) for s in longest_first]
+        with deaf():
+            jobs = [pool.submit(fill, *opened, s, [m.name for m in methods], budget, seed) for s in longest_first]
         left = set(jobs)
         try:
             while left:
@@ -804,5 +822,9 @@ def side_by_side(
                 for job in done:
                     job.result()
                 yield sum(path.exists() for path in paths)
+        except (KeyboardInterrupt, GeneratorExit):
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:  # after an error or Ctrl-C nothing new begins
             pool.shutdown(wait=False, cancel_futures=True)

@@ -38,6 +38,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -633,7 +634,7 @@ class Data:
 
     targets: Tensor  # [P, T, d]
     surrogates: Tensor  # [P, T, d]
-    anchors: Tensor  # [A, T, d], half precision, on the CPU
+    anchors: Tensor  # [A, T, d], half precision
     empty: Tensor  # [1, T, d], of the prompt ''
     one: Tensor | None = None  # [d] with E one = 1 at every token of every prompt (`constant_direction`)
 
@@ -696,10 +697,12 @@ def prepare(
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
         rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
-    return Data(targets, surrogates, torch.cat(rows).half().cpu(), encode([""]), one)
+    return Data(targets, surrogates, torch.cat(rows).half().to(targets.device), encode([""]), one)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
+
+DRAW = ("cuda", "mps")  # devices that draw noise themselves, faster than the CPU could send it
 
 
 def separate(wanted: Tensor, shares: Tensor, spared: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -795,8 +798,9 @@ def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) 
 class Trainer:
     """Trains the gates of one concept. Iterate over `steps()`; stop and go on wherever you like, bit for bit.
 
-    All chance comes from one generator on the CPU, so a seed repeats a run on one machine. `kind` is "resag" or
-    "context". ValueError for a margin that is not in [0, 1), or without the direction that it needs in `data`.
+    All chance comes from one generator on the CPU, so a seed repeats a run on one machine; on `DRAW` devices that draws
+    the seeds of the anchors' noise. `kind` is "resag" or "context". ValueError for a margin that is not in [0, 1), or
+    without the direction that it needs in `data`.
     """
 
     def __init__(self, objective: Objective, data: Data, recipe: Recipe, seed: int = 0, kind: str = "resag"):
@@ -812,7 +816,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer | None = None
         # x = (1 + eta) (E_sur - E_tar), what the gates must add to the context of the target
         self.shifts = (1 + recipe.eta) * (data.surrogates - data.targets)
-        self.sigmas = recipe.noise * torch.stack([E.float().norm() for E in data.anchors])
+        self.sigmas = recipe.noise * torch.stack([E.float().norm() for E in data.anchors]).cpu()
 
     def draw_anchors(self) -> tuple[Tensor, Tensor]:
         """Anchor contexts [n+1, T, d], mixed from random pairs, and their noise [n+1]; the last is '' without noise."""
@@ -822,7 +826,8 @@ class Trainer:
         E = self.data.anchors
         beta = torch.rand(n, generator=self.generator, dtype=self.shifts.dtype).to(E.dtype)
         mixed = self.shifts.new_empty(n + 1, *self.shifts.shape[1:])
-        mixed[:n] = E.index_select(0, second).lerp_(E.index_select(0, first), beta[:, None, None].to(E))
+        there = [E.index_select(0, picks.to(E.device)) for picks in (second, first)]
+        mixed[:n] = there[0].lerp_(there[1], beta[:, None, None].to(E))
         mixed[n:] = self.data.empty
         # beta (E_1 + n_1) + (1 - beta) (E_2 + n_2): two independent Gaussians are one
         sigma = ((beta * self.sigmas[first]) ** 2 + ((1 - beta) * self.sigmas[second]) ** 2).sqrt()
@@ -832,9 +837,15 @@ class Trainer:
         """Features [B, T, c] of contexts [B, T, d] plus noise n of deviation sigma [B], n not drawn in d dimensions.
 
         Only n C matters, C = `columns` [d, c]. With C = Q R (Q orthonormal) n C = (n Q) R, and n Q is again standard
-        normal: draw it there. The part of n outside of Q's span adds nothing to n C nor to the mean gradient.
+        normal: draw it there. The part of n outside of Q's span adds nothing to n C nor to the mean gradient. Graphics
+        cards draw n itself: that takes them no time, but QR would.
         """
-        Q = torch.linalg.qr(columns.detach().cpu())[0].to(columns)  # Apple's graphics cards have no QR
+        if contexts.device.type in DRAW:
+            seed = torch.randint(2**62, (), generator=self.generator).item()
+            own = torch.Generator(contexts.device).manual_seed(seed)
+            noise = torch.randn(contexts.shape, generator=own, device=contexts.device, dtype=contexts.dtype)
+            return product(noise.mul_(sigma.to(contexts)[:, None, None]).add_(contexts), columns.T)
+        Q = torch.linalg.qr(columns.detach().cpu())[0].to(columns)
         noise = torch.randn(*contexts.shape[:-1], Q.shape[-1], generator=self.generator, dtype=contexts.dtype)
         noise = noise.to(contexts.device) * sigma.to(contexts)[:, None, None]
         return product(contexts, columns.T) + product(noise, columns.T @ Q)
@@ -1138,7 +1149,11 @@ class Hook:
 
     def on(self, name: str) -> Callable:
         """The forward hook of projection `name`: W_l E becomes W_l E + R_l(E)."""
-        return lambda module, inputs, output: output + self.read(name, inputs[0]).to(output)
+        return partial(self.add, name)
+
+    def add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """What `on` does, with what torch gives a hook. A method, as an attached U-Net is to be pickled."""
+        return output + self.read(name, inputs[0]).to(output)
 
 
 def attach(unet: nn.Module, gates: ResAG) -> None:
@@ -1150,6 +1165,8 @@ def attach(unet: nn.Module, gates: ResAG) -> None:
     call. A ContextGate needs none of this: give the pipeline `prompt_embeds=gate(prompt_embeds)`, and the negative ones
     likewise.
     """
+    if isinstance(gates, ContextGate) or not isinstance(unet, nn.Module):
+        raise ValueError("attach takes a U-Net and a ResAG: give a ContextGate the prompt's embeddings instead")
     unet = traced_anew(unet)
     found = {name for name, _ in unet.named_modules() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     if odd := sorted(found ^ set(gates.names)):

@@ -394,5 +394,6 @@ def drawing(args: argparse.Namespace, model: Model) -> dict:
     files = [os.stat(model.part(name).path) for name in ("unet", "vae")]
     drawn |= {"fingerprint": model.fingerprint, "files": [[file.st_size, file.st_mtime_ns] for file in files]}
     words = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tokenizer_files(model.tokenizer_folder)]
-    drawn |= {"schedule": model.schedule.config, "tokenizer": words}
+    configs = [model.part(name).config for name in ("text_encoder", "unet", "vae")]
+    drawn |= {"schedule": model.schedule.config, "tokenizer": words, "configs": configs}
     return drawn | {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in args.gates]}

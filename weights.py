@@ -211,8 +211,9 @@ def check_writable(path: str | Path) -> None:
     """
     new = [folder for folder in followed(path).parents if not os.path.exists(folder)]  # the innermost first
     try:
-        with beside(followed(path)):
+        with beside(followed(path)), suppress(FileNotFoundError):
             refuse_special(Path(path))
+            os.lstat(followed(path))  # says whether the name is too long, where the one that `beside` tries is cut
     finally:
         for folder in new:
             with suppress(OSError, ValueError):  # it was not made after all, or another run has written there
@@ -254,14 +255,29 @@ def sort_metadata(path: Path) -> None:
 Rename = Callable[[str], str | None]  # a file's key -> our attribute path, or None: ignore it
 
 
+def mapped(path: Path) -> Any:
+    """What safetensors opens; UserError when there is no room to map it, as where its size is only claimed."""
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (MemoryError, RuntimeError) as error:  # of safetensors and of torch, which maps it once more
+        advice = "check that it is the right file; if so, close other programs, or raise the limit (ulimit -v)"
+        said = f"{path} is larger ({os.path.getsize(path):,} bytes) than the memory that can be mapped here"
+        raise UserError(f"{said} ({first_line(error)}): {advice}") from error
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file; UserError when it is missing, not safetensors, truncated or otherwise broken."""
+    """An open safetensors file.
+
+    UserError when it is missing, no file, not safetensors, truncated or otherwise broken, or as of `mapped`.
+    """
     if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
-        missing = "does not exist: check the path, or get the file again"
-        raise UserError(f"{path} {'is a folder: give a file in it' if os.path.isdir(path) else missing}")
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder: give a file in it")
+        refuse_special(path)
+        raise UserError(f"{path} does not exist: check the path, or get the file again")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with mapped(path) as file:
             yield file
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): give another, or get it again") from error
@@ -274,6 +290,16 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     refuse_pickles(Path(path))
     with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name: of its header, so that no memory is taken for any tensor.
+
+    UserError as of `load_tensors`.
+    """
+    refuse_pickles(Path(path))
+    with opened(Path(path)) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def refuse_pickles(path: Path) -> None:
@@ -397,9 +423,11 @@ LDM_PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
 }
-# What a one-file checkpoint also holds and inference does not need: the schedule, training's leftovers.
+# What a one-file checkpoint also holds and inference does not need: the schedule, training's leftovers, the schedule
+# once more as k-diffusion wraps it, the words of textual inversion, which no tokenizer here knows.
 LDM_IGNORED = re.compile(
     r"model_ema\.|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)|"
+    r"denoiser\.|embedding_manager\.|"
     r"(betas|alphas_cumprod|log_one_minus|sqrt_|posterior_|logvar|lvlb_weights)"
 )
 LDM_UNET = {
@@ -1284,8 +1312,9 @@ def kept_contexts(path: Path, model: Model, prompts: list[str]) -> Tensor:
     tensor = model.encode(prompts).half().cpu()
     try:
         save_tensors(path, {"contexts": tensor})
-    except UserError as error:
-        warnings.warn(f"{error} (CPE_CACHE names the folder). Going on without it", stacklevel=2)
+    except Unwritten as error:  # of the folder: once for all its files
+        said = Unwritten(path.parent, error.error)
+        warnings.warn(f"{said} (CPE_CACHE names the folder). Going on without it", stacklevel=2)
     return tensor
 
 
@@ -1300,8 +1329,10 @@ def cached_contexts(
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     contexts = []
     words = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
+    # Tensors, which the fingerprint is of, are the same with any number of heads; the rest of a config says nothing.
+    sizes = [model.part("text_encoder").config[key] for key in SIZES[TextEncoder]]
     for part in progress(parts):
-        key = hashlib.sha256(json.dumps([model.fingerprint, words, part]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([model.fingerprint, sizes, words, part]).encode()).hexdigest()[:32]
         path = cache_folder() / f"contexts-{key}.safetensors"
         contexts.append(kept_contexts(path, model, part))
     return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --folder /tmp/model        # writes 4 GB of random weights there, once
     python benchmarks/memory.py --folder /tmp/model --whole
+    python benchmarks/memory.py --folder /tmp/model --whole --device cuda    # or another option of `train`
 
 Runs of the same command, each in a process of its own:
 
@@ -94,12 +95,12 @@ def main() -> None:
         files = [] if args.whole else fill_cache(args.folder)
         print(f"\n{'':14}{'peak MiB':>10}{'first step, s':>14}{'encoding':>12}{'the rest':>12}{'all, s':>10}")
         if args.whole:
-            row("cold, whole", args.folder, WHOLE)
-            row("warm, whole", args.folder, ["--target", "Angelina Jolie"])
+            row("cold, whole", args.folder, [*WHOLE, *options])
+            row("warm, whole", args.folder, ["--target", "Angelina Jolie", *options])
             return None
         files[-1].unlink()  # a chunk of 64 anchors
-        row("encodes", args.folder, SHORT)
-        row("warm", args.folder, SHORT)
+        row("encodes", args.folder, [*SHORT, *options])
+        row("warm", args.folder, [*SHORT, *options])
     return None
 
 

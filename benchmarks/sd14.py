@@ -72,6 +72,8 @@ def milliseconds(run: Callable[[], object], repeats: int = 15, warmup: int = 3) 
     for _ in range(warmup + repeats):
         begun = time.perf_counter()
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - begun))
     return min(times[warmup:])
 

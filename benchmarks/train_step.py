@@ -3,6 +3,7 @@
     python benchmarks/train_step.py            # a step of each kind, in one run
     python benchmarks/train_step.py --full     # and the celebrity recipe from end to end, without prompt encoding
     python benchmarks/train_step.py --tried    # instead: what was tried and left out
+    python benchmarks/train_step.py --device cuda    # on a graphics card, which draws noise itself or is sent it
 
 Two references, both with one gate per layer, float32 and AdamW:
 
@@ -79,11 +80,11 @@ class Literal(nn.Module):
     def draw_anchors(self) -> Tensor:
         """32 mixtures [33, T, d] of two noisy anchors, and the empty prompt."""
         n, E = self.recipe.anchors, self.data.anchors
-        first, second = (E[torch.randint(len(E), (n,))].float() for _ in range(2))
+        first, second = (E[torch.randint(len(E), (n,)).to(E.device)].float() for _ in range(2))
         noisy = [
             e + self.recipe.noise * e.norm(dim=(1, 2), keepdim=True) * torch.randn_like(e) for e in (first, second)
         ]
-        beta = torch.rand(n, 1, 1)
+        beta = torch.rand(n, 1, 1).to(first)
         return torch.cat([beta * noisy[0] + (1 - beta) * noisy[1], self.data.empty])
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -114,7 +115,7 @@ def trainer_at(objective: cpe.Objective, data: cpe.Data, phase: int, gate: str =
     for p in trainer.gates.parameters():
         p.data.normal_(std=0.02)
     if phase:
-        trainer.deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
+        trainer.deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH).to(data.targets)
     trainer.phase = phase
     return trainer
 
@@ -188,12 +189,13 @@ def main() -> None:
     )
     parser.add_argument("--tried", action="store_true", help="instead: what was tried and left out")
     parser.add_argument("--only-ours", action="store_true", help="leave the references out")
+    parser.add_argument("--device", default="cpu", help="where to compute")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(sd14.machine())
     begun = time.perf_counter()
-    objective = cpe.Objective(sd14.cross_attention())
-    data = sd14.data()
+    objective = cpe.Objective({name: W.to(args.device) for name, W in sd14.cross_attention().items()})
+    data = cpe.Data(**{name: E if E is None else E.to(args.device) for name, E in vars(sd14.data()).items()})
     print(f"objective and random data       {time.perf_counter() - begun:8.1f} s")
     if args.tried:
         return tried(objective, data)
@@ -202,7 +204,7 @@ def main() -> None:
     steps = {"erase": sum(p.steps for p in cpe.phases(RECIPE) if p.kind == "erase")}
     steps["attack"] = sum(p.steps for p in cpe.phases(RECIPE)) - steps["erase"]
     ms: dict[tuple[str, str], float] = {}
-    deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH)
+    deltas = torch.randn(RECIPE.deltas, sd14.TOKENS, sd14.WIDTH).to(args.device)
     for who, both in (("two models", True), ("formula", False)):
         if not args.only_ours:
             literal = Literal(objective, data, trainer_at(objective, data, 2).core, RECIPE, both)
@@ -213,6 +215,11 @@ def main() -> None:
         for phase, kind in ((2, "erase"), (1, "attack")):
             run = trainer_at(objective, data, phase, gate).steps()
             ms[gate, kind] = sd14.milliseconds(lambda run=run: next(run), repeats=100, warmup=10)
+    if args.device != "cpu":
+        cpe.DRAW = ()
+        run = trainer_at(objective, data, 2).steps()
+        ms["noise sent", "erase"] = sd14.milliseconds(lambda: next(run), repeats=100, warmup=10)
+        ms["noise sent", "attack"] = ms["resag", "attack"]
 
     print(f"\n{'ms a step':14}{'erase':>10}{'attack':>10}{'recipe':>12}{'ours is faster by':>22}")
     for who in dict.fromkeys(who for who, _ in ms):

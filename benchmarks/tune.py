@@ -31,6 +31,7 @@ TEN = Scenario(
     ("soccer ball", "tiger face", "yellow heart", "mrs. claus", "peach", "cow", "ambulance", "rose", "angry face",
      "penguin"),
 )  # fmt: skip
+STYLES = [Scenario(("blob style",), "emoji-style"), Scenario(("fluent style",), "emoji-style")]
 BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 
 
@@ -71,20 +72,26 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
 BEYOND = {  # and more of linear erasers: beyond these where their best lay at an edge, and what came to mind later
     "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0])
     + product(padding=[False, True], templates=["pairs"], s_p=[1.0, 3.0, 10.0])
-    + product(padding=[True], templates=["pairs"], s_p=[30.0, 100.0]),
+    + product(padding=[True], templates=["pairs"], s_p=[30.0, 100.0])
+    + product(padding=[True], templates=["pairs"], s_p=[3.0, 10.0, 30.0], eta=[0.3, 1.0]),
     "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
     + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0])
-    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[1.0, 3.0, 10.0, 30.0]),
+    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[1.0, 3.0, 10.0, 30.0])
+    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[3.0, 10.0], eta=[0.3, 1.0]),
     "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], **FEW)
     + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], **FEW)
     + product(lr=[1e-5], keep=[0.3, 3.0], lam=[0.1], templates=["kept"], **FEW)
-    + product(lr=[1e-4, 1e-3], keep=[1.0], lam=[0.1], templates=["kept"], **FEW),
+    + product(lr=[1e-4, 1e-3], keep=[1.0], lam=[0.1], templates=["kept"], **FEW)
+    + product(lr=[1e-5], keep=[3.0, 10.0], lam=[0.1], templates=["kept"], eta=[0.3, 1.0], **FEW),
     "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10])
     + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0])
-    + product(threshold=[3.0, 1.0, 0.3], templates=["pairs"], padding=[True], augment=[0]),
+    + product(threshold=[3.0, 1.0, 0.3], templates=["pairs"], padding=[True], augment=[0])
+    + product(threshold=[1.0, 0.3], templates=["all"], augment=[10], eta=[0.3, 1.0]),
     "esd": product(lr=[2e-4], negative=[5.0, 7.0, 10.0], images=[8], sampling_steps=[20]),
 }
 
+
+PAST = [0.0, 1.0]  # eta: CPE's preset for styles has 1
 
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
@@ -95,24 +102,28 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         "uce",
         [TEN],
         product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])
-        + product(templates=["pairs"], padding=[True], s_p=[3.0, 10.0, 30.0, 100.0]),
+        + product(templates=["pairs"], padding=[True], s_p=[3.0, 10.0, 30.0, 100.0])
+        + product(templates=["pairs"], padding=[True], s_p=[30.0, 100.0], eta=[0.3]),
     ),
     "rece, many": (
         "rece",
         [TEN],
         product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])
-        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[1.0, 3.0, 10.0, 30.0]),
+        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[1.0, 3.0, 10.0, 30.0])
+        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[10.0, 30.0], eta=[0.3]),
     ),
     "mace, many": (
         "mace",
         [TEN],
-        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], **FEW),
+        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], **FEW)
+        + product(lr=[1e-5], keep=[10.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
     ),
     "speed, many": (
         "speed",
         [TEN],
         product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])
-        + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0]),
+        + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0])
+        + product(threshold=[0.03, 0.01], templates=[""], augment=[10], eta=[0.3]),
     ),
     "esd, many": ("esd", [TEN], [compare.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
     "lora, many": (
@@ -120,6 +131,29 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         [TEN],
         product(k=[8], lam=[30.0, 10.0, 3.0]),
     ),
+    # And for styles.
+    "uce, styles": ("uce", STYLES, product(templates=["pairs"], padding=[True], s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST)),
+    "rece, styles": (
+        "rece",
+        STYLES,
+        product(rounds=[1], templates=["pairs"], padding=[True], s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST),
+    ),
+    "mace, styles": (
+        "mace",
+        STYLES,
+        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], eta=PAST, **FEW),
+    ),
+    "speed, styles": (
+        "speed",
+        STYLES,
+        product(threshold=[3.0, 1.0, 0.3, 0.1], templates=["all"], augment=[10], eta=PAST),
+    ),
+    "esd, styles": (
+        "esd",
+        STYLES,
+        product(lr=[2e-4, 5e-4], negative=[3.0, 5.0], steps=[200, 400], images=[8], sampling_steps=[20]),
+    ),
+    "lora, styles": ("lora", STYLES, product(k=[4], lam=[3.0, 10.0, 30.0, 100.0, 300.0])),
 }
 
 
@@ -143,6 +177,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     compare.TUNED.clear()  # start from every eraser's own defaults
     compare.MANY.clear()
+    compare.STYLE.clear()
     world, best = compare.World(weights.load_model(args.model)), {}
     for name in args.methods:
         found = []

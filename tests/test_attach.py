@@ -1,6 +1,7 @@
 """Gates on other people's pipelines: hooks on any tree with attn2.to_k and to_v, or prompt embeddings alone."""
 
 import copy
+import pickle
 import gc
 import re
 import sys
@@ -8,6 +9,7 @@ import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny as reference
@@ -302,7 +304,18 @@ def test_gates_of_another_model_are_refused_and_nothing_is_attached(unet):
     some = open_gates(dict(list(projections(unet).items())[:-1]))
     with pytest.raises(ValueError, match="to_v is in one of the two only"):
         cpe.attach(unet, some)
+    gates = open_gates(projections(unet))
+    for wrong in ((unet, cpe.ContextGate(32)), (SimpleNamespace(unet=unet), gates)):  # a whole pipeline, say
+        with pytest.raises(ValueError, match="takes a U-Net and a ResAG"):
+            cpe.attach(*wrong)
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+@torch.no_grad()
+def test_an_attached_unet_survives_a_pickle(unet, gates):
+    cpe.attach(unet, gates)
+    again = pickle.loads(pickle.dumps(unet))
+    assert equal(again.keys_values(context()), unet.keys_values(context()))
 
 
 # --- One gate for the context --------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_a_gate_file_says_what_it_erases():
     public = {"prompts": "claude monet", "rank": "1", "alpha": "1.0"}
     assert bake.read_concept(public, cpe.PRESETS["style"]) == bake.Concept(["claude monet"], "real photograph", 0.5)
     with pytest.raises(ValueError, match="what it erases"):
-        bake.read_concept({}, cpe.PRESETS["style"])
+        bake.read_concept({"target": " "}, cpe.PRESETS["style"])
     for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
         with pytest.raises(ValueError, match="no list of names"):
             bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
@@ -504,6 +504,46 @@ def test_an_interrupted_bake_goes_on_and_ends_in_the_same_bytes(tiny, gate_files
     assert commands.main(arguments(tiny, gate_files, out, "--images", "0", "--resume")) == 0
     assert {path.name for path in place.iterdir()} == {"whole", "baked.v1"}
     assert text_encoder(whole) == text_encoder(out)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, weights.UserError("images are not finite")])
+def test_a_bake_that_stopped_while_it_measured_is_measured_by_resume(
+    tiny, gate_files, tmp_path, capsys, monkeypatch, stop
+):
+    out = tmp_path / "baked"
+    call = arguments(tiny, gate_files[:1], out, "--images", "0")
+
+    def stopped(*_) -> None:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "measure_baking", stopped)
+        assert commands.main(call) == (130 if stop is KeyboardInterrupt else 2)
+    assert f"{out} is written; what it loses was not measured to the end" in capsys.readouterr().err
+    written = text_encoder(out)
+    assert commands.main(call) == 2
+    assert "exists already: choose another name, or remove it, or measure what it loses, with --resume" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr(weights, "save_model", None)  # it is not written again
+    assert commands.main([*call, "--resume"]) == 0
+    assert "left, 'the {} here, please'" in capsys.readouterr().out
+    assert text_encoder(out) == written
+    assert not list(tmp_path.glob("*.state.safetensors"))
+
+
+def test_a_folder_of_something_else_is_not_taken_for_what_a_bake_has_written(
+    tiny, gate_files, tmp_path, capsys, ctrl_c
+):
+    out = tmp_path / "baked"
+    call = arguments(tiny, gate_files[:1], out, "--images", "0")
+    ctrl_c()
+    assert commands.main(call) == 130
+    out.mkdir()
+    (out / "file").write_text("x")
+    assert commands.main([*call, "--resume"]) == 2
+    assert f"{out} exists already: choose another name" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["file"]
 
 
 def test_a_state_is_gone_on_with_by_the_same_settings_alone_or_removed_by_hand(

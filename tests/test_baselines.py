@@ -1,5 +1,6 @@
 """The linear erasers: every closed form is the optimum it claims to be, every training lowers its loss."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import baselines
 import cpe
+import sampler
 import weights
 from baselines import ERASERS
 
@@ -119,19 +121,20 @@ def test_last_tokens_stand_before_eos(model: weights.Model) -> None:
         assert torch.equal(row, E[i, first_eos - 1])
 
 
-def test_uce_moves_the_target_to_the_surrogate(model: weights.Model) -> None:
-    edited = erase("uce", model, lam=1e-6)
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_uce_moves_the_target_to_the_surrogate_or_beyond(eta: float, model: weights.Model) -> None:
+    edited = erase("uce", model, lam=1e-6, eta=eta)
     c, g = last_tokens(model, TARGETS), last_tokens(model, [SURROGATE])
     p = last_tokens(model, KEPT)
     for key, W in baselines.projections(model).items():
         V = edited[key].double()
-        torch.testing.assert_close(V @ c.T, W @ g.T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(V @ c.T, W @ (c + (1 + eta) * (g - c)).T, rtol=0, atol=1e-4)
         torch.testing.assert_close(V @ p.T, W @ p.T, rtol=0, atol=1e-4)
 
 
 def test_uce_with_padding_moves_all_that_has_seen_the_target(model: weights.Model) -> None:
     edited, last = erase("uce", model, padding=True), erase("uce", model)
-    C, G = baselines.paired_tails(model, TARGETS, SURROGATE, None)
+    C, G = baselines.paired_tails(model, TARGETS, SURROGATE, None, eta=0.0)
     ids = model.tokenizer.ids
     assert len(C) == len(G) == 77 - max(len(ids("cat")), len(ids(SURROGATE)))
     for key, W in baselines.projections(model).items():
@@ -175,6 +178,22 @@ def test_rece_leaves_less_to_revive_than_uce(model: weights.Model) -> None:
 def test_rece_without_rounds_is_uce(model: weights.Model) -> None:
     one, other = erase("rece", model, rounds=0), erase("uce", model, lam=0.1, s_p=0.1)
     assert all(torch.equal(W, other[key]) for key, W in one.items())
+
+
+def test_a_round_of_rece_moves_what_revives_the_target_and_keeps_the_empty_prompt(model: weights.Model) -> None:
+    """The target's T tokens C become C + (1 + eta) (G - C); what stays are last tokens, and all tokens of ''."""
+    begun, edited = erase("uce", model, lam=0.1, s_p=0.1, eta=0.5), erase("rece", model, rounds=1, eta=0.5)
+    C, G, empty = baselines.encode(model, [*TARGETS, SURROGATE, ""])
+    goal, P = C + 1.5 * (G - C), torch.cat([last_tokens(model, KEPT), empty])
+    W, V = baselines.projections(model), {key: x.double() for key, x in begun.items()}
+    I = torch.eye(C.shape[1]).double()
+    # C' = C A^T,   A = (rho I + sum V^T V)^-1 (sum V^T W)
+    A = torch.linalg.inv(0.1 * I + sum(x.T @ x for x in V.values())) @ sum(V[key].T @ W[key] for key in W)
+    found = C @ A.T
+    moved = 0.1 * I + goal.T @ found + 0.1 * P.T @ P
+    solved = moved @ torch.linalg.inv(0.1 * I + found.T @ found + 0.1 * P.T @ P)
+    for key, x in V.items():
+        torch.testing.assert_close(edited[key], (x @ solved).float(), rtol=0, atol=1e-4)
 
 
 # --- SPEED -------------------------------------------------------------------------------------------------------
@@ -225,6 +244,23 @@ def test_speed_keeps_preserved_prompts(model: weights.Model) -> None:
         assert (c @ (V - W).T).norm() > 1e-3
 
 
+def test_speed_is_its_formula_in_means_over_tokens(model: weights.Model) -> None:
+    targets = ["cat", "red heart"]
+    C, G, R = last_tokens(model, targets), last_tokens(model, [SURROGATE] * 2), last_tokens(model, KEPT)
+    E = baselines.encode(model, [""])[0]
+    C2 = torch.cat([E[:1], baselines.centroids(E[1:], 3, torch.Generator().manual_seed(0))])
+    T, A = ((x.T @ C) / 2 for x in (C, C + 1.5 * (G - C)))
+    values, vectors = torch.linalg.eigh(R.T @ R / 3)
+    threshold = 1.5 * values[-3].item()  # the least of those that are not zero
+    U, I = vectors[:, values < threshold], torch.eye(C.shape[1]).double()
+    P = U @ U.T
+    M = torch.linalg.inv(T @ P + 0.3 * I)
+    Q = I - M @ C2.T @ torch.linalg.inv(C2 @ P @ M @ C2.T + 0.2 * torch.eye(4)) @ C2 @ P
+    edited = erase("speed", model, targets, augment=0, rho=0.3, mu=0.2, threshold=threshold, eta=0.5)
+    for key, W in baselines.projections(model, ["to_v"]).items():
+        torch.testing.assert_close(edited[key], (W + W @ (A - T) @ P @ Q @ M).float(), rtol=0, atol=1e-4)
+
+
 def test_influential_tokens_mean_what_they_meant() -> None:
     W = torch.cat([normal(6, 7), torch.zeros(6, 1, dtype=torch.float64)], dim=1)  # does not read the last coordinate
     kept, erase = normal(10, 8, seed=1), normal(6, 8, seed=2)
@@ -251,6 +287,13 @@ def test_lora_lowers_its_loss(model: weights.Model) -> None:
     )
     losses = [step.losses["erase"] for step in trainer.steps() if step.stage == 1 and step.kind == "erase"]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_lora_has_rank_k_per_target_and_the_scale_of_one(model: weights.Model) -> None:
+    for k, rank in ((3, 6), (10, 16)):  # 16: the width of the context
+        lora = baselines.lora_trainer(model, ["cat", "dog"], SURROGATE, KEPT, 0, replace(RECIPE, k=k), ["{}"]).core
+        assert lora.k == rank
+        assert lora.scale.item() == pytest.approx(1 / k)
 
 
 def test_folded_lora_is_its_corrections(model: weights.Model) -> None:
@@ -289,6 +332,24 @@ def test_esd_lowers_its_loss(model: weights.Model) -> None:
     trained = {key: W.clone() for key, W in state.items() if ".attn2." in key}
     losses = list(baselines.esd_steps(model, TARGETS, trained, 0, 24, 3e-3, 3.0, 1.0, images=1, sampling_steps=2))
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_esd_learns_the_opposite_of_the_concept_on_its_guided_trajectory(model: weights.Model) -> None:
+    """|eps(x_t, c) - [eps0(x_t, '') - 2 (eps0(x_t, c) - eps0(x_t, ''))]|^2, x_t from sampling c at guidance 3."""
+    trained = {key: 1.1 * W for key, W in model.unet.state_dict().items() if ".attn2." in key}
+    student = copy.deepcopy(model.unet)
+    student.load_state_dict(model.unet.state_dict() | trained)
+    c, empty = model.encode(TARGETS), model.encode([""])
+    x, expected = normal(1, 4, 4, 4, dtype=torch.float32), []
+    later = sampler.sample(model.unet, model.schedule, x, model.unet.keys_values(torch.cat([empty, c])), 2, 3.0)
+    with torch.no_grad():
+        for x_t, t in zip((x, next(later)), model.schedule.timesteps(2), strict=True):
+            eps, eps_c, eps_0 = (
+                unet(x_t, t, unet.keys_values(E)) for unet, E in ((student, c), (model.unet, c), (model.unet, empty))
+            )
+            expected.append((eps - (eps_0 - 2 * (eps_c - eps_0))).square().mean().item())
+    losses = list(baselines.esd_steps(model, TARGETS, trained, 0, 8, 0.0, 3.0, 2.0, images=1, sampling_steps=2))
+    assert (min(losses), max(losses)) == pytest.approx(tuple(sorted(expected)), rel=1e-4)  # each step draws its t
 
 
 def test_predict_is_the_unet(model: weights.Model) -> None:
@@ -369,6 +430,40 @@ def test_mace_masks_and_loss(model: weights.Model) -> None:
     change = baselines.new_change(base, generator)
     losses = list(baselines.unseeing_steps(model, "cat", base, change, generator, 24, 2e-2, 1, 2, "a photo of {}"))
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_mace_lowers_the_attention_to_the_concept_inside_its_mask(
+    model: weights.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sum of |A|^2 over the concept's tokens and the pixels that look at it most, a mean over heads and layers."""
+    here = torch.zeros(4, 4)
+    here[:2, 1:] = 1
+    start, stop = baselines.span(model, "a photo of {}", "red heart")
+    maps = [normal(1, 2, 16, 77, seed=seed).float().sigmoid() - here.view(16, 1) for seed in range(3)]
+    for A in maps:
+        A[..., start:stop] += 2 * here.view(16, 1)
+        A.requires_grad_()
+    monkeypatch.setattr(baselines, "attention_maps", lambda *_: maps)
+    generator, E = torch.Generator().manual_seed(0), model.encode(["a photo of red heart"])
+    mask = baselines.own_masks(model, normal(1, 4, 4, 4).float(), E, (start, stop), (200, 300), generator)
+    assert torch.equal(mask[0], here)
+    base = baselines.plain(baselines.projections(model))
+    change = baselines.new_change(base, generator)
+    (loss,) = baselines.unseeing_steps(model, "red heart", base, change, generator, 1, 1e-5, 1, 1, "a photo of {}")
+    looked = torch.cat(maps)[:, :, here.flatten() == 1, start:stop].square().sum() / (3 * 2)
+    assert loss == pytest.approx(looked.item(), rel=1e-5)
+
+
+def test_mace_is_its_two_closed_forms_where_its_changes_are_zero(model: weights.Model) -> None:
+    edited = erase("mace", model, steps=0, keep=0.3, lam=0.1, templates=["{}"], eta=0.5)
+    ((old, new),) = baselines.around(model, ["{}"], "cat", SURROGATE)
+    goal = old + 1.5 * (new - old)
+    E, P = baselines.encode(model, TARGETS)[0], baselines.encode(model, KEPT).flatten(0, 1)
+    near = 0.1 * torch.eye(E.shape[1]).double() + 0.3 * P.T @ P  # lam I + keep sum p p^T
+    for key, W in baselines.projections(model).items():
+        refined = W @ (near + goal.T @ old) @ torch.linalg.inv(near + old.T @ old)
+        fused = (W @ near + refined @ E.T @ E) @ torch.linalg.inv(near + E.T @ E)
+        torch.testing.assert_close(edited[key], fused.float(), rtol=0, atol=1e-4)
 
 
 def test_mace_fuses_one_untrained_concept_into_its_refinement(model: weights.Model) -> None:

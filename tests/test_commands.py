@@ -92,7 +92,7 @@ def test_a_gate_file_of_another_version_can_be_used_but_is_not_finished(run, ver
     assert code == 2
     assert "x.safetensors is there already, trained with other settings (version of cpe.py)" in said
     assert run("generate", "a cat", "--gates", "x.safetensors", "--steps", "1")[0] == 0
-    assert run("inspect", "x.safetensors", "--prompt", "a red heart")[0] == 0
+    assert run("inspect", "--gates", "x.safetensors", "--prompt", "a red heart")[0] == 0
     bake = ("bake", "--gates", "x.safetensors", "--out", "baked", "--preset", "emoji", "--images", "0")
     assert run(*bake, "--steps-scale", "0.002")[0] == 0
 
@@ -183,6 +183,7 @@ def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monk
         (("compare", "--markdown", "x.md", "--json", "x.md"), "--json: x.md is read or written by this command"),
         (("bake", "--gates", "g", "--out", "d", "--json", "d"), "--json: d is read or written by this command"),
         (("inspect", "g", "--prompt", "x", "--model", "m", "--json", "m/config.json"), "and no file of this command"),
+        (("inspect", "--prompt", "x"), "which gates? Give one gate file or more"),
         (("inspect", "g", "--prompt", "x", "--json", "notes"), "notes is there already, and no file of this command"),
         (("inspect", "g", "--prompt", "x", "--json", "five"), "five is there already, and no file of this command"),
         (("compare", "--quick", "--markdown", "notes"), "notes is there already, and no file of this command"),
@@ -236,7 +237,16 @@ def test_compare_takes_no_target_that_is_the_surrogate(run):
     assert "'cloud' is what targets of --preset emoji become" in said
 
 
-@pytest.mark.parametrize(("share", "warns"), [(0.9, False), (0.04, True), (-0.1, True)])
+def test_a_gate_file_that_claims_more_than_any_holds_is_refused_before_it_is_read(run, monkeypatch):
+    save_file({"a": torch.zeros(11)}, "large.safetensors")
+    monkeypatch.setattr(commands, "LARGEST_GATES", 10)
+    monkeypatch.setattr(weights, "load_tensors", None)
+    code, said = run("generate", "a cat", "--gates", "large.safetensors")
+    assert code == 2
+    assert "large.safetensors has 11 numbers: that is no gate file" in said
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.6, False), (0.4, True), (0.04, True), (-0.1, True)])
 def test_gates_that_hardly_change_their_target_are_a_warning(run, monkeypatch, share, warns):
     monkeypatch.setattr(cpe, "reached", lambda *_: share)
     with warnings.catch_warnings(record=True) as said:

@@ -53,6 +53,16 @@ def test_no_eraser_is_told_of_targets_or_of_what_is_held_out(world, name):
     assert len(told) > 50
 
 
+def test_aliases_of_a_target_are_erased_with_it_and_not_kept(world, monkeypatch):
+    given, scenario = [], compare.Scenario(("umbrella",), aliases=("red heart",))
+    monkeypatch.setitem(baselines.ERASERS, "uce", lambda *all: given.append(all) or {})
+    compare.METHODS["uce"].build(world, scenario, 0)
+    ((_, targets, surrogates, kept, _),) = given
+    assert (targets, surrogates) == (["umbrella", "red heart"], [cpe.PRESETS["emoji"].surrogate] * 2)
+    assert "red heart" not in kept
+    assert "red heart" in world.listed(compare.SCENARIOS["object"]).domain
+
+
 def test_a_dead_zone_has_a_row_where_several_things_are_erased():
     chosen = [compare.METHODS["cpe"], compare.METHODS["cpe, dead zone"]]
     one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
@@ -126,6 +136,53 @@ def test_an_untouched_model_changes_nothing_and_a_ruined_one_everything(world):
     assert all(group["change"] > 0 for group in ruined["groups"].values())
     assert ruined["cmmd"] > 0
     assert (ruined["parameters"], ruined["bytes"]) == (7, 28)
+
+
+def test_a_model_with_another_text_encoder_reads_the_prompts_with_it(world):
+    name = "text_model.final_layer_norm.bias"
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    erased = compare.Erased(world.model.with_text_encoder({name: bias}), None, 0, 0)
+    figures, _ = compare.measure(world, compare.SCENARIOS["object"], compare.Method("x", lambda *_: erased), SMALL)
+    assert all(group["change"] > 0 for group in figures["groups"].values())
+
+
+def test_images_of_what_is_erased_count_for_nothing_that_should_stay(world, monkeypatch):
+    scenario = compare.SCENARIOS["object"]
+    before = compare.Originals(world, scenario, SMALL)
+    before.prompts = before.features  # every image is what its prompt says, before some are spoiled
+    pairs = zip(before.cases, before.images, strict=True)
+    spoiled = torch.stack([image.neg() if case.group == "erased" else image for case, image in pairs])
+    monkeypatch.setattr(compare, "draw", lambda *_: spoiled)
+    figures, _ = compare.measure(world, scenario, UNTOUCHED, SMALL, 0, lambda: before)
+    assert figures["groups"]["erased"]["change"] > 0.1
+    assert figures["clip_score"] == pytest.approx(100)
+    assert abs(figures["cmmd"]) < 1e-9
+    assert compare.cells(figures)["change"] == "0.000"
+
+
+def test_settings_of_a_row_go_before_tuned_ones(world):
+    given = []
+
+    def build(world, scenario, seed, **settings):
+        given.append(settings)
+        return compare.Erased(world.model, None, 0, 0)
+
+    compare.measure(world, compare.SCENARIOS["object"], compare.Method("uce", build, {"s_p": 7.0}), SMALL)
+    assert given == [compare.TUNED["uce"] | {"s_p": 7.0}]
+
+
+@pytest.mark.parametrize(("name", "field"), [("cpe", "eta"), ("lora", "first_steps"), ("uce", "surrogate")])
+def test_other_tuned_settings_or_another_recipe_make_another_cell(world, name, field, monkeypatch):
+    def key():
+        return compare.key(world, compare.SCENARIOS["object"], compare.METHODS[name], SMALL, 0)
+
+    keys, recipe = [key()], cpe.PRESETS["emoji"]
+    assert key() == keys[0]
+    monkeypatch.setitem(compare.TUNED, name, {"k": 3})
+    keys.append(key())
+    monkeypatch.setitem(cpe.PRESETS, "emoji", dataclasses.replace(recipe, **{field: 2 * getattr(recipe, field)}))
+    keys.append(key())
+    assert len(set(keys)) == 3
 
 
 def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
@@ -270,7 +327,7 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
     scenario, asked = compare.SCENARIOS[name], []
 
     def plain(victim, target, templates, seed, **options):
-        asked.append((target, seed))
+        asked.append((target, seed, *options.values()))
         contexts = victim.original.encode([template.format(target) for template in templates])
         return compare.attacks.Found(contexts, [], None, None, 0.0)
 
@@ -282,25 +339,53 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
         assert judge == ("style" if scenario.style else "concept")
         return torch.tensor([target, *[other] * (len(images) - 1)])
 
-    monkeypatch.setattr(compare.attacks, "ATTACKS", dict.fromkeys(("revival", "tokens", "paraphrases"), plain))
+    names = ("revival", "tokens", "paraphrases", "odd words")
+    monkeypatch.setattr(compare.attacks, "ATTACKS", dict.fromkeys(names, plain))
     monkeypatch.setattr(world, "see", see, raising=False)
     budget = dataclasses.replace(SMALL, attacked=4, searches=2)
     found = compare.under_attack(world, scenario, compare.Erased(world.model, None, 0, 0), budget, 0)
-    first = scenario.targets[0]
-    # tokens are searched for twice; of several targets all are paraphrased
-    assert asked == [(first, 0), (first, 0), (first, 1), *((one, 0) for one in scenario.targets)]
-    images = {"revival": 4, "tokens": 4, "paraphrases": max(4, len(scenario.targets))}
+    first, all_of_them = scenario.targets[0], [(one, 0, scenario.preset) for one in scenario.targets]
+    # tokens are searched for twice; of several targets all are spoken of
+    assert asked == [(first, 0), (first, 0), (first, 1), *all_of_them, *all_of_them]
+    spoken = max(4, len(scenario.targets))
+    images = {"revival": 4, "tokens": 4, "paraphrases": spoken, "odd words": spoken}
     assert {attack: group["images"] for attack, group in found.items()} == images
     assert all(group["hits"] == 1 for group in found.values())
 
 
-def test_of_several_targets_each_is_paraphrased_in_its_own_sentences(world):
+def test_the_erased_model_is_attacked_and_draws_with_its_gates(world, monkeypatch):
+    erased, used = compare.Erased(world.model.with_unet({}), torch.nn.Identity(), 0, 0), []
+
+    def attack(victim, *_, **options):
+        assert victim.original is world.model
+        used.append((victim.erased, victim.gates))
+        return attacks.Found(world.model.encode(["an umbrella"]), [], None, None, 0.0)
+
+    def draw(model, contexts, seeds, gates, budget):
+        used.append((model, gates))
+        return torch.zeros(len(contexts), 3, 16, 16)
+
+    monkeypatch.setattr(compare.attacks, "ATTACKS", {"paraphrases": attack})
+    monkeypatch.setattr(compare, "draw", draw)
+    compare.under_attack(world, compare.SCENARIOS["object"], erased, dataclasses.replace(SMALL, attacked=1), 0)
+    assert used == [(erased.model, erased.gates)] * 2
+
+
+@pytest.mark.parametrize(("preset", "names"), [("emoji", ["odd words"]), ("object", [])])
+def test_only_a_preset_that_has_odd_words_is_attacked_with_them(world, preset, names, monkeypatch):
+    monkeypatch.setattr(compare.attacks, "ATTACKS", {"odd words": attacks.odd_words})
+    scenario, budget = compare.Scenario(("umbrella",), preset), dataclasses.replace(SMALL, attacked=1)
+    assert [*compare.under_attack(world, scenario, compare.Erased(world.model, None, 0, 0), budget, 0)] == names
+
+
+@pytest.mark.parametrize(("attack", "known"), [("paraphrases", attacks.PARAPHRASES), ("odd words", attacks.UNFAMILIAR)])
+def test_of_several_targets_each_is_spoken_of_in_its_own_sentences(world, attack, known):
     scenario, victim = compare.SCENARIOS["10 at once"], attacks.Victim(world.model, world.model)
     budget = dataclasses.replace(SMALL, attacked=20)
-    tried = compare.attempts(victim, scenario, "paraphrases", budget, 0)
+    tried = compare.attempts(victim, scenario, attack, budget, 0)
     assert [target for _, target in tried] == list(scenario.targets)
     for i, (contexts, target) in enumerate(tried):
-        sentences = [attacks.PARAPHRASES["emoji"][(2 * i + n) % 8].replace("{}", target) for n in range(2)]
+        sentences = [known["emoji"][(2 * i + n) % 8].replace("{}", target) for n in range(2)]
         assert torch.equal(contexts, world.model.encode(sentences))
 
 
@@ -471,7 +556,7 @@ def test_a_process_whose_parent_was_killed_measures_no_further_cell(tiny_origina
 
 def test_templates_among_other_words_hold_nothing_that_gates_know_or_are_tried_with():
     prompts = weights.read_prompts("emoji")
-    tried = (*commands.UNFAMILIAR, *bake.HELD_OUT, *attacks.PARAPHRASES["emoji"])
+    tried = (*attacks.UNFAMILIAR["emoji"], *bake.HELD_OUT, *attacks.PARAPHRASES["emoji"])
     taken = {word for text in (*prompts.domain, *prompts.templates, *tried) for word in cpe.normalised(text).split()}
     assert not taken.intersection(compare.WORDS.split())
     more = compare.among_words(prompts, 50)

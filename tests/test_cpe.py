@@ -249,6 +249,13 @@ def test_total_loss_weighs_the_anchors_with_lambda():
 # --- Anchors' noise ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[(), ("cpu",)], ids=["sent to the device", "drawn by the device"])
+def chance(request, monkeypatch):
+    """Both ways to draw the anchors' noise; that of graphics cards runs on the CPU as well."""
+    monkeypatch.setattr(cpe, "DRAW", request.param)
+
+
+@pytest.mark.usefixtures("chance")
 @pytest.mark.parametrize("c", [5, 20], ids=["fewer columns than d", "more columns than d"])
 def test_noisy_features_have_the_mean_and_covariance_of_noise_in_d_dimensions(c):
     t, columns, B = trainer(), normal(d, c, seed=1), 4000
@@ -266,6 +273,7 @@ def test_noisy_features_have_the_mean_and_covariance_of_noise_in_d_dimensions(c)
                 assert (error.abs() / size[:, None] / size).max() < 5 * (2 / B) ** 0.5
 
 
+@pytest.mark.usefixtures("chance")
 def test_noisy_features_have_the_mean_gradient_of_noise_in_d_dimensions():
     t, columns, B = trainer(), normal(d, 5, seed=1).requires_grad_(), 20000
     features = t.noisy_features(torch.zeros(B, 1, d, dtype=torch.float64), torch.ones(B), columns)
@@ -810,6 +818,7 @@ def finished(trainer: Trainer) -> dict[str, Tensor]:
     return trainer.state()
 
 
+@pytest.mark.usefixtures("chance")
 @KINDS
 def test_a_seed_repeats_a_run_bit_for_bit(kind):
     one, two = fresh(kind), fresh(kind)
@@ -830,6 +839,7 @@ def test_a_seed_repeats_a_run_bit_for_bit(kind):
         assert all(math.isfinite(value) for value in p.losses.values())
 
 
+@pytest.mark.usefixtures("chance")
 @KINDS
 def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(kind):
     whole = finished(fresh(kind))

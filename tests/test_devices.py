@@ -1,6 +1,7 @@
 """--device: what is computed on a graphics card is what the CPU computes, and noise is the CPU's on every device.
 
-Every test runs on a stand-in for a card (card.py), and once more on a real one where there is one.
+Every test runs on a graphics card where there is one, and else on a stand-in (card.py): torch's gradients cannot serve
+both in one process.
 """
 
 import dataclasses
@@ -25,17 +26,20 @@ import unet
 import variants
 import weights
 
-card = pytest.importorskip("card", exc_type=ImportError)  # older torch cannot have devices of one's own
 STAND_IN = "card"
+REAL = torch.cuda.is_available()
+if not REAL:
+    card = pytest.importorskip("card", exc_type=ImportError)  # older torch cannot have devices of one's own
 CONCEPTS = weights.read_prompts("emoji").domain[:40]
 
 
-@pytest.fixture(params=[STAND_IN, "cuda"])
-def device(request, monkeypatch) -> str:
-    """The device that `--device cuda` stands for. Tests on real hardware skip where there is none."""
+@pytest.fixture
+def device(monkeypatch) -> str:
+    """The device that `--device cuda` stands for."""
     monkeypatch.setattr(commands, "read_prompts", lambda preset: tiny.FEW)
     monkeypatch.setattr(compare, "read_prompts", lambda preset: dataclasses.replace(tiny.FEW, domain=CONCEPTS))
-    if request.param == STAND_IN:
+    monkeypatch.setattr(cpe, "DRAW", ())  # the CPU's noise, to compare with what was computed there
+    if not REAL:
         load_model = weights.load_model
 
         def load(name: str, dtype=torch.float32, device="cpu", parts=("text_encoder", "unet", "vae")):
@@ -43,9 +47,7 @@ def device(request, monkeypatch) -> str:
 
         card.install(monkeypatch)
         monkeypatch.setattr(weights, "load_model", load)
-    elif not torch.cuda.is_available():
-        pytest.skip("there is no graphics card")
-    return request.param
+    return "cuda" if REAL else STAND_IN
 
 
 def assert_near(on_card: dict[str, torch.Tensor], on_cpu: dict[str, torch.Tensor], device: str) -> None:
@@ -63,6 +65,7 @@ def gates_of(path: Path) -> dict[str, torch.Tensor]:
 # --- The stand-in ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(REAL, reason="there is a graphics card")
 def test_the_stand_in_is_as_strict_as_hardware(monkeypatch):
     card.install(monkeypatch)
     here, there = torch.ones(3), torch.ones(3).to(STAND_IN)
@@ -99,6 +102,15 @@ def test_gates_are_trained_as_on_the_cpu(run, tiny_original, device, kind):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0 if device == STAND_IN else 0.01)
     if device == STAND_IN:  # rounding is magnified by training
         assert_near(gates_of(Path("cuda.safetensors")), gates_of(Path("cpu.safetensors")), device)
+
+
+def test_a_seed_repeats_a_run_with_the_cards_own_noise(run, tiny_original, device, monkeypatch):
+    if device != STAND_IN:  # which has none
+        monkeypatch.setattr(cpe, "DRAW", (device,))
+    for name in ("one", "two"):
+        arguments = tiny.train(tiny_original, Path(f"{name}.safetensors"), "red heart", "--device", "cuda")
+        assert run(*arguments)[0] == 0
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
 
 
 def test_a_run_that_stopped_on_the_cpu_goes_on_on_the_card(run, tiny_original, device, monkeypatch):
@@ -258,6 +270,7 @@ def test_a_linear_eraser_gives_weights_of_the_cpu(tiny_original, device):
 # --- Other people's pipelines ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler, when it is first imported
 def test_gates_are_attached_to_a_unet_on_the_card(device):
     network = tiny.filled(unet.UNet(tiny.UNET))
     context = tiny.draw("context", 2, 9, 32)

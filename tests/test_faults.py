@@ -626,6 +626,17 @@ def test_a_file_name_may_be_as_long_as_the_system_allows(tmp_path):
         weights.write_text(tmp_path / ("x" * 256), "{}")
 
 
+@pytest.mark.parametrize("folders", [".", "new/inner"])
+def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path, folders):
+    weights.check_writable(tmp_path / folders / ("x" * 250 + ".json"))
+    with pytest.raises(UserError, match=r"xx\.json could not be written: File name too long: .*choose another"):
+        weights.check_writable(tmp_path / folders / ("x" * 251 + ".json"))
+    (tmp_path / "link").symlink_to("x" * 256)
+    with pytest.raises(UserError, match="File name too long"):
+        weights.check_writable(tmp_path / "link")
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
 # --- Network -----------------------------------------------------------------------------------------------------
 
 
@@ -797,6 +808,8 @@ def test_too_little_memory_says_what_to_try(run, tiny):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+        RuntimeError("unable to mmap 4294967296 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
 )

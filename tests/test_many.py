@@ -488,14 +488,21 @@ def test_a_second_run_draws_what_is_missing_damaged_or_of_other_settings(run, tr
     assert ", kept 0\n" in run(*draw, *gates)[1]
 
 
-@pytest.mark.parametrize("file", [weights.SCHEDULER, "tokenizer/merges.txt"])
-def test_pictures_of_another_noise_schedule_or_tokenizer_are_drawn_anew(run, tiny, file):
+CHANGES = {
+    weights.SCHEDULER: lambda text: text.replace("0.012", "0.013"),
+    "tokenizer/merges.txt": lambda text: text.rsplit("\n", 2)[0] + "\n",
+    "vae/config.json": lambda text: json.dumps(json.loads(text) | {"scaling_factor": 0.5}),
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_pictures_of_another_noise_schedule_tokenizer_or_config_are_drawn_anew(run, tiny, file):
     Path("prompts.txt").write_text("a cat\n")
     draw = ("generate", "--prompts", "prompts.txt", *DRAW, "--model", str(tiny))
     run(*draw)
     assert ", kept 1\n" in run(*draw)[1]
     text = (tiny / file).read_text()
-    changed = text.replace("0.012", "0.013") if file == weights.SCHEDULER else text.rsplit("\n", 2)[0] + "\n"
+    changed = CHANGES[file](text)
     assert changed != text
     (tiny / file).write_text(changed)
     assert ", kept 0\n" in run(*draw)[1]

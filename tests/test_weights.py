@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +199,71 @@ def test_damaged_files_are_named(tmp_path, content):
         weights.load_tensors(path)
 
 
+def sparse(path: Path, size: int) -> Path:
+    """A safetensors file of one tensor [1, size, 1] that takes one block of the disk, whatever it claims to hold."""
+    entry = {"dtype": "F32", "shape": [1, size, 1], "data_offsets": [0, 4 * size]}
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 4 * size)
+    assert path.stat().st_blocks * 512 < 1 << 16
+    return path
+
+
+@pytest.fixture
+def little_to_map():
+    """768 GB of addresses beyond those in use: less than files may claim, where the system would promise anything."""
+    resource = pytest.importorskip("resource")
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (768 << 30), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system keeps to a limit of addresses")
+@pytest.mark.parametrize("size", [1 << 37, 1 << 40], ids=["torch cannot map it", "safetensors cannot map it"])
+def test_a_file_larger_than_all_memory_is_named(tiny, little_to_map, size):
+    path = sparse(tiny / UNET_FILE, size)
+    said = rf"{UNET_FILE} is larger \([\d,]+ bytes\) than the memory that can be mapped here \(.*memory.*\): check"
+    for read in (weights.load_tensors, weights.read_shapes, lambda _: load_model(tiny).unet):
+        with pytest.raises(UserError, match=said):
+            read(path)
+
+
+def test_another_error_while_a_file_is_open_is_not_of_the_file(tiny):
+    with pytest.raises(RuntimeError, match="ours"), weights.opened(tiny / UNET_FILE):
+        raise RuntimeError("a mistake of ours")
+
+
+def test_shapes_are_read_without_any_tensor(tiny, tmp_path, monkeypatch):
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tiny / UNET_FILE).items()}
+    assert weights.read_shapes(tiny / UNET_FILE) == shapes
+    weights.save_tensors(tmp_path / "x.safetensors", {"number": torch.tensor(1.0), "none": torch.ones(0, 3)})
+    assert weights.read_shapes(tmp_path / "x.safetensors") == {"number": (), "none": (0, 3)}
+    opened = weights.opened
+
+    @contextmanager
+    def spy(path):
+        with opened(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice)  # and no get_tensor
+
+    monkeypatch.setattr(weights, "opened", spy)
+    assert weights.read_shapes(tiny / UNET_FILE) == shapes
+    with pytest.raises(UserError, match="pickle"):
+        weights.read_shapes(tmp_path / "x.ckpt")
+
+
+def test_a_pipe_to_read_from_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match=r"x\.safetensors does not exist: check the path"):
+        weights.load_tensors(path)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"x\.safetensors is a device or a pipe: give the name of a file"):
+        weights.load_tensors(path)
+    with pytest.raises(UserError, match="is a folder: give a file in it"):
+        weights.load_tensors(tmp_path)
+
+
 def test_a_truncated_file_is_named(tiny):
     path = tiny / UNET_FILE
     path.write_bytes(path.read_bytes()[:-1])
@@ -289,6 +356,26 @@ def test_a_damaged_cache_is_made_anew(tiny):
     for path in weights.cache_folder().glob("*.safetensors"):
         path.write_bytes(b"damaged")
     assert torch.equal(weights.cached_contexts(model, ["a damaged entry"]), first)
+
+
+def test_other_heads_are_another_text_encoder(tiny):
+    """With the same tensors, and so the same fingerprint."""
+    one, prompts = load_model(tiny), ["a cat of two heads"]
+    first, heads = weights.cached_contexts(one, prompts), one.part("text_encoder").config["num_attention_heads"]
+    change(tiny, "text_encoder", num_attention_heads=2 * heads)
+    other = load_model(tiny)
+    assert other.fingerprint == one.fingerprint
+    contexts = weights.cached_contexts(other, prompts)
+    assert torch.equal(contexts, other.encode(prompts).half())
+    assert not torch.equal(contexts, first)
+
+
+def test_a_setting_of_a_text_encoder_that_changes_nothing_leaves_the_cache_as_it_is(tiny, monkeypatch):
+    first = weights.cached_contexts(load_model(tiny), ["a cat of any version"])
+    change(tiny, "text_encoder", transformers_version="4.0")
+    model = load_model(tiny)
+    monkeypatch.setattr(model, "encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(weights.cached_contexts(model, ["a cat of any version"]), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -526,6 +613,15 @@ def test_a_device_that_is_not_there_is_named(tiny, device):
         load_model(tiny, device=device)
 
 
+def test_a_cache_that_cannot_be_written_is_one_warning(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        weights.cached_contexts(load_model(tiny), ["a cat", "a dog", "a tree"], chunk=1)
+    assert [str(each.message).split(":")[0] for each in said] == [f"{tmp_path}/file could not be written"]
+
+
 def test_a_tokenizer_in_one_file_is_read_and_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
     model = load_model(tiny)
@@ -659,10 +755,19 @@ def to_original(part: str, key: str, config: dict) -> str:
     return "first_stage_model." + key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
+# One for every entry of `weights.LDM_IGNORED`.
+LEFTOVERS = (
+    *("betas", "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+    *("posterior_variance", "logvar", "lvlb_weights", "model_ema.decay", "first_stage_model.loss.logvar"),
+    *("cond_stage_model.logit_scale", "cond_stage_model.text_projection", "denoiser.sigmas", "denoiser.log_sigmas"),
+    "embedding_manager.string_to_param_dict.*",
+)
+
+
 @pytest.fixture
 def checkpoint(tiny, tmp_path, monkeypatch) -> Path:
     """The tiny model in one file, as its code of 2022 would have written it; its tokenizer lies beside."""
-    tensors = {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}
+    tensors = {name: torch.zeros(2) for name in LEFTOVERS}
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     configs = {}
     for part, file in (("text_encoder", TEXT_FILE), ("unet", UNET_FILE), ("vae", VAE_FILE)):
