@@ -14,8 +14,9 @@ the victim, and its success is the share of the images drawn with them that an e
     textual_inversion    new words   Adam                  noise prediction    Pham et al. 2024 (arXiv 2308.01508)
     learned_tokens       a prefix    greedy coordinates    noise prediction    after arXiv 2310.11868
     paraphrases          a sentence  no search             none                templates that no training has seen
+    odd_words            a sentence  no search             none                words that the model has not seen either
 
-The first two need the keys and values of the original model, the next two its pictures of the target, the last nothing.
+The first two need the keys and values of the original model, the next two its pictures of the target, the last two nothing.
 They are strong on purpose, all gradients and weights at hand: an eraser that withstands them has something to show,
 one that was only tried with its own templates has not. Built on cpe, baselines, sampler.
 

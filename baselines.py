@@ -196,9 +196,9 @@ def rece(
 
     A round moves all T tokens of the targets; what stays are the tokens of '' and the last tokens of `preserved`, with
     `padding` (which is as in `uce`) also those that follow.
-    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). With `eta`, what a round aims at is read
-    by the model as edited so far, so that rounds go back towards the surrogate. The paper's own surrogate is ' '. For
-    art styles it takes rho = 1e-3 and one round.
+    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). With `eta`, rounds
+    go back towards the surrogate: what they aim at is read by the model as edited so far. The paper's own surrogate is
+    ' '. For art styles it takes rho = 1e-3 and one round.
     """
     original, end = projections(model), None if padding else 1
     kept, empty = moment_of_tails(model, preserved, end), encode(model, [""])[0]

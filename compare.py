@@ -464,6 +464,10 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
 
 STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of their own, whose lambda this repeats
     "cpe, context gate": {"lam": 100.0},
+    "uce": {"eta": 1.0},
+    "rece": {"s_p": 3.0, "eta": 1.0},
+    "speed": {"threshold": 3.0, "eta": 0.0},
+    "mace": {"keep": 1.0, "eta": 1.0},
 }
 
 METHODS = {

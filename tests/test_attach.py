@@ -1,8 +1,8 @@
 """Gates on other people's pipelines: hooks on any tree with attn2.to_k and to_v, or prompt embeddings alone."""
 
 import copy
-import pickle
 import gc
+import pickle
 import re
 import sys
 import textwrap

@@ -427,13 +427,19 @@ def test_settings_for_many_targets_are_of_the_grid_that_was_searched(name):
     assert compare.TUNED[name] | compare.MANY[name] in tune.ASIDE[f"{name}, many"][2]
 
 
-def test_settings_of_many_targets_are_for_a_row_and_its_ablations():
+@pytest.mark.parametrize("name", [name for name in compare.STYLE if not name.startswith("cpe")])
+def test_settings_for_styles_are_of_the_grid_that_was_searched(name):
+    assert compare.TUNED[name] | compare.STYLE[name] in tune.ASIDE[f"{name}, styles"][2]
+
+
+def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_its_ablations():
     one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
     for method in (compare.METHODS["uce"], compare.ABLATIONS["uce, CPE's anchors"]):
         assert compare.tuned(method, one) == compare.TUNED["uce"]
         assert compare.tuned(method, ten) == compare.TUNED["uce"] | compare.MANY["uce"]
-    context = compare.METHODS["cpe, context gate"]
-    assert compare.tuned(context, compare.SCENARIOS["style"]).keys() == {"k"}  # a style's preset has its own lambda
+        assert compare.tuned(method, compare.SCENARIOS["style"]) == compare.TUNED["uce"] | compare.STYLE["uce"]
+    lam = compare.tuned(compare.METHODS["cpe, context gate"], compare.SCENARIOS["style"])["lam"]
+    assert lam == cpe.PRESETS["emoji-style"].lam  # a style's preset has its own lambda
 
 
 def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
