@@ -17,8 +17,8 @@ the victim, and its success is the share of the images drawn with them that an e
     odd_words            a sentence  no search             none                words that the model has not seen either
 
 The first two need the keys and values of the original model, the next two its pictures of the target, the last two
-nothing. They are strong on purpose, all gradients and weights at hand: an eraser that withstands them has something to show,
-one that was only tried with its own templates has not. Built on cpe, baselines, sampler.
+nothing. They are strong on purpose, all gradients and weights at hand: an eraser that withstands them has something to
+show, one that was only tried with its own templates has not. Built on cpe, baselines, sampler.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
 the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures, l projections.
