@@ -153,7 +153,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         STYLES,
         product(lr=[2e-4, 5e-4], negative=[3.0, 5.0], steps=[200, 400], images=[8], sampling_steps=[20]),
     ),
-    "lora, styles": ("lora", STYLES, product(k=[4], lam=[3.0, 10.0, 30.0, 100.0, 300.0])),
+    "lora, styles": ("lora", STYLES, product(k=[4], lam=[3.0, 10.0, 30.0, 100.0])),
 }
 
 
