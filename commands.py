@@ -1408,10 +1408,10 @@ def bake(args: argparse.Namespace) -> dict:
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(baker.recipe)
     run = Run(baker, state, run_name(settings))
     run_trainer(run, args.resume, "baking")
-    run.save()  # until it is measured: then --resume goes on there
     with kept(state, run.name):
         if not (written and holds(args.out, baker.tensors())):
             save_model(model, args.out, text_encoder=baker.tensors())
+    remove_state(state, run.name)
 
     figures = {"out": str(args.out), "seed": args.seed, **dataclasses.asdict(baker.recipe)}
     baked = load_model(args.out, model.dtype, model.device)
@@ -1419,10 +1419,11 @@ def bake(args: argparse.Namespace) -> dict:
     try:
         figures |= measure_baking(args, baker.objective, model, baked, gates, concepts, prompts)
     except KeyboardInterrupt as error:
+        run.save()
         raise KeyboardInterrupt(f"{unmeasured}: that goes on with --resume") from error
     except UserError as error:
+        run.save()
         raise UserError(f"{error} ({unmeasured})") from error
-    remove_state(state, run.name)
     print(f"{baker.unreachable:.1%} of what gates do is out of any text encoder's reach: its last LayerNorm forbids it")
     erased = ", ".join(name for concept in concepts for name in concept.names)
     print(f"\nwrote   {args.out}: {model.name}, with the gates of {erased} in its text encoder: nothing to delete")

@@ -468,6 +468,7 @@ STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of thei
     "rece": {"s_p": 3.0, "eta": 1.0},
     "speed": {"threshold": 3.0, "eta": 0.0},
     "mace": {"keep": 1.0, "eta": 1.0},
+    "esd": {"lr": 5e-4, "steps": 200},
 }
 
 METHODS = {
