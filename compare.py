@@ -457,7 +457,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "uce": {"s_p": 30.0, "eta": 0.3},
     "rece": {"s_p": 30.0},
     "speed": {"threshold": 0.01, "templates": ""},
-    "mace": {"keep": 10.0},
+    "mace": {"keep": 10.0, "eta": 0.3},
     "esd": {"steps": 400},
     "lora": {"k": 8, "lam": 10.0},
 }
