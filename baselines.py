@@ -5,8 +5,9 @@
 
 All have one signature, `(model, targets, surrogate, preserved, seed) -> edited weights`: float32 on the CPU, under the
 checkpoint keys of the U-Net, only those that changed. Hyper-parameters are keyword-only; defaults are the papers'.
-The surrogate is one for all targets, or a list of one each. `preserved` are prompts that must stay; a target among them
-is taken out by the caller (`cpe.anchor_words`).
+The surrogate is one for all targets, or a list of one each (otherwise ValueError). `preserved` are prompts that must
+stay; a target among them is taken out by the caller (`cpe.anchor_words`). What `eta` is of uce, rece, speed and mace,
+`beyond` says: it is ours.
 
     uce     closed form   to_k, to_v   Gandikota et al. 2024 (arXiv 2308.14761)
     rece    closed form   to_k, to_v   Gong et al. 2024 (arXiv 2407.12383)
@@ -135,9 +136,7 @@ def uce(
     padding: bool = False,
     eta: float = 0.0,
 ) -> Weights:
-    """Unified Concept Editing: the last token of every target is read as the surrogate's, or `beyond` it.
-
-    There is no chance in it.
+    """Unified Concept Editing: the last token of every target is read as the surrogate's. No chance in it.
 
     With `padding`, so are EOS and all padding after it, and as many tokens of what is preserved stay: the authors'
     first code. It erases more where padding carries the concept, and spoils more.
@@ -196,9 +195,9 @@ def rece(
 
     A round moves all T tokens of the targets; what stays are the tokens of '' and the last tokens of `preserved`, with
     `padding` (which is as in `uce`) also those that follow.
-    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). With `eta`, rounds
-    go back towards the surrogate: what they aim at is read by the model as edited so far. The paper's own surrogate is
-    ' '. For art styles it takes rho = 1e-3 and one round.
+    The UCE it begins with has lam and s_p of the rounds (UCE's own: 0.5 and 1). With `eta`, rounds go back towards the
+    surrogate: what they aim at is read by the model as edited so far. The paper's own surrogate is ' '. For art styles
+    it takes rho = 1e-3 and one round.
     """
     original, end = projections(model), None if padding else 1
     kept, empty = moment_of_tails(model, preserved, end), encode(model, [""])[0]

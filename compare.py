@@ -152,8 +152,10 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that figures depend on: the model's networks, and the judge."""
+        """Of all that figures depend on: the model's networks, the judge, and a device that rounds otherwise."""
         digest = hashlib.sha256(self.model.fingerprint.encode())
+        if self.model.device.type != "cpu":
+            digest.update(self.model.device.type.encode())
         for network in (self.model.unet, self.model.vae, self.clip):
             for tensor in network.state_dict().values():
                 digest.update(tensor.cpu().contiguous().numpy())

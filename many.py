@@ -61,7 +61,8 @@ def separate(args: argparse.Namespace, process: Process) -> None:
     """Give this process a graphics card and a --json file of its own; UserError if there are too few cards."""
     if args.device == "cuda" and torch.cuda.is_available():
         if process.local >= (cards := torch.cuda.device_count()):
-            raise UserError(f"process {process.local} of this machine finds {cards} graphics cards: start fewer.")
+            found = f"{cards} graphics card{'s' * (cards != 1)}"
+            raise UserError(f"process {process.local} of this machine finds {found}: start fewer.")
         args.device = f"cuda:{process.local}"
     if args.json and process.size > 1:
         args.json = args.json.with_stem(f"{args.json.stem}-{process.rank}")

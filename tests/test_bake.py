@@ -98,8 +98,9 @@ def test_a_gate_file_says_what_it_erases():
     assert bake.read_concept(ours, cpe.PRESETS["celebrity"]) == bake.Concept(["Brad Pitt", "brad"], "a man", 0.5)
     public = {"prompts": "claude monet", "rank": "1", "alpha": "1.0"}
     assert bake.read_concept(public, cpe.PRESETS["style"]) == bake.Concept(["claude monet"], "real photograph", 0.5)
-    with pytest.raises(ValueError, match="what it erases"):
-        bake.read_concept({"target": " "}, cpe.PRESETS["style"])
+    for nothing in ({}, {"target": " "}):
+        with pytest.raises(ValueError, match="what it erases"):
+            bake.read_concept(nothing, cpe.PRESETS["style"])
     for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
         with pytest.raises(ValueError, match="no list of names"):
             bake.read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import pickle
+import signal
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -548,6 +550,52 @@ def test_a_preset_whose_scenarios_cannot_be_judged_is_refused(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert commands.main(["compare", *arguments]) == 2
     assert "--preset goes with --target, and styles are judged" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_processes_that_measure_which_do_not_hear_it(world, monkeypatch):
+    heard, ended, before = [], [], signal.getsignal(signal.SIGINT)
+
+    class Pool:
+        def __init__(self, *_): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, *_):
+            heard.append(signal.getsignal(signal.SIGINT))
+            return Future()
+
+        def shutdown(self, **_): ...
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
+    process = SimpleNamespace(terminate=lambda: ended.append(True))
+    monkeypatch.setattr(compare.multiprocessing, "active_children", lambda: [process])
+    scenarios = {"object": compare.SCENARIOS["object"]}
+    measuring = compare.side_by_side(world, ("", None, "emoji"), scenarios, [UNTOUCHED], SMALL, 0)
+    assert next(measuring) == 0
+    assert heard == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        measuring.throw(KeyboardInterrupt)
+    assert ended == [True]
+
+
+def test_an_interrupted_comparison_says_that_what_is_measured_is_kept(tiny_original, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "run", stopped)
+    assert commands.main(["compare", "--scenario", "object", "--model", str(tiny_original)]) == 130
+    assert "what is measured is kept: the same command goes on" in capsys.readouterr().err
+
+
+def test_cells_of_another_device_are_others(tiny_original, monkeypatch):
+    world = compare.World(weights.load_model(str(tiny_original)))
+    here = world.fingerprint
+    del world.fingerprint
+    monkeypatch.setattr(world.model, "device", torch.device("cuda"))
+    assert world.fingerprint != here
 
 
 @pytest.mark.parametrize(("alive", "measured"), [(True, 3), (False, 1)])
