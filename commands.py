@@ -509,6 +509,7 @@ def check_new(path: Path) -> None:
         raise UserError(f"--out: {path}: give a name that ends in .safetensors, and not in .state.safetensors.")
     if not os.path.isfile(path):
         check_out(path)
+        check_out(state_file(path))  # its name is longer
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -1392,6 +1393,7 @@ def bake(args: argparse.Namespace) -> dict:
         raise UserError(f"--out: {args.out} exists already: choose another name, or remove it{measures}.")
     if not written:
         check_out(args.out)
+        check_out(state)  # its name is longer
     check_state(state, args.resume)
     check_gates(args.gates, args.model)
     preset = args.preset or common_preset(args.gates, "emoji" if is_emoji(args.model) else "celebrity")

@@ -447,6 +447,8 @@ NONE = Method("none", untouched)
 
 TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is its preset
     "cpe, context gate": {"k": 16, "lam": 300.0},
+    "cpe, hard": {"lam": 100.0},
+    "cpe, mlp": {"lam": 100.0},
     "uce": {"padding": True, "templates": "pairs", "s_p": 10.0},
     "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 10.0, "eta": 0.3},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
@@ -461,7 +463,14 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "speed": {"threshold": 0.01, "templates": ""},
     "mace": {"keep": 10.0, "eta": 0.3},
     "esd": {"steps": 400},
-    "lora": {"k": 8, "lam": 10.0},
+    "lora": {"k": 8, "lam": 10.0, "first_steps": 3000, "later_steps": 750, "attack_steps": 300},
+}
+
+CROWD: dict[str, dict] = {  # and for very many
+    "uce": {"s_p": 200.0},
+    "rece": {"s_p": 100.0},
+    "speed": {"threshold": 1.0},
+    "mace": {"keep": 30.0},
 }
 
 STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of their own, whose lambda this repeats
@@ -509,15 +518,15 @@ ABLATION_SCENARIOS = {
 
 def tuned(method: Method, scenario: Scenario) -> dict:
     """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
-    tables = TUNED, MANY if len(scenario.targets) > 1 else {}, STYLE if scenario.style else {}
-    found: dict = {}
-    for table in tables:
+    count, found = len(scenario.targets), {}
+    for table in (TUNED, MANY if count > 1 else {}, CROWD if count > 25 else {}, STYLE if scenario.style else {}):
         found |= table.get(method.name, table.get(method.name.split(",")[0], {}))
     return found
 
 
 # --- One cell ----------------------------------------------------------------------------------------------------
 
+GROUPS = ("erased", "near, listed", "near, unlisted", "others")
 FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "bytes", "attacks", "H"}  # of a cell
 
 
@@ -601,11 +610,24 @@ def share(group: dict) -> float:
     return group["hits"] / group["images"]
 
 
+def shares_of_H(figures: dict) -> list[dict]:
+    """The groups of images that H is made of: what was erased, three of what is kept, the target in other words.
+
+    Without attacks the last is missing, and erasing counts twice.
+    """
+    groups = [figures["groups"][name] for name in GROUPS]
+    return groups + [group for name, group in figures["attacks"].items() if name == "paraphrases"]
+
+
+def H(shares: Sequence[float]) -> float:
+    """MACE's H of the shares of `shares_of_H`: of erasing, of keeping (the mean), of erasing in other words."""
+    erased, *kept = shares[:4]
+    return evaluate.harmonic_mean(erased, sum(kept) / len(kept), shares[-1] if len(shares) > 4 else erased)
+
+
 def harmonic(figures: dict) -> float:
-    """MACE's H of a cell: of erasing, of keeping (mean of three groups), of erasing under other words."""
-    hits = figures["attacks"].get("paraphrases", figures["groups"]["erased"])
-    kept = [figures["groups"][group] for group in ("near, listed", "near, unlisted", "others")]
-    return evaluate.harmonic_mean(share(figures["groups"]["erased"]), sum(map(share, kept)) / len(kept), share(hits))
+    """H of a cell."""
+    return H([share(group) for group in shares_of_H(figures)])
 
 
 def figures_of(world: World, scenario: Scenario, before: Originals, images: Tensor) -> dict:
@@ -664,14 +686,13 @@ def attempts(
 
 # --- The table ---------------------------------------------------------------------------------------------------
 
-GROUPS = ("erased", "near, listed", "near, unlisted", "others")
 COLUMNS = (
     *GROUPS, "style", "H", "CLIP score", "CMMD", "change", *attacks.ATTACKS, "seconds", "parameters", "bytes",
 )  # fmt: skip
 
 
 def cells(figures: dict) -> dict[str, str]:
-    """Figures as the table prints them: shares in per cent with their 95 % interval; empty where not measured."""
+    """Figures as the table prints them: shares in per cent and H, with 95 % intervals; empty where not measured."""
 
     def percent(group: dict | None) -> str:
         if not group or not group["images"]:
@@ -679,12 +700,14 @@ def cells(figures: dict) -> dict[str, str]:
         low, high = evaluate.interval(group["hits"], group["images"])
         return f"{100 * share(group):.0f} ({100 * low:.0f}–{100 * high:.0f})"
 
-    groups = figures["groups"]
+    groups, parts = figures["groups"], shares_of_H(figures)
+    low, high = evaluate.combined_interval(H, [(group["hits"], group["images"]) for group in parts])
+    known = f" ({low:.2f}–{high:.2f})" if figures["H"] else ""  # what moves one share at a time says nothing of a 0
     kept = [group for name, group in groups.items() if name != "erased"]
     moved = sum(g["change"] * g["images"] for g in kept) / max(1, sum(g["images"] for g in kept))
     return (
         {name: percent(groups.get(name)) for name in GROUPS}
-        | {"style": percent(figures["style"]), "H": f"{figures['H']:.2f}"}
+        | {"style": percent(figures["style"]), "H": f"{figures['H']:.2f}{known}"}
         | {"CLIP score": f"{figures['clip_score']:.1f}", "CMMD": f"{figures['cmmd']:.2f}", "change": f"{moved:.3f}"}
         | {name: percent(figures["attacks"].get(name)) for name in attacks.ATTACKS}
         | {"seconds": f"{figures['seconds']:.0f}"}

@@ -8,7 +8,8 @@ of the best, which is less than an image, that one wins which changes least of w
 disk: an interrupted run goes on, two runs side by side share the work.
 Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
-"uce, many" and so on ask linear erasers for ten targets at once: `MANY` of compare.py.
+"uce, many" and so on ask linear erasers for ten targets at once (`MANY` of compare.py), "uce, fifty" and so on for
+fifty (`CROWD`), "uce, styles" and so on for a style (`STYLE`).
 """
 
 import argparse
@@ -23,14 +24,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
+import cpe
+import evaluate
+import variants
 import weights
-from compare import METHODS, Budget, Scenario
+from compare import ABLATIONS, METHODS, Budget, Scenario
 
 TARGETS = [Scenario(("tiger face",)), Scenario(("soccer ball",))]
 TEN = Scenario(
     ("soccer ball", "tiger face", "yellow heart", "mrs. claus", "peach", "cow", "ambulance", "rose", "angry face",
      "penguin"),
 )  # fmt: skip
+ERASED = {name for scenario in compare.SCENARIOS.values() for name in scenario.targets} | {*TEN.targets}
+LISTED = [name for i, name in enumerate(weights.read_prompts("emoji").domain) if i % 3 != 1 and name not in ERASED]
+FIFTY = Scenario(tuple(evaluate.spread(LISTED, 50)))
 STYLES = [Scenario(("blob style",), "emoji-style"), Scenario(("fluent style",), "emoji-style")]
 BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 
@@ -38,6 +45,12 @@ BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 def product(**choices: list) -> list[dict]:
     """All combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def longer(factor: float) -> dict:
+    """The preset's steps, and so many times more."""
+    recipe = cpe.PRESETS["emoji"].scaled(factor)
+    return {name: getattr(recipe, name) for name in cpe.STEPS}
 
 
 FEW = {"images": [4], "sampling_steps": [20]}  # pictures that MACE makes for itself: the authors' take longer
@@ -97,6 +110,8 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "margin": ("cpe", [TEN], product(margin=[0.25, 0.0, 0.5, 0.75])),  # merged gates: with one target it changes little
     "words": ("cpe", [TEN], product(distractors=[0, 200])),  # what training among other words costs, merged
+    # Other gates than the paper's, with the preset's lambda and those around it.
+    **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.KINDS},
     # What linear erasers need for many targets at once.
     "uce, many": (
         "uce",
@@ -122,6 +137,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         "speed",
         [TEN],
         product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])
+        + product(threshold=[10.0, 3.0, 1.0, 0.3], templates=[""], augment=[10])
         + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0])
         + product(threshold=[0.03, 0.01], templates=[""], augment=[10], eta=[0.3]),
     ),
@@ -129,7 +145,28 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "lora, many": (
         "lora",
         [TEN],
-        product(k=[8], lam=[30.0, 10.0, 3.0]),
+        product(k=[8], lam=[30.0, 10.0, 3.0]) + [longer(3) | {"k": 8, "lam": lam} for lam in (10.0, 30.0)],
+    ),
+    # And for fifty.
+    "uce, fifty": (
+        "uce",
+        [FIFTY],
+        product(templates=["pairs"], padding=[True], s_p=[30.0, 100.0, 200.0, 300.0], eta=[0.3]),
+    ),
+    "rece, fifty": (
+        "rece",
+        [FIFTY],
+        product(templates=["pairs"], padding=[True], rounds=[1], s_p=[30.0, 100.0, 300.0], eta=[0.3]),
+    ),
+    "mace, fifty": (
+        "mace",
+        [FIFTY],
+        product(lr=[1e-5], keep=[30.0, 100.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
+    ),
+    "speed, fifty": (
+        "speed",
+        [FIFTY],
+        product(threshold=[10.0, 3.0, 1.0, 0.3, 0.1, 0.01], templates=[""], augment=[10]),
     ),
     # And for styles.
     "uce, styles": ("uce", STYLES, product(templates=["pairs"], padding=[True], s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST)),
@@ -177,6 +214,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     compare.TUNED.clear()  # start from every eraser's own defaults
     compare.MANY.clear()
+    compare.CROWD.clear()
     compare.STYLE.clear()
     world, best = compare.World(weights.load_model(args.model)), {}
     for name in args.methods:
@@ -184,7 +222,7 @@ def main() -> None:
         eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name] + BEYOND.get(name, []))
         kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
         for settings in grid:
-            method = dataclasses.replace(METHODS[eraser], settings=settings)
+            method = dataclasses.replace((METHODS | ABLATIONS)[eraser], settings=settings)
             cells = [
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
             ]

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import pickle
+import re
 import signal
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -421,12 +422,21 @@ def test_a_cell_counts_what_the_judge_sees(world, monkeypatch):
 
 @pytest.mark.parametrize("name", compare.TUNED)
 def test_tuned_settings_are_of_the_grid_that_was_searched(name):
-    assert compare.TUNED[name] in [*tune.GRIDS[name], *tune.BEYOND.get(name, [])]
+    grid = tune.ASIDE[name][2] if name in tune.ASIDE else tune.GRIDS[name] + tune.BEYOND.get(name, [])
+    assert compare.TUNED[name] in grid
 
 
 @pytest.mark.parametrize("name", compare.MANY)
 def test_settings_for_many_targets_are_of_the_grid_that_was_searched(name):
     assert compare.TUNED[name] | compare.MANY[name] in tune.ASIDE[f"{name}, many"][2]
+
+
+@pytest.mark.parametrize("name", compare.CROWD)
+def test_settings_for_fifty_targets_are_of_the_grid_that_was_searched(name):
+    settings = compare.TUNED[name] | compare.MANY.get(name, {}) | compare.CROWD[name]
+    assert settings in tune.ASIDE[f"{name}, fifty"][2]
+    assert not {*tune.FIFTY.targets} & {name for each in compare.SCENARIOS.values() for name in each.targets}
+    assert len({*tune.FIFTY.targets}) == 50
 
 
 @pytest.mark.parametrize("name", [name for name in compare.STYLE if not name.startswith("cpe")])
@@ -435,10 +445,11 @@ def test_settings_for_styles_are_of_the_grid_that_was_searched(name):
 
 
 def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_its_ablations():
-    one, ten = compare.SCENARIOS["object"], compare.SCENARIOS["10 at once"]
+    one, ten, fifty = (compare.SCENARIOS[name] for name in ("object", "10 at once", "50 at once"))
     for method in (compare.METHODS["uce"], compare.ABLATIONS["uce, CPE's anchors"]):
         assert compare.tuned(method, one) == compare.TUNED["uce"]
         assert compare.tuned(method, ten) == compare.TUNED["uce"] | compare.MANY["uce"]
+        assert compare.tuned(method, fifty) == compare.tuned(method, ten) | compare.CROWD["uce"]
         assert compare.tuned(method, compare.SCENARIOS["style"]) == compare.TUNED["uce"] | compare.STYLE["uce"]
     lam = compare.tuned(compare.METHODS["cpe, context gate"], compare.SCENARIOS["style"])["lam"]
     assert lam == cpe.PRESETS["emoji-style"].lam  # a style's preset has its own lambda
@@ -478,6 +489,17 @@ def test_scenarios_together_are_all_their_images_together(world):
     # 3 / (1 / (7/8) + 1 / (12/20) + 1 / (7/8)): without paraphrases the erased images count twice
     assert figures["H"] == pytest.approx(3 / (2 * 8 / 7 + 20 / 12))
     assert "All 2 scenarios" in compare.markdown(table).splitlines()[0]
+
+    def printed(figures: dict) -> tuple[float, float, float]:
+        return tuple(map(float, re.fullmatch(r"(\S+) \((\S+)–(\S+)\)", compare.cells(figures)["H"]).groups()))
+
+    middle, low, high = printed(figures)
+    assert middle == round(figures["H"], 2)
+    assert low < middle < high
+    _, lower, higher = printed(compare.pooled({"a": table["a"], "c": table["a"]})["x"])
+    alone = printed(table["a"]["x"] | {"H": compare.harmonic(table["a"]["x"])})
+    assert compare.cells(compare.pooled(table)["none"])["H"] == "0.00"  # two shares hold it there: no interval
+    assert alone[1] < lower < alone[0] < higher < alone[2]  # the same shares of twice as many images are known better
 
 
 def test_every_eraser_is_tuned_with_the_same_budget_and_linear_ones_beyond_it():

@@ -1,8 +1,11 @@
 """evaluate.py: zero-shot recognition follows CLIP's cosines."""
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
+import compare
 import evaluate
 import weights
 from clip import preprocess
@@ -84,3 +87,23 @@ def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
     low, high = evaluate.interval(0, 16)
     assert low == 0
     assert 0.1 < high < 0.3
+
+
+@pytest.mark.parametrize(("images", "least"), [((80, 100, 100, 150, 42), 0.93), ((16, 20, 20, 30, 8), 0.9)])
+@pytest.mark.parametrize("truth", [(0.05, 0.9, 0.9, 0.95, 0.1), (0.3, 0.7, 0.7, 0.6, 0.3)])
+def test_the_interval_of_H_covers_it_nearly_as_often_as_it_says(truth, images, least):
+    """Of 1,000 tables drawn from known shares; with few images it is known to be somewhat narrow."""
+    drawn = np.random.default_rng(0).binomial(images, truth, (1000, 5)).tolist()
+    intervals = [evaluate.combined_interval(compare.H, list(zip(hits, images, strict=True))) for hits in drawn]
+    held = sum(low <= compare.H(truth) <= high for low, high in intervals) / len(intervals)
+    assert least <= held <= 0.99
+
+
+def test_a_combined_interval_of_one_share_is_its_own_and_of_equal_sums_is_narrower():
+    """The mean of four shares of 20 images is known about as well as one share of 80."""
+    assert evaluate.combined_interval(lambda shares: 1 - shares[0], [(3, 20)]) == pytest.approx(
+        tuple(1 - end for end in reversed(evaluate.interval(3, 20)))
+    )
+    low, high = evaluate.combined_interval(lambda shares: sum(shares) / 4, [(10, 20)] * 4)
+    expected = evaluate.interval(40, 80)
+    assert (low, high) == pytest.approx(expected, abs=0.02)

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import socket
@@ -635,6 +636,16 @@ def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path, folders):
     with pytest.raises(UserError, match="File name too long"):
         weights.check_writable(tmp_path / "link")
     assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("train --target dog", "x" * 238 + ".safetensors"), ("bake --gates dog.safetensors", "x" * 238)],
+)
+def test_a_name_too_long_for_the_state_beside_it_is_found_before_the_work(tmp_path, capsys, command, name):
+    assert commands.main([*command.split(), "--model", "emoji", "--out", str(tmp_path / name)]) == 2
+    assert re.search(r"--out: .*x\.(baking\.)?state\.safetensors .*File name too long", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 # --- Network -----------------------------------------------------------------------------------------------------
