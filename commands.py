@@ -499,7 +499,7 @@ def check_out(path: Path, option: str = "--out") -> None:
 
 
 def check_new(path: Path) -> None:
-    """UserError unless a path can become a gate file; before a model is downloaded.
+    """UserError unless a path can become a gate file, and its state lie beside it; before a model is downloaded.
 
     One that is there is for `is_finished` to judge.
     """

@@ -11,8 +11,9 @@ What is measured, on images of the model before and after erasing, from the same
     others          thirty more that none was told about
     style           images of all three whose drawing style is still the one asked for
 
-A third of all concepts (`held_out`) is never shown to any eraser. Hyper-parameters (`TUNED`) come from
-benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines, bake and cpe.
+A third of all concepts (`held_out`) is never shown to any eraser. Hyper-parameters (`TUNED`, `MANY`, `CROWD`,
+`STYLE`) come from benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines, bake
+and cpe.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ SCENARIOS = {
     "10 at once": Scenario(TEN),
     "50 at once": Scenario(FIFTY),
 }
-LONG = ("50 at once",)  # measured only where they are asked for by name: fifty gates take most of an hour
+LONG = ("50 at once",)  # measured only where they are asked for by name: it takes an hour and a half
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,8 @@ def linear(eraser: str) -> Callable[..., Erased]:
             bare = [surrogate for surrogate in surrogates for _ in prompts.templates]
             surrogates = filled(prompts.templates, surrogates) if templates == "pairs" else bare
         if eraser == "lora":
-            settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings)}
+            longer = settings.pop("longer", 1.0)
+            settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings).scaled(longer)}
         if eraser in ("lora", "mace"):  # which put names into sentences: into such as the model understands
             settings |= {"templates": prompts.templates}
         edited = baselines.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
@@ -463,10 +465,10 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
     "speed": {"threshold": 0.01, "templates": ""},
     "mace": {"keep": 10.0, "eta": 0.3},
     "esd": {"steps": 400},
-    "lora": {"k": 8, "lam": 10.0, "first_steps": 3000, "later_steps": 750, "attack_steps": 300},
+    "lora": {"k": 8, "lam": 10.0, "longer": 3.0},
 }
 
-CROWD: dict[str, dict] = {  # and for very many
+CROWD: dict[str, dict] = {  # and for more than thirty, nearer to fifty than to ten: found on fifty
     "uce": {"s_p": 200.0},
     "rece": {"s_p": 100.0},
     "speed": {"threshold": 1.0},
@@ -493,8 +495,9 @@ METHODS = {
     )
 }
 
-# What reviewers asked: each row changes one thing of CPE, or gives a linear eraser what CPE has. Bias, hard and mlp
-# keep the scaler that training found (`variants.trainer`): compare them with "cpe, no margin".
+# What reviewers asked: each row changes one thing of CPE (hard and mlp their lambda, too), or gives a linear eraser
+# what CPE has. Bias, hard and mlp keep the scaler that training found (`variants.trainer`): compare them with
+# "cpe, no margin".
 ABLATIONS = {
     method.name: method
     for method in (
@@ -519,7 +522,7 @@ ABLATION_SCENARIOS = {
 def tuned(method: Method, scenario: Scenario) -> dict:
     """Tuned hyper-parameters of a method and its ablations ("uce, CPE's anchors" starts from those of "uce")."""
     count, found = len(scenario.targets), {}
-    for table in (TUNED, MANY if count > 1 else {}, CROWD if count > 25 else {}, STYLE if scenario.style else {}):
+    for table in (TUNED, MANY if count > 1 else {}, CROWD if count > 30 else {}, STYLE if scenario.style else {}):
         found |= table.get(method.name, table.get(method.name.split(",")[0], {}))
     return found
 

@@ -122,7 +122,8 @@ def combined_interval(
     """95 % confidence interval of a statistic of several shares, each of its own images: (successes, images) of each.
 
     The statistic rises or falls with each share. Each is moved alone to the ends of its `interval`; what these moves
-    make is added as independent errors are (MOVER, Zou and Donner 2008). A little narrow where there are few images.
+    make is added as independent errors are (MOVER, Zou and Donner 2008). Of H its upper end is
+    somewhat low where there are few images.
     """
     shares = [successes / images for successes, images in counts]
     middle, down, up = statistic(shares), 0.0, 0.0

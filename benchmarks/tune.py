@@ -1,4 +1,4 @@
-"""Tune every eraser of the comparison on targets that no table reports: eight settings each, and linear ones beyond.
+"""Tune every eraser of the comparison on targets that no scenario holds: eight settings each, linear ones beyond.
 
     python benchmarks/tune.py [--model emoji] [--methods cpe uce ...]
 
@@ -9,7 +9,7 @@ disk: an interrupted run goes on, two runs side by side share the work.
 Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe", "margin" and "surrogate": {} or the first is as it is).
 "uce, many" and so on ask linear erasers for ten targets at once (`MANY` of compare.py), "uce, fifty" and so on for
-fifty (`CROWD`), "uce, styles" and so on for a style (`STYLE`).
+fifty (`CROWD`), "uce, styles" and so on for a style (`STYLE`). "cpe, mlp" and so on try four lambdas of other gates.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
-import cpe
 import evaluate
 import variants
 import weights
@@ -45,12 +44,6 @@ BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
 def product(**choices: list) -> list[dict]:
     """All combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-
-def longer(factor: float) -> dict:
-    """The preset's steps, and so many times more."""
-    recipe = cpe.PRESETS["emoji"].scaled(factor)
-    return {name: getattr(recipe, name) for name in cpe.STEPS}
 
 
 FEW = {"images": [4], "sampling_steps": [20]}  # pictures that MACE makes for itself: the authors' take longer
@@ -145,7 +138,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "lora, many": (
         "lora",
         [TEN],
-        product(k=[8], lam=[30.0, 10.0, 3.0]) + [longer(3) | {"k": 8, "lam": lam} for lam in (10.0, 30.0)],
+        product(k=[8], lam=[30.0, 10.0, 3.0]) + product(k=[8], lam=[10.0, 30.0], longer=[3.0]),
     ),
     # And for fifty.
     "uce, fifty": (
@@ -161,7 +154,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
     "mace, fifty": (
         "mace",
         [FIFTY],
-        product(lr=[1e-5], keep=[30.0, 100.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
+        product(lr=[1e-5], keep=[10.0, 30.0, 100.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
     ),
     "speed, fifty": (
         "speed",

@@ -89,14 +89,17 @@ def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
     assert 0.1 < high < 0.3
 
 
-@pytest.mark.parametrize(("images", "least"), [((80, 100, 100, 150, 42), 0.93), ((16, 20, 20, 30, 8), 0.9)])
-@pytest.mark.parametrize("truth", [(0.05, 0.9, 0.9, 0.95, 0.1), (0.3, 0.7, 0.7, 0.6, 0.3)])
+@pytest.mark.parametrize(("images", "least"), [((80, 100, 100, 150, 42), 0.93), ((16, 20, 20, 30, 8), 0.87)])
+@pytest.mark.parametrize("truth", [(0.05, 0.9, 0.9, 0.95, 0.1), (0.3, 0.7, 0.7, 0.6, 0.3), (0.8, 0.8, 0.7, 0.73, 0.8)])
 def test_the_interval_of_H_covers_it_nearly_as_often_as_it_says(truth, images, least):
-    """Of 1,000 tables drawn from known shares; with few images it is known to be somewhat narrow."""
+    """Of 1,000 tables drawn from known shares; of few images its upper end is somewhat low, its lower one right."""
+    H = compare.H(truth)
     drawn = np.random.default_rng(0).binomial(images, truth, (1000, 5)).tolist()
     intervals = [evaluate.combined_interval(compare.H, list(zip(hits, images, strict=True))) for hits in drawn]
-    held = sum(low <= compare.H(truth) <= high for low, high in intervals) / len(intervals)
-    assert least <= held <= 0.99
+    too_high = sum(low > H for low, _ in intervals) / len(intervals)
+    too_low = sum(high < H for _, high in intervals) / len(intervals)
+    assert least <= 1 - too_high - too_low <= 0.99
+    assert too_high <= 0.025
 
 
 def test_a_combined_interval_of_one_share_is_its_own_and_of_equal_sums_is_narrower():
