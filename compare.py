@@ -312,7 +312,8 @@ def linear(eraser: str) -> Callable[..., Erased]:
 
         `templates`: what is put into CPE's own prompt templates; "" nothing, "kept" what is preserved, "all" the
         targets, too, "pairs" the surrogate with them. `anchors`: whether nothing is preserved but what CPE's gates have
-        as anchors, as LoRA always does; the fewer there are, the more each weighs.
+        as anchors, as LoRA always does; the fewer there are, the more each weighs. LoRA's settings replace
+        fields of the preset's recipe; `longer`: how many times its steps.
         """
         if eraser in ("lora", "mace") and templates in ("all", "pairs"):
             raise ValueError(f"{eraser} puts names into sentences itself")

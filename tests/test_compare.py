@@ -473,6 +473,18 @@ def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch)
     assert len(fewer[3]) * weighed["s_p"] == pytest.approx(len(pairs[3]) * settings["s_p"])
 
 
+@pytest.mark.parametrize("preset", ["emoji", "explicit"])
+def test_lora_learns_many_targets_in_more_steps_of_whatever_preset(world, monkeypatch, preset):
+    given = []
+    monkeypatch.setitem(baselines.ERASERS, "lora", lambda *all, **settings: given.append(settings["recipe"]) or {})
+    scenario = dataclasses.replace(compare.SCENARIOS["10 at once"], preset=preset)
+    monkeypatch.setattr(compare, "anchors_of_gates", lambda world, scenario: [""])
+    compare.METHODS["lora"].build(world, scenario, 0, **compare.tuned(compare.METHODS["lora"], scenario))
+    steps = {step: getattr(given[0], step) / getattr(cpe.PRESETS[preset], step) for step in cpe.STEPS}
+    assert steps == dict.fromkeys(cpe.STEPS, 3.0)
+    assert given[0].lam == compare.MANY["lora"]["lam"]
+
+
 def test_scenarios_together_are_all_their_images_together(world):
     def row(erased: int, kept: int, change: float) -> dict:
         groups = {"erased": {"images": 4, "hits": erased, "change": 1.0}}
