@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import baselines
-import cpe
+import old_cpe as cpe
 from clip import Tokenizer
 from unet import KeysValues
 

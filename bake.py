@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cpe
+import old_cpe as cpe
 from clip import MLP, TextEncoder, quick_gelu
-from cpe import ContextGate, Diverged, Objective, Progress, Prompts, ResAG
+from old_cpe import ContextGate, Diverged, Objective, Progress, Prompts, ResAG
 
 # --- What is erased, and what stays ------------------------------------------------------------------------------
 

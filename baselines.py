@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-import cpe
+import old_cpe as cpe
 import sampler
 from products import product
 from unet import Attention, UNet

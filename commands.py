@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from bake import Baker, Concept
     from compare import Method, Scenario
-    from cpe import Objective, Progress, Prompts, ResAG, Trainer
+    from old_cpe import Objective, Progress, Prompts, ResAG, Trainer
     from unet import UNet
     from weights import Model
 
@@ -332,7 +332,7 @@ def command(*words: object) -> str:
 
 def drawing_of(name: str, model: str, *options: object) -> str:
     """The command that draws a concept, as its model knows it best."""
-    from cpe import normalised
+    from old_cpe import normalised
 
     own = is_emoji(model)
     prompt = f"a picture of a {name}" if own else f"a picture of {name}"
@@ -392,7 +392,7 @@ def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "flo
 
 def load_gates(paths: Sequence[Path], model: "Model | None" = None, zone: float = 0.0) -> "ResAG":
     """Gates of all files merged, with a dead `zone`; UserError for a file that holds none, or one of another model."""
-    import cpe
+    import old_cpe as cpe
     from weights import UserError, load_tensors, read_shapes
 
     gates, names, unet = [], [], model and model.part("unet").empty()
@@ -592,7 +592,7 @@ def draw(
     """Images [B, 3, H, W] of prompts, batched, with a progress bar; UserError if they are not finite numbers."""
     import torch
 
-    import cpe
+    import old_cpe as cpe
     from weights import UserError
 
     check_sampling(args, model)
@@ -624,7 +624,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace):
         """UserError when the preset's prompts cannot be read; the model is opened when it is first used."""
-        import cpe
+        import old_cpe as cpe
 
         self.args, self.preset = args, args.preset or ("emoji" if is_emoji(args.model) else "celebrity")
         recipe = cpe.PRESETS[self.preset]
@@ -641,7 +641,7 @@ class Training:
     @cached_property
     def objective(self) -> "Objective":
         """The layers that the losses look through."""
-        import cpe
+        import old_cpe as cpe
 
         return cpe.Objective(self.model.cross_attention())
 
@@ -690,7 +690,7 @@ def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
 
 def check_names(names: Sequence[str], shared: Training) -> list[str]:
     """The names to erase; UserError if they are empty, equal to the surrogate, or unknown to the embedded model."""
-    from cpe import normalised
+    from old_cpe import normalised
     from weights import UserError
 
     names = list(dict.fromkeys(" ".join(name.split()) for name in names))
@@ -712,7 +712,7 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
 
 def check_style(name: str, shared: Training) -> None:
     """UserError for a style of the embedded model without the preset for styles, or another name with it."""
-    from cpe import normalised
+    from old_cpe import normalised
     from weights import UserError
 
     styles = style_names(shared.prompts)
@@ -745,7 +745,7 @@ def is_emoji(model: str) -> bool:
 
 def emoji_words(*, templates: bool = False) -> set[str]:
     """The words of the embedded model's concepts, and those of its captions around them, too, with `templates`."""
-    from cpe import normalised
+    from old_cpe import normalised
 
     prompts = read_prompts("emoji")
     entries = (*prompts.domain, *prompts.general, *(prompts.templates if templates else ()))
@@ -754,7 +754,7 @@ def emoji_words(*, templates: bool = False) -> set[str]:
 
 def check_emoji_words(names: Sequence[str]) -> None:
     """UserError for a name with words that the embedded model has never seen."""
-    from cpe import normalised
+    from old_cpe import normalised
     from weights import UserError
 
     concepts = read_prompts("emoji").domain
@@ -769,7 +769,7 @@ def check_emoji_words(names: Sequence[str]) -> None:
 
 def warn_of_odd_words(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     """Say which words the embedded model's captions never had, where gates are to open: such words may shut them."""
-    from cpe import normalised
+    from old_cpe import normalised
 
     if not args.gates or not is_emoji(args.model):
         return
@@ -789,7 +789,7 @@ def build_trainer(shared: Training, names: Sequence[str]) -> "Trainer":
 
     UserError when no anchor words are left, or the preset has a margin and the text encoder no direction for it.
     """
-    import cpe
+    import old_cpe as cpe
     from weights import UserError
 
     try:
@@ -940,7 +940,7 @@ def watch(runs: Sequence[Run], steps: "Iterator[dict[Trainer | Baker, Progress]]
 
 def run_trainer(run: Run, resume: bool = False, text: str = "training") -> None:
     """Train to the end. UserError when it diverged, or as of `Run.begin`; otherwise as of `watch`."""
-    import cpe
+    import old_cpe as cpe
 
     run.begin(resume)
     try:
@@ -951,7 +951,7 @@ def run_trainer(run: Run, resume: bool = False, text: str = "training") -> None:
 
 def finished_gates(trainer: "Trainer", objective: "Objective") -> "ResAG":
     """The trained gates in the form of a gate file."""
-    import cpe
+    import old_cpe as cpe
 
     gates = trainer.gates
     return gates.expand(objective.W) if isinstance(gates, cpe.ContextGate) else gates
@@ -1035,7 +1035,7 @@ def write_gates(run: Run, settings: dict, out: Path, replace: bool = False) -> d
 
     UserError as of `kept` and, unless they `replace` what is there by then, as of `is_finished`.
     """
-    import cpe
+    import old_cpe as cpe
     from weights import save_tensors
 
     gates = finished_gates(run.trainer, run.trainer.objective)
@@ -1058,7 +1058,7 @@ def train_target(trainer: "Trainer", settings: dict, out: Path, resume: bool) ->
 
 def check_reached(trainer: "Trainer", target: str) -> float:
     """The share of its change that trained gates make to the target, as of `cpe.reached`; a warning if it is small."""
-    import cpe
+    import old_cpe as cpe
 
     share = cpe.reached(trainer.objective, trainer.gates, trainer.data.targets, trainer.shifts)
     if share < 0.5:  # of the embedded model: whole recipes reach 0.7 to 0.9, a tenth of them 0.2 to 0.3
@@ -1240,7 +1240,7 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
 
     UserError if the loss became no number, the gates cannot be written, or there are others.
     """
-    import cpe
+    import old_cpe as cpe
     from weights import UserError
 
     options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
@@ -1288,7 +1288,7 @@ def demo_cases(target: int, order: Sequence[int], images: int) -> list[tuple[str
 def asked_of_compare(args: argparse.Namespace) -> "tuple[dict[str, Scenario], list[Method]]":
     """The scenarios and erasers that `compare` was asked for; UserError for one that is not known."""
     import compare as table
-    import cpe
+    import old_cpe as cpe
     from weights import UserError
 
     scenarios, methods = table.SCENARIOS, table.METHODS
@@ -1326,7 +1326,7 @@ def compare(args: argparse.Namespace) -> dict:
     from concurrent.futures.process import BrokenProcessPool
 
     import compare as table
-    import cpe
+    import old_cpe as cpe
     from weights import UserError, write_text
 
     check_picture(args.out)
@@ -1464,7 +1464,7 @@ def common_preset(paths: Sequence[Path], default: str) -> str:
 def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
     """What each gate file erases; UserError if one does not say it, or in letters that no prompt has."""
     import bake as baking
-    import cpe
+    import old_cpe as cpe
     from weights import UserError, load_tensors
 
     concepts = []
@@ -1487,7 +1487,7 @@ def build_baker(
     UserError when no anchor words are left, or there is nothing to learn from these gates.
     """
     import bake as baking
-    import cpe
+    import old_cpe as cpe
     from weights import UserError
 
     objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe().of(len(concepts), args.steps_scale)
@@ -1512,7 +1512,7 @@ def measure_baking(
 ) -> dict[str, dict]:
     """Print and return what baking loses: {target: {measure: {"gates", "baked"}}}."""
     import bake as baking
-    import cpe
+    import old_cpe as cpe
 
     words = cpe.anchor_words(prompts, [name for concept in concepts for name in concept.names])
     figures = {}

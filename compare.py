@@ -38,8 +38,8 @@ from torch import Tensor, nn
 import attacks
 import bake
 import baselines
-import cpe
 import evaluate
+import old_cpe as cpe
 import variants
 from weights import (
     Model,

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import torch
 
 import commands
-import cpe
 import evaluate
+import old_cpe as cpe
 from weights import Model, UserError, tokenizer_files
 
 # --- Processes ---------------------------------------------------------------------------------------------------

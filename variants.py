@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cpe
+import old_cpe as cpe
 
 
 class TokenWise(cpe.ResAG):

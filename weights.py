@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder, Tokenizer
-from cpe import Prompts, parse_prompts
+from old_cpe import Prompts, parse_prompts
 from sampler import Schedule
 from unet import UNet
 from vae import VAE

@@ -18,7 +18,7 @@ import torch
 
 import bake
 import commands
-import cpe
+import old_cpe as cpe
 from clip import TextEncoder
 from weights import SD14_CONFIGS, read_prompts
 

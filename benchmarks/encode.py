@@ -15,7 +15,7 @@ import torch
 import tune
 
 import compare
-import cpe
+import old_cpe as cpe
 import weights
 from clip import TextEncoder
 

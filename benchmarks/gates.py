@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
 
-import cpe
+import old_cpe as cpe
 from unet import UNet
 
 

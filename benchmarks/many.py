@@ -13,8 +13,8 @@ import sd14
 import torch
 from train_step import trainer_at
 
-import cpe
 import many
+import old_cpe as cpe
 
 PHASES = {"first": 0, "attack": 1, "later": 2}
 STEPS = {"first": 1800, "attack": 1800, "later": 1800}

@@ -27,7 +27,7 @@ import sd14
 import torch
 
 import commands
-import cpe
+import old_cpe as cpe
 import weights
 
 TRAIN = ["train", "--preset", "celebrity"]

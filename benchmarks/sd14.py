@@ -18,7 +18,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cpe  # noqa: E402
+import old_cpe as cpe  # noqa: E402
 import weights  # noqa: E402
 from clip import TextEncoder  # noqa: E402
 from unet import UNet  # noqa: E402

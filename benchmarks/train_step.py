@@ -22,7 +22,7 @@ import sd14
 import torch
 from torch import Tensor, nn
 
-import cpe
+import old_cpe as cpe
 
 RECIPE = cpe.PRESETS["celebrity"]
 

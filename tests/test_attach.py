@@ -15,7 +15,7 @@ import pytest
 import tiny as reference
 import torch
 
-import cpe
+import old_cpe as cpe
 import weights
 from unet import UNet
 

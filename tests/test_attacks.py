@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attacks
 import baselines
-import cpe
+import old_cpe as cpe
 import weights
 from attacks import ATTACKS, Found, Misfit, Victim
 

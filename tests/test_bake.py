@@ -20,11 +20,11 @@ from safetensors.torch import load, save
 import bake
 import commands
 import compare
-import cpe
 import evaluate
+import old_cpe as cpe
 import weights
 from clip import MLP
-from cpe import ContextGate, Objective
+from old_cpe import ContextGate, Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = cpe.parse_prompts((ROOT / "prompts/emoji.txt").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from tiny import normal
 from torch import Tensor
 
 import baselines
-import cpe
+import old_cpe as cpe
 import sampler
 import weights
 from baselines import ERASERS

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ROOT
 
 import commands
-import cpe
+import old_cpe as cpe
 import unet
 import weights
 

@@ -18,7 +18,7 @@ import bake
 import baselines
 import commands
 import compare
-import cpe
+import old_cpe as cpe
 import variants
 import weights
 from benchmarks import tune

@@ -20,7 +20,7 @@ import attacks
 import baselines
 import commands
 import compare
-import cpe
+import old_cpe as cpe
 import sampler
 import unet
 import variants

@@ -30,7 +30,7 @@ from tiny import FEW, ON_DISK, bake, contents, generate, train
 import bake as baking
 import commands
 import compare
-import cpe
+import old_cpe as cpe
 import weights
 from weights import UserError
 

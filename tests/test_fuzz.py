@@ -37,8 +37,8 @@ import bake
 import clip
 import commands
 import compare
-import cpe
 import many
+import old_cpe as cpe
 import weights
 from weights import UserError
 

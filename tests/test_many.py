@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import ROOT, contents
 
 import commands
-import cpe
 import many
+import old_cpe as cpe
 import weights
 from weights import UserError
 

@@ -11,7 +11,7 @@ from tiny import ROOT
 import bake
 import commands
 import compare
-import cpe
+import old_cpe as cpe
 import weights
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

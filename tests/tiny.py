@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cpe
+import old_cpe as cpe
 import weights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cpe  # noqa: E402
+import old_cpe as cpe  # noqa: E402
 import weights  # noqa: E402
 
 # Training steps, as a share of what a notebook asks for: the tests run with fewer, and all that is asserted must hold.

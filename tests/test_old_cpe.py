@@ -15,9 +15,9 @@ from safetensors.torch import load, load_file, save
 from tiny import ROOT, normal
 from torch import Tensor
 
-import cpe
+import old_cpe as cpe
 import variants
-from cpe import ContextGate, Data, Objective, Prompts, Recipe, ResAG, Trainer
+from old_cpe import ContextGate, Data, Objective, Prompts, Recipe, ResAG, Trainer
 
 OFFICIAL = ROOT.parent / "shared" / "official_gates"
 OFFICIAL_FILES = sorted(OFFICIAL.glob("*.safetensors"))
