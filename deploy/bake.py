@@ -1,0 +1,392 @@
+"""Bake: the erasure moves from the gates into the text encoder's own weights, and no add-on is left to delete.
+
+A gate is not linear in E, so no change of `to_k` and `to_v` does what it does. But every layer is asked for nearly the
+same thing, and what all of them together ask for is another context (`token_space.context_gate`):
+
+    E' = E + (sum_l w_l R_l(E) W_l) M^-1
+
+The text encoder is a network that can learn to say E' by itself. Were whole layers trained, all prompts would move with
+them. But a hidden unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output
+layer, is nothing where w . x + b is far below zero. So the few units of the last MLP that matter least are taken away,
+the rest made to do without them, and put back as detectors of the target. They alone are trained, to say E' on prompts
+of the target and nothing on all others (E there is without the units), as far as the U-Net sees the difference:
+
+    loss = mean |tower(p) - E'(p)|_M^2 over prompts p of the target  +  keep * mean |tower(p) - E(p)|_M^2 over others
+
+Two things cannot be learnt. The tower is causal, so a token does not know what comes after it, and a gate does; and it
+ends in a LayerNorm, whose outputs lie on an ellipsoid, and E' need not (`on_ellipsoid`; a Baker's `unreachable`).
+Needs torch, cpe.py and the text tower of clip.py; of the U-Net nothing but M.
+
+Shapes: P prompts, T tokens, d width of the context, h hidden units of an MLP, n of them trained, S states.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cpe
+from clip import MLP, TextEncoder, quick_gelu
+from deploy.targets import Concept
+from token_space import ContextGate, TokenSpace
+
+# --- The units that are trained ----------------------------------------------------------------------------------
+
+
+def mean_and_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [n] and covariance [n, n] of x [S, n], on the CPU: Apple's graphics cards have no float64."""
+    mean = x.mean(dim=0)
+    return mean.cpu().double(), ((x - mean).T @ (x - mean) / len(x)).cpu().double()
+
+
+@torch.no_grad()
+def spare_units(mlp: MLP, x: Tensor, metric: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The units that matter least at inputs x [S, d], and an output layer that does without them: [n], [d, h], [d].
+
+    What the spared units P said is regressed on what the others K say, by least squares with a little ridge:
+
+        a_P ~ mean_P + (a_K - mean_K) B,   B = (C_KK + ridge)^-1 C_KP   with the covariance C of activations
+
+    `metric` [d, d] weighs what an MLP says.
+    """
+    # copied: both are changed below
+    weight, bias = (x.detach().to("cpu", torch.float64, copy=True) for x in (mlp.fc2.weight, mlp.fc2.bias))
+    mean, C = mean_and_covariance(quick_gelu(mlp.fc1(x)))
+    size = ((weight.T @ metric.cpu().double()) * weight.T).sum(dim=1)  # |column|^2 in the metric
+    order = (C.diagonal() * size).argsort()
+    P, K = order[:count], order[count:]
+    ridge = 1e-3 * C.diagonal()[K].mean() * torch.eye(len(K)).to(C)
+    B = torch.linalg.solve(C[K][:, K] + ridge, C[K][:, P])
+    bias += weight[:, P] @ (mean[P] - B.T @ mean[K])
+    weight[:, K] += weight[:, P] @ B.T
+    weight[:, P] = 0
+    return P.to(x.device), weight.to(x), bias.to(x)
+
+
+@torch.no_grad()
+def detectors(points: Tensor, x: Tensor, shut: float = -3.0, fires: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Units that fire at `points` [n, d] and at next to none of the inputs x [S, d]: weights [n, d], biases [n].
+
+    Each reads w = (cov x)^-1 (point - mean x), scaled so that w . x + b is `fires` at its point, and `shut` or less at
+    all but a thousandth of x.
+    """
+    (mean, C), c = mean_and_covariance(x), points.cpu().double()
+    w = torch.linalg.solve(C + 1e-2 * C.diagonal().mean() * torch.eye(len(C)).to(C), (c - mean).T).T
+    own = (w * c).sum(dim=1)
+    highest = (x @ w.T.to(x)).cpu().double().kthvalue(math.ceil(0.999 * len(x)), dim=0).values
+    # A point among x itself has no room between: its unit fires nearby, too, and training sees to that.
+    middle = w @ mean
+    highest = torch.minimum(highest, middle + 0.9 * (own - middle))
+    slope = (fires - shut) / (own - highest)
+    return (slope[:, None] * w).to(x), (shut - slope * highest).to(x)
+
+
+class Units(nn.Module):
+    """Hidden units of an MLP on their own, x [..., d] -> what they add to the residual stream [..., d].
+
+    They begin as `detectors` that say nothing yet: weights [n, d], biases [n].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.columns = nn.Parameter(torch.zeros_like(weight.T, memory_format=torch.contiguous_format))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """columns quick_gelu(weight x + bias), [..., d] -> [..., d]."""
+        return F.linear(quick_gelu(F.linear(x, self.weight, self.bias)), self.columns)
+
+
+def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
+    """The context [..., d] that a LayerNorm can say and that comes nearest, in the metric M, to the one given.
+
+    E = g x + b with sum x = 0 and |x|^2 = d. In an eigenbasis, with Lagrange's mu so that the length is right,
+
+        min (x - c)^T B (x - c),   B = diag(g) M diag(g),  c = (E - b) / g    =>    (B + mu) x = B c
+
+    On the CPU: Apple's graphics cards have no float64.
+    """
+    E, M, g, b = (x.cpu().double() for x in (context, M, norm.weight, norm.bias))
+    d = len(M)
+    flat = torch.linalg.qr(torch.cat([M.new_ones(d, 1), torch.eye(d).to(M)[:, 1:]], dim=1))[0][:, 1:]  # sum 0
+    B = g[:, None] * M * g
+    a, Q = torch.linalg.eigh(flat.T @ B @ flat)
+    r = ((E - b) / g) @ B @ flat @ Q
+    # |r / (a + mu)| falls in mu: halve the interval that holds mu, -a_1 < mu <= |r| / sqrt d - a_1.
+    low = -a[0].expand(*r.shape[:-1], 1)
+    high = low + r.norm(dim=-1, keepdim=True) / d**0.5
+    for _ in range(60):
+        mu = (low + high) / 2
+        long = (r / (a + mu)).norm(dim=-1, keepdim=True) > d**0.5
+        low, high = torch.where(long, mu, low), torch.where(long, high, mu)
+    return (g * ((r / (a + high)) @ (flat @ Q).T) + b).to(context)
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the units are trained."""
+
+    units: int = 64  # of the last MLP, for one concept; for n sqrt(n) times as many, but a quarter of all at most
+    steps: int = 1000  # for one concept
+    more: int = 400  # further steps for each further concept
+    lr: float = 1e-2  # falls to zero along a cosine
+    keep: float = 30.0  # weight of the prompts that shall stay
+    targets: int = 16  # prompts of targets per step
+    others: int = 48  # other prompts per step, half of them drawn by how far they had moved when last seen
+    warmup: int = 10
+
+    def of(self, concepts: int, scale: float = 1.0) -> "Recipe":
+        """The recipe for as many concepts, with `scale` times the steps."""
+        steps = max(1, round(scale * (self.steps + self.more * (concepts - 1))))
+        return replace(self, units=round(self.units * concepts**0.5), steps=steps)
+
+
+class Inputs(NamedTuple):
+    """What prompts are at the last MLP, [P, T, d] in half precision."""
+
+    inputs: Tensor  # of the MLP
+    rest: Tensor  # of the final LayerNorm, if the trained units say nothing
+
+
+class Baker:
+    """Trains the units: iterate, stop and go on wherever you like, then take `tensors()`.
+
+    A seed repeats a run on one machine. What a step reports are shares of the shift that the gates ask for: "missing",
+    how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
+
+    `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
+    shall stay as they are. All but the units is frozen: what it says is computed once. ValueError as for `teach`.
+    """
+
+    def __init__(
+        self,
+        tower: TextEncoder,
+        gate: ContextGate,
+        space: TokenSpace,
+        targets: Tensor,
+        others: Tensor,
+        recipe: Recipe,
+        seed: int = 0,
+    ):
+        self.tower, self.recipe, self.space = tower, recipe, space
+        self.last, self.norm = tower.text_model.encoder.layers[-1], tower.text_model.final_layer_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        # How far the longest prompt reaches, and one token of padding beyond.
+        self.length = 2 + max((rows != rows[:, -1:]).sum(dim=1).max().item() for rows in (targets, others))
+        target_states, other_states = self.hidden_states(targets), self.hidden_states(others)
+        self.wanted, shift = self.teach(gate, target_states)
+        self.scale = shift.mean()  # of the shift, per token
+        some = self.wanted[:: max(1, len(self.wanted) // 32)].to(space.M)
+        with torch.no_grad():
+            lost = space.energy(on_ellipsoid(self.norm, some, space.M) - some)
+            self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
+
+            sample = other_states[:: max(1, len(other_states) // 256)]
+            x = torch.cat([x for _, x in self.batches(sample)]).flatten(0, 1)
+            g = self.norm.weight
+            count = min(recipe.units, len(self.last.mlp.fc1.bias) // 4)
+            self.free, self.weight, self.bias = spare_units(self.last.mlp, x, g[:, None] * space.M * g, count)
+            self.targets, self.others = self.inputs(target_states), self.inputs(other_states)
+            # Units begin at tokens of targets, drawn by how much is asked there.
+            drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
+            points = self.targets.inputs.flatten(0, 1)[drawn.to(x.device)].to(x)
+        self.units = Units(*detectors(points, x))
+        self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
+        self.steps, self.phase, self.step, self.optimizer = [recipe.steps], 0, 0, self.new_optimizer()
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser before the first step."""
+        return torch.optim.Adam(self.units.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """What the last MLP adds to, of tokens [P, T]: [P, T, d] in half precision."""
+        body, parts = self.tower.text_model, []
+        for batch in tokens.split(32):
+            hidden = body.embeddings(batch)
+            for layer in body.encoder.layers[:-1]:
+                hidden = layer(hidden)
+            parts.append((hidden + self.last.self_attn(self.last.layer_norm1(hidden))).half())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def teach(self, gate: ContextGate, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What gates make of prompts, [P, T, d] in half precision, and the energy of this shift, [P, T].
+
+        Of the states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
+        """
+        wanted, shift, size = [], [], []
+        for h, x in self.batches(hidden):
+            E = self.norm(h + self.last.mlp(x))
+            erased = gate(E)
+            wanted.append(erased.half())
+            shift.append(self.space.energy(erased - E))
+            size.append(self.space.energy(E))
+        wanted, shift = torch.cat(wanted), torch.cat(shift)
+        if not (wanted.isfinite().all().item() and shift.isfinite().all().item()):
+            raise ValueError("the corrections of these gates overflow")
+        if shift.mean().item() <= 1e-12 * torch.cat(size).mean().item():  # rounding
+            raise ValueError("these gates change nothing on what they should erase")
+        return wanted, shift
+
+    def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the states that the last MLP adds to, and what it reads of them: two of [b, T, d] each."""
+        for batch in hidden.split(32):
+            states = batch.to(self.space.M)
+            yield states, self.last.layer_norm2(states)
+
+    @torch.no_grad()
+    def inputs(self, hidden: Tensor) -> Inputs:
+        """What training reads of the states [P, T, d] that the last MLP adds to; it overwrites them."""
+        mlp, inputs = self.last.mlp, torch.empty_like(hidden)
+        for (h, x), kept, rest in zip(self.batches(hidden), inputs.split(32), hidden.split(32), strict=True):
+            kept.copy_(x)
+            rest.copy_(h + F.linear(quick_gelu(mlp.fc1(x)), self.weight, self.bias))
+        return Inputs(inputs, hidden)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Rows of a step: prompts of targets [P], and others [Q], half at random and half where errors are large."""
+        recipe, generator = self.recipe, self.generator
+        rows = torch.randperm(len(self.wanted), generator=generator)[: recipe.targets]
+        count = min(recipe.others, len(self.errors))
+        hard = torch.multinomial(self.errors, (count + 1) // 2, generator=generator)
+        return rows, torch.cat([hard, torch.randperm(len(self.errors), generator=generator)[: count // 2]])
+
+    def shares_missed(self, rows: Tensor, others: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+        """|tower(p) - wanted(p)|_M^2 over the first `length` tokens of prompts, as shares of the shift: [P], [Q]."""
+        M = self.space.M
+        x, rest = (
+            torch.cat([target[rows, :length], other[others, :length]]).to(M)
+            for target, other in zip(self.targets, self.others, strict=True)
+        )
+        wanted = torch.cat([self.wanted[rows, :length].to(M), self.norm(rest[len(rows) :])])
+        shares = self.space.energy(self.norm(rest + self.units(x)) - wanted).mean(dim=-1) / self.scale
+        return shares[: len(rows)], shares[len(rows) :]
+
+    def update(self) -> dict[str, float]:
+        """One step of the optimiser; FloatingPointError, with the units as they were, when the loss is not finite."""
+        recipe, step = self.recipe, self.step
+        rows, others = self.draw()
+        # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
+        # what is cut off changes nothing before it.
+        missing, moved = self.shares_missed(rows, others, None if step % 4 == 0 else self.length)
+        loss = missing.mean() + recipe.keep * moved.mean()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss became {loss.item()} in step {step + 1}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        if not math.isfinite(nn.utils.clip_grad_norm_(self.units.parameters(), 1.0).item()):
+            raise FloatingPointError(f"the gradient overflowed in step {step + 1}")
+        rise = min(1.0, (step + 1) / (recipe.warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * rise * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+        self.optimizer.step()
+        self.errors[others] = moved.detach().cpu() + 1e-12
+        return {"missing": missing.mean().item(), "moved": moved.mean().item()}
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        """Train to the end: yields the losses of every step. FloatingPointError as for `update`."""
+        while self.step < self.recipe.steps:
+            losses = self.update()
+            self.step += 1
+            yield losses
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors for a safetensors file."""
+        state = {f"units.{name}": tensor for name, tensor in self.units.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        state |= {"errors": self.errors, "generator": self.generator.get_state(), "position": torch.tensor(self.step)}
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
+        try:
+            self.units.load_state_dict({n.removeprefix("units."): t for n, t in state.items() if n[:6] == "units."})
+            step, errors = int(state["position"]), state["errors"].to(self.errors, copy=True)
+            if not 0 <= step <= self.recipe.steps or errors.shape != self.errors.shape or not (errors > 0).all():
+                raise ValueError(f"it has no step {step} of these prompts")
+            self.step, self.errors, self.optimizer = step, errors, self.new_optimizer()
+            self.generator.set_state(state["generator"])
+            moments = {}
+            for i, parameter in enumerate(self.units.parameters() if step else ()):
+                shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                moments[i] = {n: state[f"optimizer.{i}.{n}"].clone() for n in shapes}
+                if any(moments[i][n].shape != shape for n, shape in shapes.items()):
+                    raise ValueError("its optimiser has other shapes")
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"this state is of another run: {error}") from error
+
+    @torch.no_grad()
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that are not as they were, named as in the text encoder.
+
+        Of the last MLP fc1.weight [m, d], fc1.bias [m], fc2.weight [d, m] and fc2.bias [d].
+        """
+        mlp, units, free = self.last.mlp, self.units, self.free
+        changed = {"fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight)}
+        changed["fc1.bias"] = mlp.fc1.bias.index_copy(0, free, units.bias)
+        changed["fc2.weight"] = self.weight.index_copy(1, free, units.columns)
+        changed["fc2.bias"] = self.bias
+        place = f"text_model.encoder.layers.{len(self.tower.text_model.encoder.layers) - 1}.mlp"
+        return {f"{place}.{name}": t.detach() for name, t in changed.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The text encoder's tensors, those that changed replaced: what `weights.save_model` writes."""
+        return self.tower.state_dict() | self.changed()
+
+
+# --- What was lost -----------------------------------------------------------------------------------------------
+
+HELD_OUT = ("the {} here, please", "a {} and a dog")  # templates of no preset
+Encode = Callable[[list[str]], Tensor]
+
+
+@torch.no_grad()
+def token_figures(
+    space: TokenSpace,
+    gates: cpe.ResAG,
+    concept: Concept,
+    words: Sequence[str],
+    encode: Encode,
+    baked: Encode,
+    template: str = HELD_OUT[0],
+) -> dict[str, dict[str, float]]:
+    """{"left", "near", "others": {"gates" and "baked"}}, in a template that training never sees.
+
+        left     share of the asked shift of the target that is missing      sum_l w_l |W_l x - R_l|^2 / x M x^T
+        near     how far the 10 nearest of `words` move, as a share of it    sum_l w_l |R_l|^2 / x M x^T
+        others   the same for the rest of them
+
+    `encode` and `baked` are the text encoder before and after; baked, R_l = W_l (E_baked - E).
+    """
+    name, surrogate, *texts = (template.replace("{}", word) for word in (concept.names[0], concept.surrogate, *words))
+    E = encode([name])
+    x = (1 + concept.eta) * (encode([surrogate]) - E)
+    energy = space.energy(x).sum()
+
+    def moved(contexts: Tensor, prompts: list[str], x: Tensor) -> dict[str, Tensor]:
+        """How far gates and baked encoder are from moving contexts by x, as shares of what was asked, [B]."""
+        by_gates, by_encoder = space.error(gates, contexts, x), space.energy(x - (baked(prompts) - contexts))
+        return {"gates": by_gates.sum(dim=-1) / energy, "baked": by_encoder.sum(dim=-1) / energy}
+
+    parts, distances = [], []
+    for i in range(0, len(texts), 16):
+        contexts = encode(texts[i : i + 16])
+        distances.append((contexts - E).flatten(1).norm(dim=-1))
+        parts.append(moved(contexts, texts[i : i + 16], torch.zeros_like(contexts)))
+    order = torch.cat(distances).argsort()
+    figures = {"left": {kind: share.item() for kind, share in moved(E, [name], x).items()}}
+    for group, rows in (("near", order[:10]), ("others", order[10:])):
+        figures[group] = {
+            kind: torch.cat([part[kind] for part in parts])[rows].mean().item() for kind in ("gates", "baked")
+        }
+    return figures

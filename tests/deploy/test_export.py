@@ -1,0 +1,55 @@
+"""One file in the original layout: read again by us to the bit, and by diffusers."""
+
+import pytest
+import torch
+
+import weights
+from deploy.export import PARTS, export
+from loading.files import UserError, load_tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_tensor_is_in_the_file_once_under_its_original_name(tiny, tmp_path, dtype):
+    model = weights.load_model(tiny)
+    export(model, tmp_path / "one.safetensors", dtype)
+    tensors, _ = load_tensors(tmp_path / "one.safetensors")
+    assert len(tensors) == sum(len(getattr(model, part).state_dict()) for part in PARTS)
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    # the values are all there, whatever their names
+    ours = sorted(
+        t.to(dtype).double().sum().item() for part in PARTS for t in getattr(model, part).state_dict().values()
+    )
+    assert ours == sorted(t.double().sum().item() for t in tensors.values())
+
+
+def test_a_file_is_read_again_to_the_bit(tiny, tmp_path, monkeypatch):
+    model = weights.load_model(tiny)
+    export(model, tmp_path / "one.safetensors", torch.float32)
+    # such a file says nothing of its sizes, which are then those of Stable Diffusion: here the tiny model's
+    monkeypatch.setattr(weights, "SD14_CONFIGS", {part: model.part(part).config for part in PARTS} | {"scheduler": {}})
+    for part in PARTS:
+        again = weights.ldm_part(tmp_path / "one.safetensors", part).load(torch.float32, torch.device("cpu"))
+        for name, tensor in getattr(model, part).state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_numbers_too_large_for_half_precision_are_named(tiny, tmp_path):
+    model = weights.load_model(tiny)
+    name = "text_model.final_layer_norm.weight"
+    large = model.with_text_encoder({name: torch.full((16,), 1e6)})
+    with pytest.raises(UserError, match=f"{name} .* float32"):
+        export(large, tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
+@pytest.mark.oracle
+def test_diffusers_opens_the_file(tiny, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = weights.load_model("emoji")
+    export(model, tmp_path / "one.safetensors", torch.float32)
+    folder = str(model.path)
+    unet = diffusers.UNet2DConditionModel.from_single_file(
+        str(tmp_path / "one.safetensors"), config=folder, subfolder="unet", local_files_only=True
+    )
+    for name, tensor in model.unet.state_dict().items():
+        assert torch.equal(unet.state_dict()[name], tensor), name
