@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         import many
-        from weights import UserError  # imports torch: only now
+        from loading.files import UserError  # imports torch: only now
     except KeyboardInterrupt:
         print("\ncpe.py: interrupted before it began", file=sys.stderr)
         return 130
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = args.run(args)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
         if args.json:
-            from weights import write_text
+            from loading.files import write_text
 
             write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
         if many.this_process().rank == 0:
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_text(arguments: Sequence[str]) -> None:
     """UserError for an argument that no prompt and no file name can be: not UTF-8, or with a NUL in it."""
-    from weights import UserError
+    from loading.files import UserError
 
     for text in arguments:
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -271,7 +271,7 @@ def check_text(arguments: Sequence[str]) -> None:
 
 def check_apart(args: argparse.Namespace) -> None:
     """UserError for an output that would replace another output of the same command, or what it reads."""
-    from weights import UserError
+    from loading.files import UserError
 
     read = [getattr(args, name, None) for name in ("targets", "prompt_file")]
     read += [path for name in ("gates", "files") for path in getattr(args, name, ())]
@@ -393,7 +393,7 @@ def open_model(args: argparse.Namespace, parts: Sequence[str], dtype: str = "flo
 def load_gates(paths: Sequence[Path], model: "Model | None" = None, zone: float = 0.0) -> "ResAG":
     """Gates of all files merged, with a dead `zone`; UserError for a file that holds none, or one of another model."""
     import old_cpe as cpe
-    from weights import UserError, load_tensors, read_shapes
+    from loading.files import UserError, load_tensors, read_shapes
 
     gates, names, unet = [], [], model and model.part("unet").empty()
     for path in paths:
@@ -426,7 +426,8 @@ def load_gates(paths: Sequence[Path], model: "Model | None" = None, zone: float 
 
 def check_gates(paths: Sequence[Path], model: str) -> None:
     """UserError for gate files that are damaged, do not fit --model, or come twice: before a model is downloaded."""
-    from weights import UserError, expected_unet
+    from loading.files import UserError
+    from weights import expected_unet
 
     real = [os.path.realpath(path) for path in paths]
     if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
@@ -452,7 +453,8 @@ def wanted_sizes(unet: "UNet") -> tuple[int, dict[str, int]]:
 
 def check_fits(gates: "ResAG", unet: "UNet", name: str, path: Path) -> None:
     """UserError if the gates' projections are not those of the U-Net of the model `name`: says of which they are."""
-    from weights import UserError, expected_unet
+    from loading.files import UserError
+    from weights import expected_unet
 
     if sizes(gates) == wanted_sizes(unet):
         return
@@ -468,10 +470,10 @@ def check_fits(gates: "ResAG", unet: "UNet", name: str, path: Path) -> None:
 
 
 def read_prompts(preset: str) -> "Prompts":
-    """`weights.read_prompts`; torch comes with that module, so it is imported only when a command needs it."""
-    import weights
+    """`loading.prompts.read_prompts`; torch comes with that module, so it is imported only when a command needs it."""
+    from loading.prompts import read_prompts
 
-    return weights.read_prompts(preset)
+    return read_prompts(preset)
 
 
 def slug(name: str, empty: str = "target") -> str:
@@ -490,7 +492,7 @@ def slug(name: str, empty: str = "target") -> str:
 
 def check_out(path: Path, option: str = "--out") -> None:
     """`weights.check_writable`, whose UserError names the option that the path comes from."""
-    from weights import UserError, check_writable
+    from loading.files import UserError, check_writable
 
     try:
         check_writable(path)
@@ -503,7 +505,7 @@ def check_new(path: Path) -> None:
 
     One that is there is for `is_finished` to judge.
     """
-    from weights import UserError
+    from loading.files import UserError
 
     if path.suffix != ".safetensors" or path.name.endswith(".state.safetensors"):
         raise UserError(f"--out: {path}: give a name that ends in .safetensors, and not in .state.safetensors.")
@@ -514,7 +516,7 @@ def check_new(path: Path) -> None:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """UserError for a blank prompt: what a shell makes of a variable that is not set. Files skip such lines."""
-    from weights import UserError
+    from loading.files import UserError
 
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("the prompt is empty: give some words. (`generate` draws without a prompt at --guidance 0.)")
@@ -522,7 +524,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 def check_picture(path: Path) -> None:
     """UserError unless the name of a picture is one of a PNG."""
-    from weights import UserError
+    from loading.files import UserError
 
     if path.suffix.lower() not in (".png", ""):
         raise UserError(f"{path}: pictures are written as PNG, choose a name that ends in .png.")
@@ -537,7 +539,7 @@ def grid(rows: "Sequence[Tensor]", path: Path, scale: int = 1, labels: Sequence[
     from PIL import Image, ImageDraw, ImageOps
     from PIL.PngImagePlugin import PngInfo
 
-    from weights import atomic
+    from loading.files import atomic
 
     picture = torch.cat([torch.cat(list(row.float().cpu()), dim=-1) for row in rows], dim=-2)
     pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
@@ -570,8 +572,8 @@ def check_sampling(args: argparse.Namespace, model: "Model | None" = None) -> No
 
     Others' schedules are in their files.
     """
+    from loading.files import UserError
     from sampler import Schedule, check_steps
-    from weights import UserError
 
     if model is None and args.model not in ("sd14", "emoji"):
         return
@@ -593,7 +595,7 @@ def draw(
     import torch
 
     import old_cpe as cpe
-    from weights import UserError
+    from loading.files import UserError
 
     check_sampling(args, model)
     batch = 16 if model.unet.config["sample_size"] <= 16 else 1
@@ -659,7 +661,7 @@ class Training:
 
     def anchors(self, wanted: list[str]) -> "Tensor":
         """Contexts [A, 77, d] in half precision, of the cache; kept, as every target asks for the same."""
-        from weights import cached_contexts
+        from loading.cache import cached_contexts
 
         key = tuple(wanted)
         if key not in self.kept:
@@ -669,7 +671,7 @@ class Training:
 
     def own(self, wanted: list[str]) -> "Tensor":
         """Contexts [P, 77, d] of the target's own prompts: from the cache when it is trained again, or goes on."""
-        from weights import cached_contexts
+        from loading.cache import cached_contexts
 
         return cached_contexts(self.model, wanted).to(self.model.device, self.model.dtype)
 
@@ -690,8 +692,8 @@ def digest_inputs(prompts: "Prompts", tensors: Mapping[str, "Tensor"]) -> str:
 
 def check_names(names: Sequence[str], shared: Training) -> list[str]:
     """The names to erase; UserError if they are empty, equal to the surrogate, or unknown to the embedded model."""
+    from loading.files import UserError
     from old_cpe import normalised
-    from weights import UserError
 
     names = list(dict.fromkeys(" ".join(name.split()) for name in names))
     for name in names:
@@ -712,8 +714,8 @@ def check_names(names: Sequence[str], shared: Training) -> list[str]:
 
 def check_style(name: str, shared: Training) -> None:
     """UserError for a style of the embedded model without the preset for styles, or another name with it."""
+    from loading.files import UserError
     from old_cpe import normalised
-    from weights import UserError
 
     styles = style_names(shared.prompts)
     if f"{normalised(name)} style" in styles:
@@ -732,7 +734,8 @@ def style_names(prompts: "Prompts") -> list[str]:
 
 def is_emoji(model: str) -> bool:
     """Whether --model names the embedded model, or a folder with its vocabulary and U-Net: a copy, or a baked one."""
-    from weights import UserError, read_json, shipped, vocabulary
+    from loading.files import UserError, read_json, shipped
+    from loading.tokens import vocabulary
 
     if model == "emoji":
         return True
@@ -754,8 +757,8 @@ def emoji_words(*, templates: bool = False) -> set[str]:
 
 def check_emoji_words(names: Sequence[str]) -> None:
     """UserError for a name with words that the embedded model has never seen."""
+    from loading.files import UserError
     from old_cpe import normalised
-    from weights import UserError
 
     concepts = read_prompts("emoji").domain
     for name in names:
@@ -790,7 +793,7 @@ def build_trainer(shared: Training, names: Sequence[str]) -> "Trainer":
     UserError when no anchor words are left, or the preset has a margin and the text encoder no direction for it.
     """
     import old_cpe as cpe
-    from weights import UserError
+    from loading.files import UserError
 
     try:
         one = cpe.constant_direction(shared.model.text_encoder.text_model.final_layer_norm)
@@ -829,7 +832,7 @@ def between_steps() -> Iterator[list[int]]:
 
 def read_state(state: Path, run: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """What a state holds, tensors and metadata; UserError if it is of another run, or damaged."""
-    from weights import UserError, load_tensors
+    from loading.files import UserError, load_tensors
 
     try:
         tensors, metadata = load_tensors(state)
@@ -843,7 +846,7 @@ def read_state(state: Path, run: str) -> tuple[dict[str, "Tensor"], dict[str, st
 
 def check_state(state: Path, resume: bool, run: str | None = None) -> None:
     """UserError where the state of an unfinished run lies that is not to be gone on with, or as of `read_state`."""
-    from weights import UserError
+    from loading.files import UserError
 
     if not os.path.exists(state):
         return
@@ -866,7 +869,7 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Go on where the state was saved, if one was; UserError as of `check_state`, or if it has other shapes."""
-        from weights import UserError
+        from loading.files import UserError
 
         check_state(self.state, resume)
         if os.path.exists(self.state):
@@ -881,7 +884,7 @@ class Run:
 
     def save(self) -> None:
         """Save the state; UserError if another run has saved its own there meanwhile, or as of `kept`."""
-        from weights import save_tensors
+        from loading.files import save_tensors
 
         if not self.saves:
             return
@@ -891,7 +894,7 @@ class Run:
 
     def diverged(self, error: Exception) -> Exception:
         """The UserError for cpe.Diverged, the last good state saved."""
-        from weights import UserError
+        from loading.files import UserError
 
         self.save()
         advice = f"The last good state is in {self.state}: remove it to begin anew, with another --seed or --preset"
@@ -900,7 +903,7 @@ class Run:
 
 def save_all(runs: Sequence[Run]) -> None:
     """Save all states; the first UserError when that was tried with each."""
-    from weights import UserError
+    from loading.files import UserError
 
     errors = []
     for run in runs:
@@ -975,7 +978,7 @@ def state_file(out: Path) -> Path:
 
 def kept_metadata(path: Path) -> dict[str, str]:
     """The metadata of a whole safetensors file; none if it is not there, or damaged."""
-    from weights import UserError, load_tensors
+    from loading.files import UserError, load_tensors
 
     with suppress(UserError):
         return load_tensors(path)[1]
@@ -1003,7 +1006,7 @@ def is_finished(out: Path, settings: dict) -> bool:
 
     Removes the state that is left of a run which was killed after it had written its gate file.
     """
-    from weights import UserError
+    from loading.files import UserError
 
     if not os.path.isfile(out):
         return False
@@ -1020,7 +1023,7 @@ def is_finished(out: Path, settings: dict) -> bool:
 @contextmanager
 def kept(state: Path, run: str) -> Iterator[None]:
     """Where the disk is too full for what was trained, UserError says so if the state of this run can go on."""
-    from weights import Unwritten, UserError, disk_full
+    from loading.files import Unwritten, UserError, disk_full
 
     try:
         yield
@@ -1036,7 +1039,7 @@ def write_gates(run: Run, settings: dict, out: Path, replace: bool = False) -> d
     UserError as of `kept` and, unless they `replace` what is there by then, as of `is_finished`.
     """
     import old_cpe as cpe
-    from weights import save_tensors
+    from loading.files import save_tensors
 
     gates = finished_gates(run.trainer, run.trainer.objective)
     metadata = {"prompts": settings["target"], "rank": str(gates.k), "alpha": str(gates.alpha[0].item())}
@@ -1101,7 +1104,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     UserError for options that do not go together, or as of `load_gates`, `open_model` and `draw`.
     """
-    from weights import UserError
+    from loading.files import UserError
 
     if bool(args.prompts) == bool(args.prompt_file):
         raise UserError("say what to draw: either prompts, or a file of them with --prompts FILE.")
@@ -1154,7 +1157,7 @@ def inspect(args: argparse.Namespace) -> dict:
     """`inspect`: the gate value of every token of a prompt, one column per concept."""
     import torch
 
-    from weights import UserError
+    from loading.files import UserError
 
     args.gates = [*args.files, *args.gates]
     if not args.gates:
@@ -1192,7 +1195,7 @@ def demo(args: argparse.Namespace) -> dict:
     UserError for a target that is none of its concepts, an --out that cannot be written, or as of `check_sampling`.
     """
     import evaluate
-    from weights import UserError
+    from loading.files import UserError
 
     prompts = read_prompts("emoji")
     concepts = prompts.domain
@@ -1241,7 +1244,7 @@ def train_demo(args: argparse.Namespace, out: Path) -> dict:
     UserError if the loss became no number, the gates cannot be written, or there are others.
     """
     import old_cpe as cpe
-    from weights import UserError
+    from loading.files import UserError
 
     options = ["--target", args.target, "--model", "emoji", "--device", args.device, "--seed", str(args.seed)]
     shared = Training(parser().parse_args(["train", *options]))
@@ -1289,7 +1292,7 @@ def asked_of_compare(args: argparse.Namespace) -> "tuple[dict[str, Scenario], li
     """The scenarios and erasers that `compare` was asked for; UserError for one that is not known."""
     import compare as table
     import old_cpe as cpe
-    from weights import UserError
+    from loading.files import UserError
 
     scenarios, methods = table.SCENARIOS, table.METHODS
     if args.ablations:
@@ -1327,7 +1330,7 @@ def compare(args: argparse.Namespace) -> dict:
 
     import compare as table
     import old_cpe as cpe
-    from weights import UserError, write_text
+    from loading.files import UserError, write_text
 
     check_picture(args.out)
     check_out(args.out)
@@ -1385,7 +1388,8 @@ def bake(args: argparse.Namespace) -> dict:
     UserError if --out exists already, or as of `check_sampling`, `load_gates`, `read_concepts`, `build_baker` and
     `run_trainer`.
     """
-    from weights import UserError, load_model, save_model
+    from loading.files import UserError
+    from weights import load_model, save_model
 
     state, written = state_file(args.out), os.path.lexists(args.out)
     if written and not (args.resume and os.path.exists(state)):
@@ -1437,7 +1441,7 @@ def holds(folder: Path, tensors: "Mapping[str, Tensor]") -> bool:
     """Whether a model folder has this text encoder, so that it is what an earlier run has written."""
     import torch
 
-    from weights import UserError, load_tensors
+    from loading.files import UserError, load_tensors
 
     with suppress(UserError):
         there = load_tensors(folder / "text_encoder" / "model.safetensors")[0]
@@ -1452,7 +1456,7 @@ def has_control_characters(name: str) -> bool:
 
 def common_preset(paths: Sequence[Path], default: str) -> str:
     """The preset that gate files were trained with, `default` where none says; UserError where they differ."""
-    from weights import UserError, load_tensors
+    from loading.files import UserError, load_tensors
 
     said = [load_tensors(path)[1].get("preset") for path in paths]
     presets = list(dict.fromkeys(name if name in PRESET_NAMES else default for name in said))
@@ -1465,7 +1469,7 @@ def read_concepts(paths: Sequence[Path], preset: str) -> "list[Concept]":
     """What each gate file erases; UserError if one does not say it, or in letters that no prompt has."""
     import bake as baking
     import old_cpe as cpe
-    from weights import UserError, load_tensors
+    from loading.files import UserError, load_tensors
 
     concepts = []
     for path in paths:
@@ -1488,7 +1492,7 @@ def build_baker(
     """
     import bake as baking
     import old_cpe as cpe
-    from weights import UserError
+    from loading.files import UserError
 
     objective, recipe = cpe.Objective(model.cross_attention()), baking.Recipe().of(len(concepts), args.steps_scale)
     length = model.part("text_encoder").config.get("max_position_embeddings", 77)

@@ -31,7 +31,9 @@ import torch
 import commands
 import evaluate
 import old_cpe as cpe
-from weights import Model, UserError, tokenizer_files
+from loading.files import UserError
+from loading.tokens import tokenizer_files
+from weights import Model
 
 # --- Processes ---------------------------------------------------------------------------------------------------
 

@@ -308,16 +308,15 @@ class UNet(nn.Module):
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
     FIXED |= dict.fromkeys(
-        "center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention resnet_skip_time_act "
-        "upcast_attention use_linear_projection".split(),
-        False,
-    )
+        ("center_input_sample", "class_embeddings_concat", "dual_cross_attention", "only_cross_attention",
+         "resnet_skip_time_act", "upcast_attention", "use_linear_projection"), False,
+    )  # fmt: skip
     FIXED |= dict.fromkeys(
-        "addition_embed_type class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type "
-        "mid_block_only_cross_attention num_attention_heads num_class_embeds projection_class_embeddings_input_dim "
-        "reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn time_embedding_dim "
-        "timestep_post_act".split()
-    )
+        ("addition_embed_type", "class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type",
+         "mid_block_only_cross_attention", "num_attention_heads", "num_class_embeds",
+         "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block", "time_cond_proj_dim",
+         "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act")
+    )  # fmt: skip
 
     def __init__(self, config: dict):
         super().__init__()

@@ -30,8 +30,17 @@ from torch.overrides import TorchFunctionMode
 
 from clip import BOS, CLIP, EOS, TextEncoder, Tokenizer
 from loading.configs import SD14_CONFIGS, check_config, check_schedule
-from loading.files import Unwritten, UserError, opened, read_json, refuse_pickles, shipped, temporary_name
-from loading.files import save_tensors, write_text
+from loading.files import (
+    Unwritten,
+    UserError,
+    opened,
+    read_json,
+    refuse_pickles,
+    save_tensors,
+    shipped,
+    temporary_name,
+    write_text,
+)
 from loading.hub import SD14, fetch, is_repository, snapshot
 from loading.ldm import IGNORED, PREFIXES, ldm_names
 from loading.tokens import TOKENIZER, read_tokenizer, tokenizer_files
@@ -200,7 +209,10 @@ def ldm_part(path: Path, part: str) -> Part:
             advice = "It is a LoRA: fuse it into its model in diffusers, and give the folder that you save"
         raise UserError(f"{path} is not a checkpoint of Stable Diffusion 1.x in one file: {found}. {advice}")
     build, config = PARTS[part][0], SD14_CONFIGS[part]
-    ours = {theirs: name for name, theirs in ldm_names(part, config, Part(build, config, path, str).empty().state_dict()).items()}
+    ours = {
+        theirs: name
+        for name, theirs in ldm_names(part, config, Part(build, config, path, str).empty().state_dict()).items()
+    }
 
     def rename(key: str) -> str | None:
         if not key.startswith(PREFIXES[part]) or IGNORED.match(key):
@@ -414,7 +426,7 @@ MODELS = "sd14, emoji, owner/name of the hub, a folder in the diffusers layout, 
 
 
 def nickname(name: str | Path) -> str | None:
-    """Which of the models with a short name this is: "sd14", "emoji", or None, also where a local folder is so named."""
+    """Which of the models with a short name this is: "sd14", "emoji", or None; a local folder so named is a path."""
     folder = Path(name)
     local = (folder / "unet").is_dir() and not (name == "emoji" and folder.resolve() == shipped("emoji"))
     return str(name) if str(name) in NAMED and not local else None

@@ -18,6 +18,7 @@ import compare
 import old_cpe as cpe
 import weights
 from clip import TextEncoder
+from loading.prompts import read_prompts
 
 BATCHES = (4, 8, 16, 32)
 
@@ -33,7 +34,7 @@ def asked() -> tuple[int, int]:
 
         return encode
 
-    prompts = weights.read_prompts("celebrity")
+    prompts = read_prompts("celebrity")
     cpe.prepare(cpe.PRESETS["celebrity"], prompts, ["Brad Pitt"], count("always"), count("cached"))
     return sum(counts.values()), counts["always"]
 

@@ -9,12 +9,11 @@ an addition as two.
 import itertools
 from collections.abc import Callable
 
+import products
 import sd14
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import products
 
 LAYERS = {  # rows, inputs, outputs
     "CLIP's MLP, 8 prompts": (8 * 77, 768, 3072),

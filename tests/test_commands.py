@@ -22,6 +22,7 @@ import commands
 import old_cpe as cpe
 import unet
 import weights
+from loading import files
 
 TRAIN = ("train", "--target", "red heart", "--preset", "emoji", "--steps-scale", "0.02")
 
@@ -32,7 +33,7 @@ def test_train_writes_one_gate_file_and_says_what_is_next(run, tmp_path, tiny_or
     assert "wrote   gates/red-heart.safetensors" in said
     assert "python cpe.py generate" in said
     assert [p.name for p in (tmp_path / "gates").iterdir()] == ["red-heart.safetensors"]
-    tensors, metadata = weights.load_tensors("gates/red-heart.safetensors")
+    tensors, metadata = files.load_tensors("gates/red-heart.safetensors")
     recipe = cpe.PRESETS["emoji"]
     expected = {"prompts": "red heart", "rank": "4", "alpha": "1.0", "version": "2", "target": "red heart"}
     expected |= {"surrogate": recipe.surrogate, "eta": str(recipe.eta), "lam": str(recipe.lam), "seed": "0"}
@@ -84,10 +85,10 @@ def test_a_gate_file_of_other_settings_is_not_replaced(run):
 @pytest.mark.parametrize("version", [None, "1", "3", "of the authors"])
 def test_a_gate_file_of_another_version_can_be_used_but_is_not_finished(run, version):
     run(*TRAIN, "--out", "x.safetensors")
-    tensors, metadata = weights.load_tensors("x.safetensors")
+    tensors, metadata = files.load_tensors("x.safetensors")
     del metadata["version"]
     other = metadata | ({"version": version} if version else {})
-    weights.save_tensors(Path("x.safetensors"), tensors, other)
+    files.save_tensors(Path("x.safetensors"), tensors, other)
     code, said = run(*TRAIN, "--out", "x.safetensors")
     assert code == 2
     assert "x.safetensors is there already, trained with other settings (version of cpe.py)" in said
@@ -101,7 +102,7 @@ def test_resume_refuses_a_state_of_another_version(run, monkeypatch, tiny_origin
     args = commands.parser().parse_args([*TRAIN, "--model", str(tiny_original)])
     settings = commands.Training(args).settings(["red heart"])
     before = settings | {"version": settings["version"] - 1}
-    weights.save_tensors(Path("x.state.safetensors"), {"a": torch.zeros(1)}, {"run": commands.run_name(before)})
+    files.save_tensors(Path("x.state.safetensors"), {"a": torch.zeros(1)}, {"run": commands.run_name(before)})
     code, said = run(*TRAIN, "--out", "x.safetensors", "--resume")
     assert code == 2
     assert "x.state.safetensors is of a run with other settings, or of another version of cpe.py" in said
@@ -129,15 +130,15 @@ def test_the_demo_replaces_its_own_gates_and_no_others(run, monkeypatch):
     monkeypatch.setattr(commands, "write_gates", lambda run, settings, out, replace: {"out": out})
     args = commands.parser().parse_args(["demo"])
     for metadata in ({}, {"target": "dog face"}):
-        weights.save_tensors(out, {}, metadata)
-        with pytest.raises(weights.UserError, match=r"demo.safetensors is there already, and of no demo"):
+        files.save_tensors(out, {}, metadata)
+        with pytest.raises(files.UserError, match=r"demo.safetensors is there already, and of no demo"):
             commands.train_demo(args, out)
-    weights.save_tensors(out, {}, {"target": "dog face", "demo": "true"})
+    files.save_tensors(out, {}, {"target": "dog face", "demo": "true"})
     assert commands.train_demo(args, out) == {"out": out}
 
 
 def test_a_state_is_replaced_by_no_other_run(run):
-    weights.save_tensors("gates/red-heart.state.safetensors", {}, {"run": "hours of work"})
+    files.save_tensors("gates/red-heart.state.safetensors", {}, {"run": "hours of work"})
     before = Path("gates/red-heart.state.safetensors").read_bytes()
     code, said = run(*TRAIN)
     assert code == 2
@@ -150,28 +151,28 @@ def test_a_state_that_another_run_has_saved_meanwhile_is_not_replaced(run, monke
     state, steps = Path("gates/red-heart.state.safetensors"), cpe.Trainer.steps
 
     def slowly(trainer: cpe.Trainer) -> Iterator[cpe.Progress]:
-        weights.save_tensors(state, {}, {"run": "hours of work"})
+        files.save_tensors(state, {}, {"run": "hours of work"})
         yield from steps(trainer)
 
     monkeypatch.setattr(cpe.Trainer, "steps", slowly)
     code, said = run(*TRAIN)
     assert code == 2
     assert "state.safetensors is of a run with other settings" in said
-    assert weights.load_tensors(state)[1]["run"] == "hours of work"
+    assert files.load_tensors(state)[1]["run"] == "hours of work"
 
 
 def test_gates_that_another_run_has_written_meanwhile_are_not_replaced(run, monkeypatch):
     build = commands.build_trainer
 
     def slowly(*arguments: object) -> cpe.Trainer:
-        weights.save_tensors("gates/red-heart.safetensors", {}, {"target": "red heart", "seed": "7"})
+        files.save_tensors("gates/red-heart.safetensors", {}, {"target": "red heart", "seed": "7"})
         return build(*arguments)
 
     monkeypatch.setattr(commands, "build_trainer", slowly)
     code, said = run(*TRAIN)
     assert code == 2
     assert "gates/red-heart.safetensors is there already, trained with other settings" in said
-    assert weights.load_tensors("gates/red-heart.safetensors")[1]["seed"] == "7"
+    assert files.load_tensors("gates/red-heart.safetensors")[1]["seed"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -205,9 +206,9 @@ def test_no_output_replaces_another_or_what_is_read(run, arguments, words):
 
 def test_a_dead_zone_shuts_gates_that_are_not_open_so_far(run):
     assert run(*TRAIN)[0] == 0
-    tensors, metadata = weights.load_tensors("gates/red-heart.safetensors")
+    tensors, metadata = files.load_tensors("gates/red-heart.safetensors")
     scaler = tensors[cpe.KEYS["scaler"]]
-    weights.save_tensors("x.safetensors", tensors | {cpe.KEYS["scaler"]: 0.01 * scaler}, metadata)  # half open
+    files.save_tensors("x.safetensors", tensors | {cpe.KEYS["scaler"]: 0.01 * scaler}, metadata)  # half open
     values, change = {}, {}
     for zone in ("0", "0.25"):
         shown = ("inspect", "x.safetensors", "--prompt", "a red heart")
@@ -240,7 +241,7 @@ def test_compare_takes_no_target_that_is_the_surrogate(run):
 def test_a_gate_file_that_claims_more_than_any_holds_is_refused_before_it_is_read(run, monkeypatch):
     save_file({"a": torch.zeros(11)}, "large.safetensors")
     monkeypatch.setattr(commands, "LARGEST_GATES", 10)
-    monkeypatch.setattr(weights, "load_tensors", None)
+    monkeypatch.setattr(files, "load_tensors", None)
     code, said = run("generate", "a cat", "--gates", "large.safetensors")
     assert code == 2
     assert "large.safetensors has 11 numbers: that is no gate file" in said
@@ -307,7 +308,7 @@ def test_gates_of_another_text_encoder_are_used_with_a_warning(run, tiny):
         assert run(*draw)[0] == 0
     assert not said
     path = tiny / "text_encoder" / "model.safetensors"
-    tensors, metadata = weights.load_tensors(path)
+    tensors, metadata = files.load_tensors(path)
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, path, metadata)
     with pytest.warns(UserWarning, match="gates/red-heart.safetensors was trained for another model"):

@@ -16,7 +16,9 @@ import commands
 import many
 import old_cpe as cpe
 import weights
-from weights import UserError
+from loading import cache, files
+from loading.files import UserError
+from loading.prompts import read_prompts
 
 SHORT = ("--preset", "emoji", "--steps-scale", "0.008")
 STEPS = sum(phase.steps for phase in cpe.phases(cpe.PRESETS["emoji"].scaled(0.008)))  # of one target
@@ -72,7 +74,7 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, train, gate):
     if gate == "context":  # nothing is computed together
         assert contents("all") == contents("alone")
     for file in FILES:  # of resag the same to rounding
-        (ours, kept), (alone, said) = (weights.load_tensors(Path(folder, file)) for folder in ("all", "alone"))
+        (ours, kept), (alone, said) = (files.load_tensors(Path(folder, file)) for folder in ("all", "alone"))
         torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-5)
         assert kept == said
     figures = json.loads(Path("figures.json").read_text())["targets"]
@@ -82,9 +84,11 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, train, gate):
 
 def test_what_does_not_depend_on_the_target_is_made_once(train, monkeypatch):
     made, asked = [], []
-    objective, cached = cpe.Objective, weights.cached_contexts
+    objective, cached = cpe.Objective, cache.cached_contexts
     monkeypatch.setattr(cpe, "Objective", lambda *given: made.append(1) or objective(*given))
-    monkeypatch.setattr(weights, "cached_contexts", lambda m, wanted, *_: asked.append(wanted) or cached(m, wanted))
+    monkeypatch.setattr(
+        "loading.cache.cached_contexts", lambda m, wanted, *_: asked.append(wanted) or cached(m, wanted)
+    )
     encoders = []
     load = weights.Part.load
     monkeypatch.setattr(weights.Part, "load", lambda part, *given: encoders.append(part) or load(part, *given))
@@ -120,14 +124,14 @@ def test_a_finished_file_is_kept_only_if_it_was_made_of_the_same(run, tiny, tmp_
     command = ("train", "--targets", "targets.txt", *SHORT, "--model", str(tiny))
     assert run(*command)[0] == 0
     if changed == "prompts":
-        prompts = weights.read_prompts("emoji")
+        prompts = read_prompts("emoji")
         prompts.general.append("sunset")
-        monkeypatch.setattr(weights, "read_prompts", lambda _: prompts)
+        monkeypatch.setattr("loading.prompts.read_prompts", lambda _: prompts)
     elif changed == "layers":
         path = tiny / "unet/diffusion_pytorch_model.safetensors"
-        tensors = weights.load_tensors(path)[0]
+        tensors = files.load_tensors(path)[0]
         name = next(name for name in tensors if "attn2.to_v" in name)
-        weights.save_tensors(path, tensors | {name: 2 * tensors[name]})
+        files.save_tensors(path, tensors | {name: 2 * tensors[name]})
     else:
         path = tmp_path / "gates/red-heart.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
@@ -169,7 +173,7 @@ def test_the_same_command_goes_on_after_an_interruption(train, monkeypatch, size
     assert len(contents("stopped")) == together
     for name in contents("stopped"):
         assert name.endswith(".state.safetensors")
-        assert weights.load_tensors(Path("stopped") / name)[0]["position"].tolist() == [0, 4]
+        assert files.load_tensors(Path("stopped") / name)[0]["position"].tolist() == [0, 4]
     for rank in range(size):
         as_process(monkeypatch, rank, size)
         assert train("stopped")[0] == 0
@@ -188,7 +192,7 @@ def test_gates_do_not_depend_on_who_else_is_trained_with_them(train, kept):
 
 def test_a_state_of_other_settings_is_not_replaced_and_said_before_any_training(train):
     state = Path("all/dog-face.state.safetensors")
-    weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
+    files.save_tensors(state, {"position": torch.zeros(2)}, {"run": "{}"})
     before = state.read_bytes()
     code, said = train("all")
     assert code == 2
@@ -203,7 +207,7 @@ def test_a_state_of_a_finished_run_is_removed(train):
     settings = json.loads(Path("figures.json").read_text())["targets"]["red heart"]
     settings = {name: value for name, value in settings.items() if name not in ("losses", "reached", "out")}
     state = Path("other/red-heart.state.safetensors")
-    weights.save_tensors(state, {"position": torch.zeros(2)}, {"run": commands.run_name(settings)})
+    files.save_tensors(state, {"position": torch.zeros(2)}, {"run": commands.run_name(settings)})
     assert "kept 3" in train("other", "--seed", "1")[1]
     assert contents("other") == before
 
@@ -244,7 +248,7 @@ def test_a_state_that_cannot_be_saved_costs_the_others_nothing(train, monkeypatc
     foreign = Path("all/red-heart.state.safetensors")
 
     def stop() -> None:
-        weights.save_tensors(foreign, {"position": torch.zeros(2)}, {"run": "{}"})
+        files.save_tensors(foreign, {"position": torch.zeros(2)}, {"run": "{}"})
         os.kill(os.getpid(), signal.SIGINT)
 
     stop_after(monkeypatch, 6, stop)
@@ -252,7 +256,7 @@ def test_a_state_that_cannot_be_saved_costs_the_others_nothing(train, monkeypatc
     assert code == 2
     assert "red-heart.state.safetensors is of a run with other settings" in said
     for name in ("dog-face", "two-hearts"):
-        assert weights.load_tensors(Path(f"all/{name}.state.safetensors"))[0]["position"].tolist() == [0, 2]
+        assert files.load_tensors(Path(f"all/{name}.state.safetensors"))[0]["position"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -646,4 +650,4 @@ def test_a_process_that_fails_names_its_target_and_leaves_nothing_half_written(
     assert "exitcode  : 2" in done.stderr
     (tmp_path / "all/dog-face.safetensors").rmdir()
     for path in (*Path("all").iterdir(), *Path("cache").glob("*")):
-        assert weights.load_tensors(path)[0]
+        assert files.load_tensors(path)[0]

@@ -1,11 +1,10 @@
 """products.py against torch's own products: values, gradients, and everything that is left to them."""
 
+import products
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import products
 
 
 @pytest.fixture(autouse=True)

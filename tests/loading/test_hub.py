@@ -17,7 +17,10 @@ import torch
 from huggingface_hub import constants
 
 import weights
-from weights import UserError, load_model
+from loading.files import UserError
+from loading.hub import SD14
+from loading.tokens import read_tokenizer
+from weights import load_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -58,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        match = re.fullmatch(rf"/{weights.SD14}/resolve/(?:main|{COMMIT})/(.+)", self.path)
+        match = re.fullmatch(rf"/{SD14}/resolve/(?:main|{COMMIT})/(.+)", self.path)
         file, ranges = match[1] if match else self.path, self.headers.get("Range")
         if not match:  # the client looks around on its own account
             self.server.others.append(self.path)
@@ -181,7 +184,7 @@ def test_offline_with_an_empty_cache_names_both_ways_out(server, monkeypatch):
     with pytest.raises(UserError, match="HF_HUB_OFFLINE") as error:
         load_model("sd14")
     assert "--model emoji" in str(error.value)
-    assert weights.SD14 in str(error.value)
+    assert SD14 in str(error.value)
     assert server.requests == []
 
 
@@ -215,7 +218,7 @@ def test_a_one_file_checkpoint_takes_its_tokenizer_from_sd14(server, tiny, tmp_p
     path.parent.mkdir()
     path.touch()
     model = weights.Model("x", path, torch.float32, torch.device("cpu"))
-    assert model.tokenizer.ids("a cat") == load_model(tiny).tokenizer.ids("a cat")
+    assert read_tokenizer(model.tokenizer_folder).ids("a cat") == load_model(tiny).tokenizer.ids("a cat")
     assert all(file.startswith("tokenizer/") for file in server.downloads)
 
 
@@ -223,7 +226,7 @@ def test_clip_from_a_repository(server, tiny, monkeypatch):
     for file in ("vocab.json", "merges.txt"):
         (tiny / "clip" / file).write_bytes((tiny / "tokenizer" / file).read_bytes())
     server.folder = tiny / "clip"
-    model, tokenizer = weights.load_clip(weights.SD14)  # any name will do for this server
+    model, tokenizer = weights.load_clip(SD14)  # any name will do for this server
     assert torch.equal(model.logit_scale, load_model(tiny).clip.logit_scale)
     assert tokenizer.eos == load_model(tiny).tokenizer.eos
     assert sorted(server.downloads) == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
