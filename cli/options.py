@@ -161,9 +161,10 @@ def train(parser: argparse.ArgumentParser) -> None:
     many = "file of targets: one a line, its other names after commas (torchrun splits the lines)"
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
     parser.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
+    parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")
     parser.add_argument("--surrogate", help="what it becomes (default: the preset's)")
     parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
-    parser.add_argument("--how", choices=("train", "solve"), default="train", help="by steps, or by formula")
+    parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
     add_steps_scale(parser)
     parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
