@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from products import Linear
-
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 # CLIP splits a prompt into English contractions, runs of letters, single digits, and runs of anything else.
@@ -81,20 +79,20 @@ class Tokenizer:
             raise ValueError(f"this prompt is not Unicode text: {text[:80]!r}") from error
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a text alone: no BOS, no EOS, no padding, no limit. ValueError as of `encode`."""
+        """Ids of a text alone: no BOS, no EOS, no padding, no limit. ValueError as for `encode`."""
         return self.encode(text).ids
 
     def tokens(self, text: str) -> list[str]:
         """What each token of a text stands for, in the letters of the text.
 
-        Of a letter that takes several tokens each is that letter. ValueError as of `encode`.
+        Of a letter that takes several tokens each is that letter. ValueError as for `encode`.
         """
         return [text[start:end] for start, end in self.encode(text).offsets]
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> Tensor:
         """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning.
 
-        ValueError as of `encode`.
+        ValueError as for `encode`.
         """
         rows = []
         for prompt in prompts:
@@ -114,10 +112,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d / heads)) v in every head, x [B, T, d] -> [B, T, d]."""
@@ -138,8 +136,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """The same two layers at every token, x [B, T, d] -> [B, T, d]."""
@@ -270,8 +268,8 @@ class CLIP(nn.Module):
         text, vision, width = config["text_config"], config["vision_config"], config["projection_dim"]
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
-        self.text_projection = Linear(text["hidden_size"], width, bias=False)
-        self.visual_projection = Linear(vision["hidden_size"], width, bias=False)
+        self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
+        self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("logit_scale_init_value", 2.6592))))
 
     @property

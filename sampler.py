@@ -1,8 +1,10 @@
-"""From noise to latents: the noise schedule, classifier-free guidance, and two samplers as generators of steps.
+"""From noise to images: the noise schedule, classifier-free guidance, two samplers, and pictures of prompts.
 
-`sample` yields the latents after every step; the caller owns the progress bar and decides when to stop. The U-Net
-is any function `(latents, timestep, kv) -> noise`, so a seeded dummy serves in tests, and an erased model is one
-whose `kv` were gated before (cpe.py): samplers know of no eraser.
+    images = draw(model, ["a cat"], seeds=[0], gates=gates)      # [1, 3, H, W] in [-1, 1]
+
+`sample` and `denoise` yield the latents after every step; the caller owns the progress bar and decides when to stop.
+The U-Net is any function `(latents, timestep, kv) -> noise`, so a seeded dummy serves in tests. An eraser is any
+function `(context, kv) -> kv`, such as cpe.ResAG: it is applied once, before the first step; samplers know of none.
 
 Shapes: B images, c latent channels of side h x w. Timesteps count 0..999; a_t is alphas_cumprod[t].
 Sources: the forward process, Ho et al. 2020 (arXiv 2006.11239); DDIM, Song et al. 2021 (arXiv 2010.02502);
@@ -10,44 +12,29 @@ DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095); guidance, Ho & Salimans 2022 (a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-UNetFunction = Callable[[Tensor, int, dict[str, Tensor]], Tensor]
+if TYPE_CHECKING:
+    from weights import Model
+
+KeysValues = dict[str, Tensor]
+UNetFunction = Callable[[Tensor, int, KeysValues], Tensor]
+Gates = Callable[[Tensor, KeysValues], KeysValues]
 
 
 class Schedule:
     """The noise schedule of a model, from its `scheduler/scheduler_config.json` (SD 1.4's values by default)."""
-
-    # What a config may say of the noise, the prediction, and where steps lie; a key that is absent has this value.
-    FIXED = {
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "predict_epsilon": True,  # what prediction_type was before
-        "prediction_type": "epsilon",
-        "rescale_betas_zero_snr": False,
-        "set_alpha_to_one": False,
-        "sigma_max": None,
-        "sigma_min": None,
-        "thresholding": False,
-        "timestep_spacing": ("leading", "linspace"),  # DDIM's, DPM-Solver's: each has its own whatever the file says
-        "timestep_type": "discrete",
-        "trained_betas": None,
-        "use_beta_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_flow_sigmas": False,
-        "use_karras_sigmas": False,
-        "use_lu_lambdas": False,
-        "variance_type": (None, "fixed_large", "fixed_small"),  # not a U-Net that predicts it
-    }
 
     def __init__(self, config: dict | None = None):
         config = config or {}
         self.config = config
         self.length = config.get("num_train_timesteps", 1000)
         self.offset = config.get("steps_offset", 1)
+        self.ends_clean = config.get("set_alpha_to_one", False)  # whether DDIM's last step ends at a = 1, not at a_0
         start, end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
         # beta_t is linear in its square root; a_t = prod_{s <= t} (1 - beta_s)
         betas = torch.linspace(start**0.5, end**0.5, self.length, dtype=torch.float32) ** 2
@@ -73,7 +60,7 @@ class Schedule:
         return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Tensor], guidance_scale: float) -> Tensor:
+def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: KeysValues, guidance_scale: float) -> Tensor:
     """Noise [B, c, h, w] under classifier-free guidance; the one definition of it in this project.
 
     With guidance_scale w = 1 the empty prompt plays no role and `kv` has B rows; otherwise 2B rows, the first B of
@@ -89,9 +76,10 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: dict[str, Ten
 def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int) -> Iterator[Tensor]:
     """Deterministic DDIM (eta = 0): yields x_s [B, c, h, w] after each step t -> s. Song et al. 2021, eq. 12."""
     alphas = schedule.alphas_cumprod.to(latents.device)
+    last = torch.ones_like(alphas[0]) if schedule.ends_clean else alphas[0]
     stride = schedule.length // steps
     for t in schedule.timesteps(steps):
-        a_t, a_s = alphas[t], alphas[max(t - stride, 0)]  # the last step ends at a_0, not 1: set_alpha_to_one is false
+        a_t, a_s = alphas[t], alphas[t - stride] if t >= stride else last
         noise = predict(latents, t)
         # x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t);   x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps
         clean = (latents - (1 - a_t).sqrt() * noise) / a_t.sqrt()
@@ -151,14 +139,14 @@ def sample(
     unet: UNetFunction,
     schedule: Schedule,
     latents: Tensor,
-    kv: dict[str, Tensor],
+    kv: KeysValues,
     steps: int = 50,
     guidance_scale: float = 7.5,
     method: str = "ddim",
 ) -> Iterator[Tensor]:
     """Denoise latents [B, c, h, w] of standard normal noise: yields the latents after each of `steps` steps.
 
-    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError as of `check_steps`.
+    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError as for `check_steps`.
     """
     check_steps(schedule, steps, method)
 
@@ -166,3 +154,90 @@ def sample(
         return guided(unet, x, t, kv, guidance_scale)
 
     return METHODS[method](schedule, predict, latents, steps)
+
+
+# --- Pictures of prompts -----------------------------------------------------------------------------------------
+
+
+def denoise(
+    model: "Model",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    gates: Gates | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+) -> Iterator[Tensor]:
+    """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
+
+    To rounding, an image depends on its own prompt and seed alone, whatever else is in the batch. ValueError, at the
+    first step, unless there are as many seeds as prompts, or as for `check_steps`.
+    """
+    return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
+
+
+@torch.no_grad()
+def denoise_context(
+    model: "Model",
+    context: Tensor,
+    seeds: Sequence[int],
+    gates: Gates | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+) -> Iterator[Tensor]:
+    """As `denoise`, from contexts [B, T, d] instead of words: those of an attacker, or of a gate upon the context.
+
+    Noise is drawn on the CPU, so that a seed gives one picture on every device. ValueError unless there are as many
+    seeds as contexts.
+    """
+    if len(seeds) != len(context):
+        raise ValueError(f"every image needs a prompt and a seed, not {len(context)} prompts and {len(seeds)} seeds")
+    unet = model.unet
+    c, size = unet.config["in_channels"], unet.config["sample_size"]
+    noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    latents = torch.stack(noise).to(model.device, model.dtype)
+    if guidance_scale != 1:
+        context = torch.cat([model.encode([""]).expand_as(context), context])
+    kv = unet.keys_values(context)
+    kv = gates(context, kv) if gates is not None else kv
+    yield from sample(unet, model.schedule, latents, kv, steps, guidance_scale, method)
+
+
+@torch.no_grad()
+def decode(model: "Model", latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of latents [B, c, h, w] as the U-Net knows them (scaled)."""
+    return model.vae.decode(latents / model.vae.scaling_factor).clamp(-1, 1)
+
+
+def draw(
+    model: "Model",
+    prompts: Sequence[str] | Tensor,
+    seeds: Sequence[int],
+    gates: Gates | None = None,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    method: str = "ddim",
+    batch: int | None = None,
+    progress: Callable[[Iterator, int], Any] | None = None,
+) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time; arguments as `denoise`.
+
+    `progress(steps, total)` wraps the iterator over all steps of all batches. ValueError if the images are not finite
+    numbers, or as for `denoise`.
+    """
+    batch = batch or (16 if model.unet.config["sample_size"] <= 16 else 1)
+    starts = range(0, len(prompts), batch)
+    context = prompts if isinstance(prompts, Tensor) else model.encode(prompts)
+
+    def all_steps() -> Iterator[tuple[int, Tensor]]:
+        for i in starts:
+            part = context[i : i + batch], seeds[i : i + batch]
+            for latents in denoise_context(model, *part, gates, steps, guidance_scale, method):
+                yield i, latents
+
+    latest = dict(progress(all_steps(), len(starts) * steps) if progress else all_steps())
+    images = torch.cat([decode(model, latest[i]) for i in starts])
+    if not images.isfinite().all():
+        raise ValueError("the model's images are not finite numbers")
+    return images

@@ -16,19 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from products import Linear, attention, product
-
 KeysValues = dict[str, Tensor]  # {"<path of attn2>.to_k" or "....to_v": [B, T, C]}
 
 
 def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution with one pixel of zeros around the image."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU, [...] -> [...], in place where no gradient needs x: a fresh feature map costs more than the function."""
-    return F.silu(x, inplace=not x.requires_grad)
 
 
 def rows(x: Tensor, count: int) -> Tensor:
@@ -55,8 +48,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.linear_1 = Linear(channels, width)
-        self.linear_2 = Linear(width, width)
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sinusoids [B, C] of a timestep -> what all ResNets read of it, [B, e]."""
@@ -70,7 +63,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
         self.conv1 = conv3(inputs, outputs)
-        self.time_emb_proj = Linear(time_width, outputs)
+        self.time_emb_proj = nn.Linear(time_width, outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
         self.conv2 = conv3(outputs, outputs)
         if inputs != outputs:
@@ -78,11 +71,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Feature map x [B, inputs, h, w], time [B, e] after its SiLU, `rows` of it if fewer -> [B, outputs, h, w]."""
-        y = self.conv1(silu(self.norm1(x)))
-        y += rows(self.time_emb_proj(time), len(y))[:, :, None, None]
-        y = self.conv2(silu(self.norm2(y)))
-        y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return y
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Attention(nn.Module):
@@ -91,19 +83,21 @@ class Attention(nn.Module):
     `source_width` is the width of what to_k and to_v read: C in self-attention, d in cross-attention.
     """
 
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, channels: int, source_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(source_width, channels, bias=False)
-        self.to_v = Linear(source_width, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source_width, channels, bias=False)
+        self.to_v = nn.Linear(source_width, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Pixels x [B, N, C] read `keys` and `values` [B, T, C], projected already -> [B, N, C]."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), keys, values))
         # softmax(q k^T / sqrt(C / heads)) v
-        y = attention(q, k, v)
+        y = self.attend(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(-2))
 
 
@@ -112,7 +106,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.proj = Linear(channels, 8 * channels)
+        self.proj = nn.Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """One half times the GELU of the other, [B, N, C] -> [B, N, 4C]."""
@@ -125,7 +119,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """The same at every pixel, [B, N, C] -> [B, N, C]."""
@@ -148,7 +142,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """Pixels x [B, N, C] and the `kv` of all layers, of which it reads its own -> [rows of kv, N, C].
 
-        KeyError if they are not there, ValueError as of `rows`.
+        KeyError if they are not there, ValueError as for `rows`.
         """
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
@@ -171,11 +165,10 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         """The map as a row of pixels and back, added to x [B, C, h, w] -> [rows of kv, C, h, w]."""
-        # A 1x1 convolution is a linear layer at every pixel.
-        y = product(self.norm(x).flatten(2).transpose(1, 2), self.proj_in.weight.flatten(1), self.proj_in.bias)
-        y = self.transformer_blocks[0](y, kv)
-        y = product(y, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return rows(x, len(y)) + y.transpose(1, 2).unflatten(2, x.shape[2:])
+        pixels = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        pixels = self.transformer_blocks[0](pixels, kv)
+        y = self.proj_out(pixels.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return rows(x, len(y)) + y
 
 
 class Downsample(nn.Module):
@@ -297,44 +290,34 @@ class UNet(nn.Module):
     # What a config.json may say besides the sizes; a key that is absent has this value.
     FIXED = {
         "act_fn": "silu",
-        "addition_embed_type": None,
         "attention_type": "default",
-        "center_input_sample": False,
-        "class_embed_type": None,
-        "class_embeddings_concat": False,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
-        "cross_attention_norm": None,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "downsample_padding": 1,
         "dropout": 0.0,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "mid_block_only_cross_attention": None,
         "mid_block_scale_factor": 1,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "norm_eps": 1e-5,
-        "num_attention_heads": None,
-        "num_class_embeds": None,
-        "only_cross_attention": False,
-        "projection_class_embeddings_input_dim": None,
         "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
         "resnet_time_scale_shift": "default",
-        "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "time_embedding_dim": None,
         "time_embedding_type": "positional",
-        "timestep_post_act": None,
         "transformer_layers_per_block": 1,
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "upcast_attention": False,
-        "use_linear_projection": False,
     }
+    FIXED |= dict.fromkeys(
+        "center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention resnet_skip_time_act "
+        "upcast_attention use_linear_projection".split(),
+        False,
+    )
+    FIXED |= dict.fromkeys(
+        "addition_embed_type class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type "
+        "mid_block_only_cross_attention num_attention_heads num_class_embeds projection_class_embeddings_input_dim "
+        "reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn time_embedding_dim "
+        "timestep_post_act".split()
+    )
 
     def __init__(self, config: dict):
         super().__init__()
@@ -375,7 +358,7 @@ class UNet(nn.Module):
         """
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = timestep_embedding(timestep, self.conv_in.out_channels).to(latents.dtype)
-        # Every ResNet reads silu(time): applied once here.
+        # Every ResNet reads F.silu(time): applied once here.
         time = F.silu(self.time_embedding(time))
 
         x = self.conv_in(latents)
@@ -385,4 +368,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, kv)
         for block in self.up_blocks:
             x = block.up(x, time, kv, skips)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from products import Linear, attention
-
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
@@ -22,11 +20,6 @@ def group_norm(groups: int, channels: int) -> nn.GroupNorm:
 def conv3(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the side of the image."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU, [...] -> [...], in place where no gradient needs x: a fresh feature map costs more than the function."""
-    return F.silu(x, inplace=not x.requires_grad)
 
 
 class ResnetBlock(nn.Module):
@@ -43,29 +36,30 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, h, w] -> [B, outputs, h, w]; the shortcut is a 1x1 convolution where the two differ."""
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
-        y += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return y
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Attention(nn.Module):
     """Single-head self-attention over pixels, [B, c, h, w] -> [B, c, h, w]."""
 
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = group_norm(groups, channels)
-        self.to_q = Linear(channels, channels)
-        self.to_k = Linear(channels, channels)
-        self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Every pixel looks at every other, added to x [B, c, h, w] -> [B, c, h, w]."""
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
-        y = self.to_out[0](attention(q, k, v).squeeze(1))
+        y = self.to_out[0](self.attend(q, k, v).squeeze(1))
         return x + y.transpose(1, 2).reshape(x.shape)
 
 
@@ -82,11 +76,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side (nearest neighbour) and convolve, as one transposed convolution.
-
-    In a doubled image every pixel stands four times, so the nine taps of a convolution meet four pixels only: their
-    weights, summed, do the same with 4/9 of the multiplications.
-    """
+    """Double the side: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -94,10 +84,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, c, 2h, 2w]."""
-        # Row i of S: which rows of the 4x4 kernel contain row i of the 3x3 one, W' = S^T W S.
-        S = x.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-        weight = (self.conv.weight.transpose(0, 1).flatten(2) @ torch.kron(S, S)).unflatten(-1, (4, 4))
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class MidBlock(nn.Module):
@@ -151,7 +138,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -176,7 +163,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):

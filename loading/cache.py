@@ -1,0 +1,72 @@
+"""Contexts that were encoded before: anchors are the same for every target, and take longest to encode.
+
+    anchors = cached_contexts(model, prompts)      # [A, 77, d], half precision; the second target finds them on disk
+
+Files are named by the text encoder's fingerprint, its sizes, the tokenizer and the prompts, so none is ever stale.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clip import TextEncoder
+from loading.configs import SIZES
+from loading.files import Unwritten, UserError, load_tensors, save_tensors
+from loading.tokens import tokenizer_files
+
+if TYPE_CHECKING:
+    from weights import Model
+
+
+def cache_folder() -> Path:
+    """Where encoded anchors are stored: $CPE_CACHE, else ~/.cache/cpe; UserError if there is no home folder either."""
+    try:
+        return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
+    except RuntimeError as error:
+        raise UserError("there is no home folder to store encoded anchors in: set CPE_CACHE to a folder") from error
+
+
+def stored_contexts(path: Path, model: "Model", prompts: list[str]) -> Tensor:
+    """Contexts [B, 77, d] of prompts in half precision, from the file at `path`; encoded and written if it has none.
+
+    A file that cannot be written is a warning.
+    """
+    config = model.part("text_encoder").config
+    shape = (len(prompts), config.get("max_position_embeddings", 77), config["hidden_size"])
+    with suppress(UserError, KeyError):  # not there yet, or damaged
+        tensor = load_tensors(path)[0]["contexts"]
+        if tensor.shape == shape and tensor.dtype == torch.float16:
+            return tensor
+    tensor = model.encode(prompts).half().cpu()
+    try:
+        save_tensors(path, {"contexts": tensor})
+    except Unwritten as error:  # of the folder: once for all its files
+        said = Unwritten(path.parent, error.error)
+        warnings.warn(f"{said} (CPE_CACHE names the folder). Going on without it", stacklevel=2)
+    return tensor
+
+
+def cached_contexts(
+    model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64
+) -> Tensor:
+    """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
+
+    They are stored in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
+    Errors as for `Model.encode` and `cache_folder`.
+    """
+    words = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
+    # Tensors, which the fingerprint is of, are the same with any number of heads; the rest of a config says nothing.
+    sizes = [model.part("text_encoder").config[key] for key in SIZES[TextEncoder]]
+    contexts = []
+    for part in progress([list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]):
+        key = hashlib.sha256(json.dumps([model.fingerprint, sizes, words, part]).encode()).hexdigest()[:32]
+        contexts.append(stored_contexts(cache_folder() / f"contexts-{key}.safetensors", model, part))
+    return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

@@ -1,0 +1,114 @@
+"""The original layout: a whole model in one file, its tensors named as in the code of Rombach et al. 2022 (LDM).
+
+    names = ldm_names("unet", config, unet.state_dict())     # {our name: the file's}
+    tensors = to_ldm("unet", config, unet.state_dict())      # what a file in this layout holds of the U-Net
+
+The original numbers all blocks of one half of the U in a row, and the decoder's levels from the image down.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+PREFIXES = {
+    "text_encoder": "cond_stage_model.transformer.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+}
+# What a one-file checkpoint also holds and inference does not need: the schedule, training's leftovers, the schedule
+# once more as k-diffusion wraps it, the words of textual inversion, which no tokenizer here knows.
+IGNORED = re.compile(
+    r"model_ema\.|first_stage_model\.loss\.|denoiser\.|embedding_manager\.|"
+    r"cond_stage_model\.(logit_scale|text_projection|transformer\.(text_model\.)?embeddings\.position_ids|"
+    r"transformer\.text_projection)|"
+    r"(betas|alphas_cumprod|log_one_minus|sqrt_|posterior_|logvar|lvlb_weights)"
+)
+UNET = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+}
+RESNET = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+VAE = {
+    ".mid_block.resnets.0.": ".mid.block_1.",
+    ".mid_block.resnets.1.": ".mid.block_2.",
+    ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
+    ".mid_block.attentions.0.to_q.": ".mid.attn_1.q.",
+    ".mid_block.attentions.0.to_k.": ".mid.attn_1.k.",
+    ".mid_block.attentions.0.to_v.": ".mid.attn_1.v.",
+    ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
+    ".down_blocks.": ".down.",
+    ".up_blocks.": ".up.",
+    ".resnets.": ".block.",
+    ".downsamplers.0.": ".downsample.",
+    ".upsamplers.0.": ".upsample.",
+    ".conv_shortcut.": ".nin_shortcut.",
+    ".conv_norm_out.": ".norm_out.",
+}
+
+
+def replace_all(name: str, table: Mapping[str, str]) -> str:
+    """The name with every entry of the table replaced."""
+    for ours, theirs in table.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def unet_name(name: str, config: dict[str, Any]) -> str:
+    """The original name of a tensor of the U-Net."""
+    if ".resnets." in name:
+        name = replace_all(name, RESNET)
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+    if not match:
+        return replace_all(name, UNET)
+    half, level, kind, layer, rest = match.groups()
+    # layers_per_block layers and a change of resolution make a level; going down, conv_in is block 0.
+    layers = config["layers_per_block"]
+    first = int(level) * (layers + 1) + (half == "down")
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":  # in the block of the last layer, behind its attention if it has one
+        slot = 2 if config["up_block_types"][int(level)].startswith("CrossAttn") else 1
+        return f"output_blocks.{first + layers}.{slot}.{rest}"
+    block = f"{'input' if half == 'down' else 'output'}_blocks.{first + int(layer)}"
+    return f"{block}.{0 if kind == 'resnets' else 1}.{rest}"
+
+
+def vae_name(name: str, config: dict[str, Any]) -> str:
+    """The original name of a tensor of the autoencoder."""
+    last = len(config["block_out_channels"]) - 1
+    name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
+    return replace_all(name, VAE)
+
+
+def ldm_names(part: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """The original name of every tensor of a part, by ours."""
+    original = {"unet": unet_name, "vae": vae_name}.get(part, lambda name, _: name)
+    return {name: PREFIXES[part] + original(name, config) for name in names}
+
+
+def to_ldm(part: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part as a file in the original layout holds them: the autoencoder's attention as convolutions.
+
+    KeyError for a part that this layout has not: it has text_encoder, unet and vae.
+    """
+    names = ldm_names(part, config, tensors)
+    convolutions = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
+    return {
+        names[name]: tensor[:, :, None, None] if convolutions.search(names[name]) else tensor
+        for name, tensor in tensors.items()
+    }

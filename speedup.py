@@ -1,0 +1,122 @@
+"""What a CPU does faster than plain torch does it: one opt-in for networks that are in memory, the same to rounding.
+
+    speed_up(model.unet)        # in place; then the network is used, saved and edited as before
+
+torch gives float32 products to MKL, which on AMD's Zen 5, where this was measured, runs at half its speed. oneDNN,
+which torch carries as well and gives convolutions to, does not: here its products are asked for by name. torch's
+attention takes longer over many pixels than these products and a softmax do. And doubling an image before a convolution
+is 9/4 of the work that is needed. benchmarks/ has the figures. Without this file everything works, more slowly.
+"""
+
+from itertools import product as pairs
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+import unet
+import vae
+
+# oneDNN's product under torch's own name for it; None where torch was built without.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+SMALL = 2**22  # multiplications of a product up to which torch's own way is as fast
+LONG = 2**20  # scores of a head from which on torch's own kernel is the slower
+CHUNK = 256  # queries at a time: their scores stay in the cache
+
+
+def speed_up(network: nn.Module) -> nn.Module:
+    """The network itself, its layers computed by what is below: parameters, names and results stay as they are."""
+    swaps = {nn.Linear: Linear, unet.Attention: UNetAttention, vae.Attention: VAEAttention, vae.Upsample: Upsample}
+    for module in network.modules():
+        module.__class__ = swaps.get(type(module), type(module))
+    return network
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, [..., n] -> [..., m] for a weight [m, n]; without gradients. It is slow with scattered rows."""
+    x, weight = (y if y.is_contiguous() or y.mT.is_contiguous() else y.contiguous() for y in (x, weight))
+    return ONEDNN(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b by oneDNN, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., n], weight [m, n], bias [m] or None -> [..., m]."""
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, weight and bias, from that of the product [..., m]; None for those that need none."""
+        x, weight = ctx.saved_tensors
+        rows, needed = gradient.flatten(0, -2), ctx.needs_input_grad
+        return (
+            onednn(gradient, weight.T) if needed[0] else None,  # g W
+            onednn(rows.T, x.flatten(0, -2).T) if needed[1] else None,  # g^T x
+            rows.sum(dim=0) if needed[2] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, [..., n] -> [..., m], by oneDNN where that is faster: large, float32, on the CPU."""
+    plain = all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, weight, bias))
+    fits = x.dim() > 1 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
+    large = x.numel() * weight.shape[0] > SMALL
+    allowed = ONEDNN is not None and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return Product.apply(x, weight, bias) if plain and fits and large and allowed else F.linear(x, weight, bias)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt c) v: queries [B, H, N, c] over keys and values [B, H, T, c] -> [B, H, N, c].
+
+    With gradients, on few tokens, on other devices or in other precisions it is torch's own.
+    """
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+    if trained or not known or ONEDNN is None or q.shape[2] * k.shape[2] < LONG:
+        return F.scaled_dot_product_attention(q, k, v)
+    # In float32 throughout, so that of bfloat16 nothing but the outcome is rounded.
+    y, keys, values = torch.empty_like(q), (k.float() * k.shape[-1] ** -0.5).contiguous(), v.float().mT.contiguous()
+    for b, h, i in pairs(range(q.shape[0]), range(q.shape[1]), range(0, q.shape[2], CHUNK)):
+        scores = linear(q[b, h, i : i + CHUNK].float(), keys[b, h])
+        y[b, h, i : i + CHUNK] = linear(torch.softmax(scores, dim=-1), values[b, h])
+    return y
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b, [..., n] -> [..., m]."""
+        return linear(x, self.weight, self.bias)
+
+
+class UNetAttention(unet.Attention):
+    """The U-Net's, by `attention`."""
+
+    attend = staticmethod(attention)
+
+
+class VAEAttention(vae.Attention):
+    """The autoencoder's, by `attention`."""
+
+    attend = staticmethod(attention)
+
+
+class Upsample(vae.Upsample):
+    """The autoencoder's, as one transposed convolution with 4/9 of the multiplications.
+
+    In a doubled image every pixel stands four times, so the nine taps of a convolution meet four pixels only: their
+    weights, summed, do the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, c, 2h, 2w]."""
+        # Row i of S: which rows of the 4x4 kernel contain row i of the 3x3 one, W' = S^T W S.
+        S = x.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+        weight = (self.conv.weight.transpose(0, 1).flatten(2) @ torch.kron(S, S)).unflatten(-1, (4, 4))
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
