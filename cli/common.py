@@ -252,6 +252,14 @@ def bar(iterable: Iterable | None, total: int, text: str) -> tqdm:
     return tqdm(iterable, total=total, desc=text, leave=False, mininterval=often, disable=quiet)
 
 
+def forecast(steps: Iterable, total: int, text: str) -> Iterator:
+    """Steps behind a progress bar; how long all of them take is said after the first few."""
+    timed = Forecast(total, text)
+    for step in bar(steps, total, text):
+        timed.step()
+        yield step
+
+
 class Forecast:
     """Says beforehand how long something takes, from its first steps: `step()` after each of them."""
 

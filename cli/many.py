@@ -160,7 +160,7 @@ def drawing(line: int, prompt: str, said: dict[str, str | None]) -> Drawing:
         guidance = said.get("guidance") and float(said["guidance"])
     except (ValueError, OverflowError) as error:
         raise UserError(f"{error}: seeds are whole numbers, guidance scales numbers.") from error
-    if seed is not None and not 0 <= seed < 2**63 or guidance is not None and not 0 <= guidance <= 100:
+    if (seed is not None and not 0 <= seed < 2**63) or (guidance is not None and not 0 <= guidance <= 100):
         raise UserError(f"seed {seed}, guidance {guidance}: seeds are 0 or more, guidance scales up to 100.")
     return Drawing(line, prompt, seed, guidance, said.get("case"))
 

@@ -141,7 +141,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", dest="targets", help=argparse.SUPPRESS)
     add_model(parser, "emoji")
     add_sampling(parser)
-    parser.add_argument("--out", type=Path, default=Path("images/demo.png"), help="the picture; its gates beside it")
+    parser.add_argument("--out", type=Path, help="the picture (default: images/demo-<target>.png); its gates likewise")
 
 
 def recipe_fields() -> list[tuple[str, str, type, str]]:

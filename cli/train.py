@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -223,7 +222,9 @@ def finish(shop: Workshop, job: Job, where: str = "") -> None:
         if shop.args.how == "solve":
             gates, losses = solved(shop, job.target), {}
         else:
-            work = Run(trainer_of(shop, job.target), state_file(job.out), name, f"{where}training {job.target.names[0]}")
+            work = Run(
+                trainer_of(shop, job.target), state_file(job.out), name, f"{where}training {job.target.names[0]}"
+            )
             try:
                 work.train(shop.args.resume or (bool(shop.args.target_file) and work.path.exists()))
             except FloatingPointError as error:
