@@ -185,6 +185,7 @@ def denoise_context(
     steps: int = 50,
     guidance_scale: float = 7.5,
     method: str = "ddim",
+    negative: str = "",
 ) -> Iterator[Tensor]:
     """As `denoise`, from contexts [B, T, d] instead of words: those of an attacker, or of a gate upon the context.
 
@@ -198,7 +199,7 @@ def denoise_context(
     noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(model.device, model.dtype)
     if guidance_scale != 1:
-        context = torch.cat([model.encode([""]).expand_as(context), context])
+        context = torch.cat([model.encode([negative]).expand_as(context), context])
     kv = unet.keys_values(context)
     kv = gates(context, kv) if gates is not None else kv
     yield from sample(unet, model.schedule, latents, kv, steps, guidance_scale, method)
@@ -220,10 +221,12 @@ def draw(
     method: str = "ddim",
     batch: int | None = None,
     progress: Callable[[Iterator, int], Any] | None = None,
+    negative: str = "",
 ) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time; arguments as `denoise`.
 
-    `progress(steps, total)` wraps the iterator over all steps of all batches. ValueError if the images are not finite
+    `progress(steps, total)` wraps the iterator over all steps of all batches; `negative` is what guidance leads away
+    from. ValueError if the images are not finite
     numbers, or as for `denoise`.
     """
     batch = batch or (16 if model.unet.config["sample_size"] <= 16 else 1)
@@ -233,7 +236,7 @@ def draw(
     def all_steps() -> Iterator[tuple[int, Tensor]]:
         for i in starts:
             part = context[i : i + batch], seeds[i : i + batch]
-            for latents in denoise_context(model, *part, gates, steps, guidance_scale, method):
+            for latents in denoise_context(model, *part, gates, steps, guidance_scale, method, negative):
                 yield i, latents
 
     latest = dict(progress(all_steps(), len(starts) * steps) if progress else all_steps())

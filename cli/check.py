@@ -1,0 +1,168 @@
+"""check: gates in some hundred sentences, in the text encoder alone: seconds, and no picture is drawn.
+
+Of every sentence with the target's name in it: the share of the asked shift that the gates make (1: the context of the
+surrogate, and a little beyond; 0: nothing). Of sentences without it: how far a gate opens, and how far it moves them,
+measured by the same shift. Built on token_space.py; what a picture shows, follows from it but for the U-Net's part.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import cpe
+from cli.common import GateFile, check_out, command, open_model, settle
+from cli.many import read_lines
+from loading.cache import cached_contexts
+from loading.files import UserError, shipped, write_text
+from loading.prompts import PRESETS, anchor_words, normalised, read_prompts, within
+from token_space import TokenSpace, spectral_norm
+from weights import Model
+
+SHUT = 0.5  # below this share of its shift, a target may still be drawn
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """`check`: what gates do in sentences with their target, and in others. UserError for gates of another model."""
+    if args.json:
+        check_out(args.json, "--json")
+    if args.texts or not args.gates:
+        raise UserError("which gates? Give files that end in .safetensors: check gates/red-heart.safetensors")
+    files = settle(args)
+    own = [line for _, line in read_lines(args.sentences)] if args.sentences else None
+    if own and (odd := [line for line in own if line.count("{}") != 1]):
+        raise UserError(f"{args.sentences}: {odd[0]!r} needs one {{}}, where the target's name goes.")
+    model = open_model(args, ("text_encoder", "unet"))
+    space = TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm, model.tokens))
+    figures = {}
+    for file in files:
+        found = check(file, model, space, own)
+        print(found.text(args.worst))
+        figures[str(file.path)] = found.figures()
+    if args.json:
+        write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        print(f"wrote   {args.json}")
+    return command("inspect", files[0].path, found.sentences[found.order()[0]])
+
+
+# --- Sentences ---------------------------------------------------------------------------------------------------
+
+
+def of_file(name: str) -> list[str]:
+    """The sentences of a file in prompts/; [] where there is none."""
+    path = shipped("prompts") / f"{name}.txt"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def frames(preset: str) -> list[str]:
+    """Sentences that gates of a preset may learn from: its [frames], and prompts/<preset>-frames.txt."""
+    return [*read_prompts(preset).frames, *of_file(f"{preset}-frames")]
+
+
+def held_out(preset: str, most: int = 120) -> list[str]:
+    """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
+    found = of_file(f"{preset}-held-out") + of_file(f"{preset}-strange")
+    found = found or frames(preset) or read_prompts(preset).templates
+    return found[:: -(-len(found) // most)]
+
+
+# --- What was found ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What gates do: `reached` in sentences with the target, `opened` and `moved` in others."""
+
+    target: str
+    sentences: list[str]
+    reached: Tensor  # [P]
+    others: list[str]
+    opened: Tensor  # [Q], the widest opening at any token after the first
+    moved: Tensor  # [Q], energy of the change, as a share of the mean asked one
+
+    def order(self) -> list[int]:
+        """The numbers of the sentences, the worst first."""
+        return self.reached.argsort().tolist()
+
+    def shut_words(self) -> list[str]:
+        """Words that stand in no sentence where the target goes, and in one where it stays."""
+        words: dict[str, list[float]] = {}
+        own = set(normalised(self.target).split())
+        for sentence, share in zip(self.sentences, self.reached.tolist(), strict=True):
+            for word in set(normalised(sentence).split()) - own:
+                words.setdefault(word, []).append(share)
+        return sorted((word for word, shares in words.items() if max(shares) < SHUT), key=lambda w: max(words[w]))
+
+    def in_a_line(self) -> str:
+        """The least that must be said."""
+        shut, worst = (self.reached < SHUT).sum().item(), self.order()[0]
+        least = f"least {self.reached[worst]:.0%} in {self.sentences[worst]!r}"
+        stays = f"; it may stay in {shut} of them ({least})" if shut else f" ({least})"
+        return (
+            f"{self.target}: {self.reached.mean():.0%} of the change that erases it, over {len(self.sentences)} "
+            f"sentences{stays}; without it, prompts move by {self.moved.mean():.1%}, at most {self.moved.max():.0%}"
+        )
+
+    def text(self, worst: int) -> str:
+        """All that `check` prints of one file."""
+        lines = [f"\n{self.in_a_line()}", f"\nreached  in the {min(worst, len(self.sentences))} worst sentences"]
+        lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:worst]]
+        if words := self.shut_words():
+            lines.append(f"\nit stays shut around: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
+        lines.append("\n opened    moved  the widest openings in prompts without it")
+        widest = self.opened.argsort(descending=True)[:worst].tolist()
+        lines += [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest]
+        return "\n".join(lines)
+
+    def figures(self) -> dict:
+        """The same as numbers."""
+        pairs = zip(self.sentences, self.reached.tolist(), strict=True)
+        others = zip(self.others, self.opened.tolist(), self.moved.tolist(), strict=True)
+        return {
+            "target": self.target,
+            "reached": dict(pairs),
+            "others": {prompt: {"opened": opened, "moved": moved} for prompt, opened, moved in others},
+        }
+
+
+@torch.no_grad()
+def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None) -> Found:
+    """Try the gates of one file in the sentences of its preset, or in your `own`."""
+    preset = file.metadata.get("preset", "")
+    preset = preset if preset in PRESETS else "emoji" if model.name == "emoji" else "celebrity"
+    surrogate = file.metadata.get("surrogate", PRESETS[preset].surrogate)
+    lines = list(own or held_out(preset))
+    sentences = [line.replace("{}", name) for name in file.names for line in lines]
+    E = model.encode(sentences)
+    instead = cached_contexts(model, [line.replace("{}", surrogate) for line in lines]).to(E)
+    eta = file.said("eta", float) or PRESETS[preset].eta
+    x = (1 + eta) * (instead.repeat(len(file.names), 1, 1) - E)
+    gates = file.gates.to(E)
+    reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
+
+    others = without(file.names, preset, lines)
+    F = cached_contexts(model, others).to(E).split(16)
+    opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
+    energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
+    asked = space.energy(x).sum(dim=1).mean().clamp(min=1e-12)
+    return Found(file.target, sentences, reached.cpu(), others, opened.cpu(), (energy / asked).cpu())
+
+
+def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 150) -> list[str]:
+    """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name."""
+    prompts = read_prompts(preset)
+    try:
+        words = anchor_words(prompts, names)
+        words = [*words.domain, *words.general]
+    except ValueError:  # there are no others
+        words = []
+    parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]
+    words = [*dict.fromkeys(parts), *words[:: max(1, len(words) // most)]][:most]
+    filled = [lines[i % len(lines)].replace("{}", word) for i, word in enumerate(words)]
+    return ["", *(text for text in filled if not any(within(name, text) for name in names))]

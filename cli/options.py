@@ -1,0 +1,272 @@
+"""The arguments of every command, without torch. One function a command; its name is the command's.
+
+One rule for all: what a command is about stands as it is, everything else behind an option. A position that ends in
+.safetensors is a gate file; any other is text, a target or a prompt.
+
+    train "red heart" "dog face"        generate "a red heart" gates/red-heart.safetensors
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+VERSION = "0.2.0"
+COMMANDS = {
+    "demo": "erase a concept from the embedded model, and show what became of it and of others",
+    "train": "make a gate that erases a concept",
+    "generate": "draw pictures, with or without gates",
+    "inspect": "show which words of a prompt open a gate",
+    "check": "try gates on some hundred sentences, without drawing",
+    "compare": "measure CPE against the linear erasers",
+    "attack": "look for inputs that bring an erased concept back",
+    "evaluate": "judge pictures in a folder",
+    "bake": "write an erased model that needs no gates any more",
+    "export": "write an erased model for other programs",
+    "list": "show models, presets, gates, and what the embedded model knows",
+}
+PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
+GONE = {
+    "--zone": "gates have no dead zone any more: train them anew where many are merged",
+    "--gate": "`train --how solve` makes gates that change the context",
+    "--json": "only compare and check write figures: --json FILE goes with these",
+    "--prompt": "prompts stand without an option now",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Explains what became of an option that is not known any more, and suggests one that is."""
+
+    def error(self, message: str) -> None:
+        """Print usage and message, and end with exit code 2."""
+        for option in re.findall(r"--[\w-]+", message) if "unrecognized" in message else ():
+            near = difflib.get_close_matches(option, self._option_string_actions, 1)
+            message += (
+                f"\n{option}: {GONE[option]}" if option in GONE else f" (did you mean {near[0]}?)" if near else ""
+            )
+        super().error(message)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command; ends the program with help, or with exit code 2 for what is none of them."""
+    top = Parser(prog="cpe.py", description="Concept Pinpoint Eraser.", epilog=summary(), allow_abbrev=False,
+                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    top.add_argument("--version", action="version", version=f"cpe.py {VERSION}")
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="`COMMAND --help` says more")
+    command = top.parse_args(arguments[:1] or ["--help"]).command
+    parser = Parser(prog=f"cpe.py {command}", description=COMMANDS[command].capitalize() + ".", allow_abbrev=False)
+    parser.set_defaults(command=command)
+    ARGUMENTS[command](parser)
+    position = "".join(f" [{action.metavar} ...]" for action in parser._get_positional_actions())
+    parser.usage = f"%(prog)s{position} [options]"
+    return parser.parse_intermixed_args(arguments[1:])
+
+
+def summary() -> str:
+    """One line a command."""
+    return "commands:\n" + "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+
+
+# --- What several commands have ----------------------------------------------------------------------------------
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` between low and high, ArgumentTypeError for any other."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class Sort(argparse.Action):
+    """Positions: what ends in .safetensors goes to `gates`, all else to the list of `const`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, _: Any = None) -> None:
+        """Add values to what is there."""
+        for value in values:
+            name = "gates" if value.endswith(".safetensors") else self.const
+            setattr(args, name, [*getattr(args, name, []), Path(value) if name == "gates" else value])
+
+
+def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: str) -> None:
+    """Positions of one kind or two; after parsing they are lists, `args.gates` and `args.<dest>`."""
+    parser.set_defaults(**{"gates": [], dest: []})
+    parser.add_argument("positions", nargs="*", action=Sort, const=dest, metavar=metavar, help=text)
+
+
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """Gate files behind an option, too."""
+    text = "a gate file, as positions that end in .safetensors are (repeatable)"
+    parser.add_argument("--gates", action="append", type=Path, default=[], metavar="FILE", help=text)
+
+
+def add_model(parser: argparse.ArgumentParser, default: str = "the gates' own, else sd14") -> None:
+    """Which model, and where it runs. `args.model` is None where nobody said it: see `common.settle`."""
+    text = f"sd14, emoji (embedded), a folder, a .safetensors checkpoint, or owner/name (default: {default})"
+    parser.add_argument("--model", help=text)
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """For commands that only read: what trains or measures does so in float32."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn. None: as the model's own defaults say."""
+    parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's own)")
+    parser.add_argument("--guidance", type=number(float, 0, 100), help="guidance scale (likewise)")
+    parser.add_argument("--sampler", choices=("ddim", "dpm"), help="DDIM or DPM-Solver++(2M) (likewise)")
+
+
+def add_steps_scale(parser: argparse.ArgumentParser) -> None:
+    """Faster and worse, or slower and better."""
+    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
+
+
+# --- Commands ----------------------------------------------------------------------------------------------------
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    """Of `demo`."""
+    positions(parser, "TARGET", "targets", "what to erase (default: red heart)")
+    parser.add_argument("--target", action="append", dest="targets", help=argparse.SUPPRESS)
+    add_model(parser, "emoji")
+    add_sampling(parser)
+    parser.add_argument("--out", type=Path, help="the picture (default: images/demo-<target>.png); its gates likewise")
+
+
+def recipe_fields() -> list[tuple[str, str, type, str]]:
+    """(field, option, type, comment) of every number of cpe.Recipe, read from its source: importing it takes seconds."""
+    source = (Path(__file__).resolve().parent.parent / "cpe.py").read_text(encoding="utf-8")
+    body = source.split("class Recipe:")[1].split("\n\n\n")[0]
+    short = {"lam": "lambda", "k": "rank", "r": "gate-rank"}
+    found = re.findall(r"^    (\w+): (int|float) = \S+(?:  # (.*))?$", body, flags=re.MULTILINE)
+    return [(name, short.get(name, name.replace("_", "-")), {"int": int, "float": float}[kind], text)
+            for name, kind, text in found]  # fmt: skip
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """Of `train`: those below, and one for every number of the recipe."""
+    positions(parser, "TARGET", "targets", "what to erase: one gate file each")
+    parser.add_argument("--target", nargs="+", action="extend", dest="targets", help="the same")
+    many = "file of targets: one a line, its other names after commas (torchrun splits the lines)"
+    parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
+    parser.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
+    parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")
+    parser.add_argument("--surrogate", help="what it becomes (default: the preset's)")
+    parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
+    parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
+    parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
+    add_steps_scale(parser)
+    parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run (--targets always does)")
+    parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
+    add_model(parser, "sd14")
+    fields = recipe_fields()
+    parser.epilog = f"numbers of the recipe (cpe.Recipe explains them): {' '.join(f'--{o}' for _, o, _, _ in fields)}"
+    for name, option, kind, _ in fields:
+        parser.add_argument(f"--{option}", dest=f"recipe_{name}", type=number(kind, 0, 1e9), help=argparse.SUPPRESS)
+
+
+def generate(parser: argparse.ArgumentParser) -> None:
+    """Of `generate`."""
+    positions(parser, "PROMPT_OR_GATES", "prompts", "what to draw, from seeds SEED, SEED + 1, ...; and gate files")
+    add_gates(parser)
+    many = "file of prompts: one a line, or CSV with a column `prompt` (torchrun splits the lines)"
+    parser.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
+    parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
+    parser.add_argument("--out", type=Path, help="the picture, of several a folder (default: images/<prompt>.png)")
+    add_model(parser)
+    add_dtype(parser)
+    add_sampling(parser)
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    """Of `inspect`."""
+    positions(parser, "PROMPT_OR_GATES", "prompts", "a prompt, and gate files")
+    add_gates(parser)
+    parser.add_argument("--prompt", action="append", dest="prompts", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="draw the sentence with its openings (PNG)")
+    add_model(parser)
+    add_dtype(parser)
+
+
+def check(parser: argparse.ArgumentParser) -> None:
+    """Of `check`."""
+    positions(parser, "GATES", "texts", "gate files")
+    add_gates(parser)
+    parser.add_argument("--sentences", type=Path, metavar="FILE", help="your own: one a line, {} is the target's place")
+    parser.add_argument("--worst", type=number(int, 1, 1000), default=8, help="how many of the worst to print")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add_model(parser)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    """Of `compare`."""
+    positions(parser, "TARGET", "targets", "instead of the scenarios: erase these at once")
+    parser.add_argument("--target", action="append", dest="targets", help=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of the targets: their words and recipe")
+    text = "only these (repeatable); '50 at once' runs only when named"
+    parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
+    parser.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
+    parser.add_argument("--quick", action="store_true", help="one target, few images, no attacks")
+    parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--out", type=Path, default=Path("images/compare.png"), help="the picture")
+    add_model(parser, "emoji")
+
+
+def attack(parser: argparse.ArgumentParser) -> None:
+    """Of `attack`."""
+    positions(parser, "GATES", "targets", "gate files")
+    add_gates(parser)
+    add_model(parser)
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Of `evaluate`."""
+    positions(parser, "FOLDER", "folders", "pictures")
+    add_model(parser)
+
+
+def bake(parser: argparse.ArgumentParser) -> None:
+    """Of `bake`."""
+    positions(parser, "GATES", "texts", "gate files to bake in")
+    add_gates(parser)
+    parser.add_argument("--out", type=Path, help="folder to write (default: models/<target>)")
+    parser.add_argument("--preset", choices=PRESETS, help="prompts to train on (default: those of the gates)")
+    add_steps_scale(parser)
+    parser.add_argument("--images", type=number(int, 0, 100), default=1, help="images per concept for the comparison")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    add_model(parser)
+    add_sampling(parser)
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """Of `export`."""
+    positions(parser, "GATES", "texts", "gate files to write into the model")
+    add_gates(parser)
+    parser.add_argument("--out", type=Path, help="what to write")
+    add_model(parser)
+
+
+def nothing(parser: argparse.ArgumentParser) -> None:
+    """Of `list`, which takes none."""
+
+
+ARGUMENTS = {
+    "demo": demo, "train": train, "generate": generate, "inspect": inspect, "check": check, "compare": compare,
+    "attack": attack, "evaluate": evaluate, "bake": bake, "export": export, "list": nothing,
+}  # fmt: skip

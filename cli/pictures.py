@@ -1,0 +1,99 @@
+"""Grids of pictures that say what they show: prompts over the columns, names before the rows."""
+
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from loading.files import UserError, atomic
+
+LINE = 14  # pixels of a line of text
+
+
+def grid(rows: Sequence[Tensor], path: Path, columns: Sequence[str] = (), names: Sequence[str] = (),
+         settings: str = "") -> None:  # fmt: skip
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; small ones doubled. UserError as for `atomic`.
+
+    `columns` stand over them, `names` before the rows; `settings` go into the file, for `drawn_with`.
+    """
+    image = sheet(rows, columns, names)
+    info = PngInfo()
+    if settings:
+        info.add_itxt("cpe", settings)
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
+
+
+def sheet(rows: Sequence[Tensor], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
+    """The picture that `grid` writes."""
+    tiles = [[to_picture(each) for each in row] for row in rows]
+    width, height = tiles[0][0].size
+    wrapped = [textwrap.wrap(text, max(4, width // 7), max_lines=4, placeholder=" ...") for text in columns]
+    left, top = 8 * max(map(len, names), default=0), LINE * max(map(len, wrapped), default=0)
+    page = Image.new("RGB", (left + width * len(tiles[0]), top + height * len(rows)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
+    for column, lines in enumerate(wrapped):
+        for i, line in enumerate(lines):
+            draw.text((left + column * width + 2, i * LINE + 1), line, "black", font)
+    for row, pictures in enumerate(tiles):
+        if names:
+            draw.text((3, top + (row + 0.5) * height - LINE / 2), names[row], "black", font)
+        for column, picture in enumerate(pictures):
+            page.paste(picture, (left + column * width, top + row * height))
+    return page
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A picture of one image [3, H, W] in [-1, 1], twice its size where it is small."""
+    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    scale = 2 if picture.height <= 128 else 1
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def check_picture(path: Path) -> None:
+    """UserError unless the name of a picture is one of a PNG."""
+    if path.suffix.lower() not in (".png", ""):
+        raise UserError(f"{path}: pictures are written as PNG, choose a name that ends in .png.")
+
+
+def drawn_with(path: Path) -> str:
+    """The settings that `grid` put into a PNG; "" if it is not there, damaged, or says none."""
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
+        image.load()
+        return image.info.get("cpe", "")
+    return ""
+
+
+def change(before: Tensor, after: Tensor) -> tuple[float, str]:
+    """How far an image moved: the mean absolute difference, of 2 at most, and a word for it."""
+    moved = (before - after).abs().mean().item()
+    words = ((0.01, "unchanged"), (0.05, "hardly changed"), (0.15, "somewhat changed"), (2.1, "another picture"))
+    return moved, next(word for limit, word in words if moved < limit) if moved == moved else "broken"
+
+
+def openings(tokens: Sequence[str], values: Tensor, names: Sequence[str]) -> Image.Image:
+    """A sentence with the opening [N, T] of every gate behind its words: white 0, red 1."""
+    font, rows = ImageFont.load_default(), len(names)
+    widths = [int(font.getlength(token)) + 10 for token in tokens]
+    left = 10 + max(int(font.getlength(name)) for name in names)
+    page = Image.new("RGB", (left + sum(widths), 8 + rows * 2 * LINE), "white")
+    draw, shades = ImageDraw.Draw(page), (255 * (1 - values)).round().int().tolist()
+    for row, name in enumerate(names):
+        y, x = 4 + row * 2 * LINE, left
+        draw.text((4, y + 4), name, "black", font)
+        for token, width, shade in zip(tokens, widths, shades[row], strict=True):
+            draw.rectangle((x, y, x + width - 2, y + 2 * LINE - 4), fill=(255, shade, shade))
+            draw.text((x + 4, y + 4), token, "black", font)
+            x += width
+    return page.resize((2 * page.width, 2 * page.height), Image.Resampling.LANCZOS)
+
+
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """Images of one size as a batch [B, 3, H, W]."""
+    return torch.stack(list(images))

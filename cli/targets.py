@@ -1,0 +1,118 @@
+"""Which targets a person meant: several in one, a style, a word that the embedded model never saw.
+
+What is recognised is acted on, and said; what could mean two things is refused, with both ways to write it.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cli.common import command, defaults_of, is_emoji
+from loading.files import UserError
+from loading.prompts import PRESETS, normalised, read_prompts
+from weights import load_model
+
+SEVERAL = re.compile(r"\s*(?:[,;&+]|\band\b)\s*")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one gate file erases, and how."""
+
+    names: list[str]  # the target, then its aliases
+    preset: str
+    surrogate: str
+
+
+def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]:
+    """One name a target: "red heart, umbrella" is two if the model knows both. UserError where it is not clear."""
+    known = {normalised(word) for word in read_prompts("emoji").domain} if is_emoji(model) else set()
+    names = []
+    for text in texts:
+        parts = [part for part in SEVERAL.split(text) if part]
+        if len(parts) < 2 or one_name or normalised(text) in known:
+            names.append(text)
+        elif all(normalised(part) in known for part in parts):
+            print(f"targets {', '.join(parts)}: {text!r} names {len(parts)} things, each gets a gate of its own")
+            names += parts
+        else:
+            several, one = command("train", *parts), command("train", text, "--one-name")
+            raise UserError(f"{text!r} may be one name or {len(parts)}. Several: {several}. One: {one}.")
+    spaced = [" ".join(name.split()) for name in names]
+    return list({normalised(name) or name: name for name in reversed(spaced)}.values())[::-1]
+
+
+def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
+    """A target with the preset and the surrogate it needs; UserError for a name that cannot be erased."""
+    names = list(dict.fromkeys(" ".join(name.split()) for name in names))
+    preset = args.preset or defaults_of(args.model)["preset"]
+    if is_emoji(args.model):
+        names[0], preset = style_of(names[0], preset, args.preset)
+    surrogate = " ".join((PRESETS[preset].surrogate if args.surrogate is None else args.surrogate).split())
+    if not surrogate:
+        raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
+    for name in names:
+        if not name:
+            raise UserError('the target is empty: say what to erase, for example train "Brad Pitt".')
+        if (normalised(name) or name) == (normalised(surrogate) or surrogate):
+            raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
+    if is_emoji(args.model):
+        check_known(names, args.model)
+        if args.surrogate is None and preset not in ("emoji", "emoji-style"):
+            raise UserError(f"--preset {preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
+        check_known([surrogate], args.model)
+    return Target(names, preset, surrogate)
+
+
+def styles() -> list[str]:
+    """The styles that the embedded model knows."""
+    return [word for word in read_prompts("emoji").general if word.endswith(" style")]
+
+
+def style_of(name: str, preset: str, asked: str | None) -> tuple[str, str]:
+    """A target of the embedded model and its preset: styles have one of their own. UserError if another was asked."""
+    plain = normalised(name)
+    style = next((s for s in styles() if plain in (s, s.removesuffix(" style"))), None)
+    if style is None:
+        if preset == "emoji-style":
+            known = ", ".join(styles())
+            raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
+        return name, preset
+    if asked == "emoji":
+        raise UserError(f"{name!r} is a style: leave --preset out, or give --preset emoji-style.")
+    if asked is None:
+        print(f"preset  emoji-style, as {style!r} is a style")
+    return style, asked or "emoji-style"
+
+
+def known_words() -> set[str]:
+    """The words of the embedded model's concepts."""
+    prompts = read_prompts("emoji")
+    return {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
+
+
+def check_known(names: Sequence[str], model: str) -> None:
+    """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
+    words = known_words()
+    for name in names:
+        if not normalised(name) or not set(normalised(name).split()) <= words:
+            raise UserError(
+                f"the embedded model cannot draw {name!r}. Nearest in meaning: {', '.join(nearest(name, model))}; "
+                f"all that it knows: {command('list')}. Real names need --model sd14."
+            )
+
+
+@torch.no_grad()
+def nearest(name: str, folder: str, count: int = 3) -> list[str]:
+    """The concepts of the embedded model that are nearest to a name in meaning, as its text encoder reads them."""
+    model, concepts = load_model(folder, parts=("text_encoder",)), read_prompts("emoji").domain
+    texts = [name, *concepts]
+    ends = model.tokenizer(texts).argmax(dim=1)  # the first EOS, where the whole text has been read
+    features = model.encode(texts)[torch.arange(len(texts)), ends]
+    features = F.normalize(features - features[1:].mean(dim=0), dim=-1)
+    order = (features[1:] @ features[0]).argsort(descending=True)
+    return [concepts[i] for i in order[:count].tolist()]
