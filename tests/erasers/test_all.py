@@ -5,16 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import baselines
 import pytest
 import torch
+from baselines import ERASERS
 from tiny import normal
 from torch import Tensor
 
-import baselines
 import old_cpe as cpe
 import sampler
 import weights
-from baselines import ERASERS
 
 TARGETS, SURROGATE, KEPT = ["cat"], "an object", ["a dog", "red apple", "picture of a heart"]
 RECIPE = replace(
