@@ -18,7 +18,7 @@ the victim, and its success is the share of the images drawn with them that an e
 
 The first two need the keys and values of the original model, the next two its pictures of the target, the last two
 nothing. They are strong on purpose, all gradients and weights at hand: an eraser that withstands them has something to
-show, one that was only tried with its own templates has not. Built on cpe, baselines, sampler.
+show, one that was only tried with its own templates has not. Built on cpe, erasers, sampler.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
 the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures, l projections.
@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-import baselines
 import old_cpe as cpe
 from clip import Tokenizer
+from erasers.common import projections, trajectories
 from unet import KeysValues
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Misfit:
 
     def metric(self) -> Tensor:
         """sum_l w_l V_l^T V_l [d, d], float64: how strongly the erased weights V react to a change of a token."""
-        erased = baselines.projections(self.victim.erased)
+        erased = projections(self.victim.erased)
         return sum(w * erased[f"{name}.weight"].T @ erased[f"{name}.weight"] for name, w in self.w.items())
 
     def __call__(self, context: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def revived(misfit: Misfit, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Te
         c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
     """
     victim = misfit.victim
-    W, V = (baselines.projections(model) for model in (victim.original, victim.erased))
+    W, V = (projections(model) for model in (victim.original, victim.erased))
     C = E.cpu().double()
     gram = sum(v.T @ v for v in V.values()) + rho * torch.eye(C.shape[-1], dtype=C.dtype)
     best, lowest, context = E, misfit(E), E
@@ -297,7 +297,7 @@ def pictures(
 ) -> Tensor:
     """Latents [>= count, c, h, w] that the original model draws for the prompts, as many for each."""
     each = -(-count // len(prompts))
-    return torch.cat([baselines.trajectories(model, p, each, steps, guidance, generator)[-1] for p in prompts])
+    return torch.cat([trajectories(model, p, each, steps, guidance, generator)[-1] for p in prompts])
 
 
 def invert(

@@ -12,7 +12,7 @@ What is measured, on images of the model before and after erasing, from the same
     style           images of all three whose drawing style is still the one asked for
 
 A third of all concepts (`held_out`) is never shown to any eraser. Hyper-parameters (`TUNED`, `MANY`, `CROWD`,
-`STYLE`) come from benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, baselines, bake
+`STYLE`) come from benchmarks/tune.py, on targets that no scenario holds. Built on evaluate, attacks, erasers, bake
 and cpe.
 """
 
@@ -37,10 +37,11 @@ from torch import Tensor, nn
 
 import attacks
 import bake
-import baselines
+import erasers
 import evaluate
 import old_cpe as cpe
 import variants
+from cpe import Recipe
 from loading.cache import cache_folder, cached_contexts
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import read_prompts
@@ -296,7 +297,7 @@ def compared(scenario: Scenario, methods: Sequence[Method]) -> list[Method]:
 
 
 def linear(eraser: str) -> Callable[..., Erased]:
-    """A builder for one of `baselines.ERASERS`."""
+    """A builder for one of `erasers.ERASERS`."""
 
     def build(
         world: World, scenario: Scenario, seed: int, templates: str = "", anchors: bool = False, **settings: Any
@@ -323,10 +324,14 @@ def linear(eraser: str) -> Callable[..., Erased]:
             surrogates = filled(prompts.templates, surrogates) if templates == "pairs" else bare
         if eraser == "lora":
             longer = settings.pop("longer", 1.0)
-            settings = {"recipe": dataclasses.replace(cpe.PRESETS[scenario.preset], **settings).scaled(longer)}
+            recipe = dataclasses.replace(cpe.PRESETS[scenario.preset], **settings).scaled(longer)
+            known = {field.name for field in dataclasses.fields(Recipe)}
+            settings = {"recipe": Recipe(**{n: v for n, v in dataclasses.asdict(recipe).items() if n in known})}
         if eraser in ("lora", "mace"):  # which put names into sentences: into such as the model understands
             settings |= {"templates": prompts.templates}
-        edited = baselines.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
+        if eraser == "mace":
+            settings |= {"photo": prompts.templates[0]}
+        edited = erasers.ERASERS[eraser](world.model, targets, surrogates, kept, seed, **settings)
         size = sum(W.numel() for W in edited.values())
         if eraser == "lora":  # its factors
             k = settings["recipe"].k * len(targets)
@@ -446,7 +451,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "cpe, hard": {"lam": 100.0},
     "cpe, mlp": {"lam": 100.0},
     "uce": {"padding": True, "templates": "pairs", "s_p": 10.0},
-    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 10.0, "eta": 0.3},
+    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "start": (0.1, 10.0), "s_p": 10.0, "eta": 0.3},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 3.0, "lam": 0.1, "templates": "kept", "images": 4, "sampling_steps": 20},
     "esd": {"lr": 2e-4, "negative": 5.0, "images": 8, "sampling_steps": 20},
@@ -455,7 +460,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
 
 MANY: dict[str, dict] = {  # and what differs for several targets at once, of linear erasers; CPE's gates are merged
     "uce": {"s_p": 30.0, "eta": 0.3},
-    "rece": {"s_p": 30.0},
+    "rece": {"start": (0.1, 30.0), "s_p": 30.0},
     "speed": {"threshold": 0.01, "templates": ""},
     "mace": {"keep": 10.0, "eta": 0.3},
     "esd": {"steps": 400},
@@ -464,7 +469,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
 
 CROWD: dict[str, dict] = {  # and for more than thirty, nearer to fifty than to ten: found on fifty
     "uce": {"s_p": 200.0},
-    "rece": {"s_p": 100.0},
+    "rece": {"start": (0.1, 100.0), "s_p": 100.0},
     "speed": {"threshold": 1.0},
     "mace": {"keep": 30.0},
 }
@@ -472,7 +477,7 @@ CROWD: dict[str, dict] = {  # and for more than thirty, nearer to fifty than to 
 STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of their own, whose lambda this repeats
     "cpe, context gate": {"lam": 100.0},
     "uce": {"eta": 1.0},
-    "rece": {"s_p": 3.0, "eta": 1.0},
+    "rece": {"start": (0.1, 3.0), "s_p": 3.0, "eta": 1.0},
     "speed": {"threshold": 3.0, "eta": 0.0},
     "mace": {"keep": 1.0, "eta": 1.0},
     "esd": {"lr": 5e-4, "steps": 200},

@@ -10,10 +10,12 @@ from tiny import ROOT, normal
 from torch import Tensor
 
 import attacks
-import baselines
 import old_cpe as cpe
 import weights
 from attacks import ATTACKS, Found, Misfit, Victim
+from erasers.common import projections
+from erasers.lora import TEMPLATES as lora_templates
+from erasers.rece import revive
 
 random = partial(normal, dtype=torch.float32)
 TARGET, TEMPLATES = "red heart", ["a picture of a {}", "{} emoji"]
@@ -56,7 +58,7 @@ def model(tiny_original: Path) -> weights.Model:
 @pytest.fixture(scope="module")
 def victims(model: weights.Model) -> dict[str, Victim]:
     """One of every kind: nothing erased, edited weights, the paper's gates, the context gate."""
-    W = {key.removesuffix(".weight"): V.float() for key, V in baselines.projections(model).items()}
+    W = {key.removesuffix(".weight"): V.float() for key, V in projections(model).items()}
     mixed = torch.eye(16) + random(16, 16) / 4
     edited = {f"{key}.weight": V @ mixed + random(*V.shape, seed=i) / 20 for i, (key, V) in enumerate(W.items())}
     return {
@@ -177,18 +179,18 @@ def test_gradients_flow_through_gates(kind: str, victims: dict[str, Victim]) -> 
 def test_revival_is_reces_formula(victims: dict[str, Victim]) -> None:
     victim = victims["edited"]
     found = attack("revival", victim, rho=0.1)
-    original, edited = baselines.projections(victim.original), baselines.projections(victim.erased)
+    original, edited = projections(victim.original), projections(victim.erased)
     A = torch.linalg.inv(0.1 * torch.eye(16).double() + sum(V.T @ V for V in edited.values()))
     A = A @ sum(V.T @ original[key] for key, V in edited.items())
     C = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
     torch.testing.assert_close(found.contexts, (C @ A.T).float())
-    torch.testing.assert_close(found.contexts[0], baselines.revive(original, edited, C[0], 0.1).float())
+    torch.testing.assert_close(found.contexts[0], revive(original, edited, C[0], 0.1).float())
 
 
 def test_revival_undoes_an_edit_that_lost_nothing(model: weights.Model) -> None:
     """W' = W B with an invertible B hides the concept at E B^-1, and nowhere else."""
     B = (torch.eye(16) + random(16, 16) / 8).double()
-    edited = {key: (W @ B).float() for key, W in baselines.projections(model).items()}
+    edited = {key: (W @ B).float() for key, W in projections(model).items()}
     victim = Victim(model, model.with_unet(edited))
     E = model.encode(attacks.fill(TEMPLATES, TARGET))
     for found in (attack("revival", victim, rho=1e-9), attack("embeddings", victim, steps=40)):
@@ -207,7 +209,7 @@ def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, V
     victim = victims["edited"]
     E = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
     objective = cpe.Objective(victim.original.cross_attention())
-    V = {name: baselines.projections(victim.erased)[f"{name}.weight"] for name in objective.W}
+    V = {name: projections(victim.erased)[f"{name}.weight"] for name in objective.W}
     # x = E (sum w W^T V) (sum w V^T V)^-1
     cross = sum(w * objective.W[name].double().T @ V[name] for name, w in objective.w.items())
     x = torch.linalg.solve(sum(w * V[name].T @ V[name] for name, w in objective.w.items()), E @ cross, left=False)
@@ -366,7 +368,7 @@ def test_paraphrases_are_in_no_training(preset: str) -> None:
         cpe.normalised(template)
         for file in (ROOT / "prompts").glob("*.txt")
         for template in cpe.parse_prompts(file.read_text()).templates
-    } | {cpe.normalised(template) for template in baselines.TEMPLATES}
+    } | {cpe.normalised(template) for template in lora_templates}
     assert len(trained) > 100
     unseen = attacks.PARAPHRASES[preset]
     assert (ROOT / "prompts" / f"{preset}.txt").is_file()

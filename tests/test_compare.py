@@ -15,9 +15,9 @@ import torch
 
 import attacks
 import bake
-import baselines
 import commands
 import compare
+import erasers
 import old_cpe as cpe
 import variants
 import weights
@@ -61,7 +61,7 @@ def test_no_eraser_is_told_of_targets_or_of_what_is_held_out(world, name):
 
 def test_aliases_of_a_target_are_erased_with_it_and_not_kept(world, monkeypatch):
     given, scenario = [], compare.Scenario(("umbrella",), aliases=("red heart",))
-    monkeypatch.setitem(baselines.ERASERS, "uce", lambda *all: given.append(all) or {})
+    monkeypatch.setitem(erasers.ERASERS, "uce", lambda *all: given.append(all) or {})
     compare.METHODS["uce"].build(world, scenario, 0)
     ((_, targets, surrogates, kept, _),) = given
     assert (targets, surrogates) == (["umbrella", "red heart"], [cpe.PRESETS["emoji"].surrogate] * 2)
@@ -88,7 +88,7 @@ def test_gates_of_the_row_with_a_dead_zone_have_one(world, monkeypatch):
 def test_lora_and_the_rows_with_cpes_anchors_have_those_of_the_gates(world, name, monkeypatch):
     scenario, told = compare.SCENARIOS[name], []
     for eraser in ("lora", "uce"):
-        monkeypatch.setitem(baselines.ERASERS, eraser, lambda *given, **_: told.append(given[3]) or {})
+        monkeypatch.setitem(erasers.ERASERS, eraser, lambda *given, **_: told.append(given[3]) or {})
     for method in (compare.METHODS["lora"], compare.ABLATIONS["uce, CPE's anchors"]):
         method.build(world, scenario, 0, **method.settings)
     assert told[0] == told[1]
@@ -459,7 +459,7 @@ def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_its_ablations(
 
 def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
     given = []
-    monkeypatch.setitem(baselines.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
+    monkeypatch.setitem(erasers.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
     one, templates = compare.SCENARIOS["object"], read_prompts("emoji").templates
     surrogate = cpe.PRESETS["emoji"].surrogate
     for where in ("kept", "all", "pairs"):
@@ -479,7 +479,7 @@ def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch)
 @pytest.mark.parametrize("preset", ["emoji", "explicit"])
 def test_lora_learns_many_targets_in_more_steps_of_whatever_preset(world, monkeypatch, preset):
     given = []
-    monkeypatch.setitem(baselines.ERASERS, "lora", lambda *all, **settings: given.append(settings["recipe"]) or {})
+    monkeypatch.setitem(erasers.ERASERS, "lora", lambda *all, **settings: given.append(settings["recipe"]) or {})
     scenario = dataclasses.replace(compare.SCENARIOS["10 at once"], preset=preset)
     monkeypatch.setattr(compare, "anchors_of_gates", lambda world, scenario: [""])
     compare.METHODS["lora"].build(world, scenario, 0, **compare.tuned(compare.METHODS["lora"], scenario))

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import attacks
-import baselines
 import commands
 import compare
+import erasers
 import old_cpe as cpe
 import sampler
 import unet
@@ -260,7 +260,7 @@ def test_attacks_run_on_the_card(tiny_original, device, name):
 
 def test_a_linear_eraser_gives_weights_of_the_cpu(tiny_original, device):
     edited = [
-        baselines.uce(weights.load_model(tiny_original, device=kind), ["cat"], "an object", ["a dog"])
+        erasers.ERASERS["uce"](weights.load_model(tiny_original, device=kind), ["cat"], "an object", ["a dog"])
         for kind in ("cuda", "cpu")
     ]
     for name, tensor in edited[1].items():

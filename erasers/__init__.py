@@ -1,0 +1,42 @@
+"""The linear erasers that CPE is compared with: each edits weights of cross-attention, once and for every prompt.
+
+    edited = ERASERS["uce"](model, ["cat"], "an object", ["a dog", "a horse"])   # {"....attn2.to_k.weight": [d_l, d]}
+    save_model(model, folder, unet=model.unet.state_dict() | edited)             # a plain U-Net, any tool opens it
+
+    uce.py     closed form   to_k, to_v      Gandikota et al. 2024 (arXiv 2308.14761)
+    rece.py    closed form   to_k, to_v      Gong et al. 2024 (arXiv 2407.12383)
+    speed.py   closed form   to_v            Li et al. 2025 (arXiv 2503.07392)
+    mace.py    both forms    to_k, to_v      Lu et al. 2024 (arXiv 2403.06135)
+    esd.py     trained       all of attn2    Gandikota et al. 2023 (arXiv 2303.07345), variant x
+    lora.py    trained       to_k, to_v      CPE's own losses without its gates: what the nonlinearity is worth
+    common.py  what they share; beyond.py: what is in none of their papers, off by default
+
+All have one signature, `(model, targets, surrogate, preserved, seed, **settings) -> edited weights`: on the CPU, under
+the checkpoint keys of the U-Net, only those that changed. The surrogate is one for all targets, or a list of one each
+(ValueError otherwise). `preserved` are prompts that must stay; the caller takes out those that name a target.
+
+Defaults are the authors' code, tested against it written out as loops (tests/erasers/test_published.py). Where that
+code has several settings, `PUBLISHED` has them by name: `ERASERS["mace"](..., **PUBLISHED["mace, person"])`.
+"""
+
+from collections.abc import Callable
+
+from erasers import esd, lora, mace, rece, speed, uce
+from erasers.common import Weights
+
+ERASERS: dict[str, Callable[..., Weights]] = {
+    "uce": uce.uce, "rece": rece.rece, "speed": speed.speed, "lora": lora.lora, "esd": esd.esd, "mace": mace.mace,
+}  # fmt: skip
+
+PUBLISHED: dict[str, dict] = {  # settings of the authors' code, by eraser and what it is for; without a word, defaults
+    "uce": {},
+    "uce, 2023": {"first": True},
+    "rece": {},
+    "rece, style": {"rho": 1e-3, "rounds": 1},
+    "rece, object": {"rounds": 1},
+    "speed": {},
+    "speed, many": {"rho": 0.05, "prefilter": False},
+    "esd": {},
+    "mace": {},
+    **{f"mace, {kind}": settings for kind, settings in mace.SETTINGS.items()},
+}

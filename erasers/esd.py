@@ -1,0 +1,59 @@
+"""ESD-x: Erasing Concepts from Diffusion Models (Gandikota et al., ICCV 2023, arXiv 2303.07345), cross-attention.
+
+All weights of attn2 are trained: under the target's name the U-Net learns to predict the noise of its opposite.
+Their code writes the goal as eps_c - n (eps_c - eps_0) with negative_guidance n = 2. That is ours,
+eps_0 - negative (eps_c - eps_0), with negative = n - 1 = 1. Steps, rate and guidance are theirs, too; bfloat16, the
+sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over. Built on common.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from erasers.common import Weights, finished, predict, trajectories
+from weights import Model
+
+
+def esd_steps(
+    model: Model, targets: list[str], weights: Weights, seed: int, *, steps: int = 200, lr: float = 5e-5,
+    guidance: float = 3.0, negative: float = 1.0, images: int = 16, sampling_steps: int = 50,
+) -> Iterator[float]:  # fmt: skip
+    """Train `weights` in place, one loss per step.
+
+    x_t is drawn from `images` whole trajectories of the frozen model per target, made beforehand, not from a new one
+    every step: the same distribution, less work.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unet, times = model.unet, model.schedule.timesteps(sampling_steps)
+    paths = [trajectories(model, name, images, sampling_steps, guidance, generator) for name in targets]
+    named, empty = model.encode(targets), model.encode([""])
+    optimizer = torch.optim.Adam([W.requires_grad_() for W in weights.values()], lr=lr)
+    for _ in range(steps):
+        i, j, s = (torch.randint(n, (1,), generator=generator).item() for n in (len(targets), images, sampling_steps))
+        x, t, c = paths[i][s, j : j + 1], times[s], named[i : i + 1]
+        with torch.no_grad():
+            eps_c, eps_0 = predict(unet, {}, torch.cat([x, x]), t, torch.cat([c, empty])).chunk(2)
+            # eps_0 - negative (eps_c - eps_0): as far from the concept as guidance goes towards it
+            goal = eps_0 - negative * (eps_c - eps_0)
+        loss = F.mse_loss(predict(unet, weights, x, t, c), goal)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def esd(
+    model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0,
+    **training: Any,
+) -> Weights:  # fmt: skip
+    """Cross-attention learns the opposite of the target; `training`: of `esd_steps`.
+
+    There is no surrogate and no preservation: both are ignored.
+    """
+    named, dtype = model.unet.state_dict().items(), torch.promote_types(model.dtype, torch.float32)
+    weights = {key: W.detach().to(dtype, copy=True) for key, W in named if ".attn2." in key}
+    for _ in esd_steps(model, targets, weights, seed, **training):
+        pass
+    return finished(model, weights)

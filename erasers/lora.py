@@ -1,0 +1,65 @@
+"""LoRA with CPE's own losses (Hu et al., ICLR 2022, arXiv 2106.09685): what CPE would be without its gates.
+
+The same losses, anchors, attacks and stages; but R_l(E) = s E D_l U_l, linear in the context, so that the correction
+folds into W_l. What it cannot do that CPE can is due to the missing nonlinearity. Built on cpe, token_space and common.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import cpe
+import token_space
+from erasers.common import Weights, contexts, encode, filled, finished, one_each, projections
+from weights import Model
+
+TEMPLATES = ("a photo of {}", "{}", "a {}", "a photo of a {}", "a picture of {}", "an image of a {}")
+
+
+class LoRA(cpe.ResAG):
+    """A ResAG of one concept with everything open: no attention, H = E, and no gate, g = 1."""
+
+    def __init__(self, widths: dict[str, int], d: int, k: int, alpha: float, generator: torch.Generator | None = None):
+        super().__init__(widths, d, r=1, k=k, alpha=alpha, generator=generator)
+        del self.w_qs, self.scaler  # nothing would train them
+
+    def gated(self, E: Tensor) -> Tensor:
+        """s E [1, B, T, d]."""
+        return self.scale.view(-1, 1, 1, 1) * E
+
+    def fold(self, weights: Weights) -> Weights:
+        """The projections with the residuals inside, [d_l, d]: W_l + s (D_l U_l)^T."""
+        layers = zip(self.names, self.lora_down, self.lora_up, strict=True)
+        change = {f"{name}.weight": self.scale * (D[0] @ U[0]).T for name, D, U in layers}
+        return {key: W + change[key].detach().to(W) for key, W in weights.items()}
+
+
+def lora_trainer(
+    model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int,
+    recipe: cpe.Recipe, templates: Sequence[str],
+) -> cpe.Trainer:  # fmt: skip
+    """CPE's trainer with a LoRA in place of the gates; one LoRA, of rank k per target, learns all targets together.
+
+    Its rank stops at the width of the context, where a LoRA can be any matrix.
+    """
+    empty, surrogates = encode(model, [""]).float(), one_each(surrogate, targets)
+    named, becoming = (encode(model, filled(templates, names)).float() for names in (targets, surrogates))
+    anchors = torch.cat([E.half() for _, E in contexts(model, preserved or [""])])
+    layers = cpe.Layers.of({key: W.cpu() for key, W in model.cross_attention().items()}, token_space.spectral_norm)
+    losses = token_space.Losses(layers, cpe.Data(named, becoming, anchors, empty), recipe.eta)
+    generator, d = torch.Generator().manual_seed(seed), empty.shape[2]
+    k = min(recipe.k * len(targets), d)
+    # alpha = rank / recipe.k keeps the scale s = 1 / recipe.k of a single target
+    return cpe.Trainer(LoRA(layers.widths, d, k, k / recipe.k, generator), losses, recipe, generator)
+
+
+def lora(
+    model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
+    recipe: cpe.Recipe = cpe.PRESETS["celebrity"], templates: Sequence[str] = TEMPLATES,
+) -> Weights:  # fmt: skip
+    """A LoRA trained as CPE trains its gates, folded into the weights. The anchors are mixed from `preserved`."""
+    trainer = lora_trainer(model, targets, surrogate, preserved, seed, recipe, templates)
+    for _ in trainer:
+        pass
+    return finished(model, trainer.gates.fold(projections(model)))
