@@ -403,8 +403,9 @@ def test_tokens_around_a_concept(model: weights.Model) -> None:
     start, n_old, n_new = 1 + len(ids("a photo of")), len(ids("cat")), len(ids("red heart"))
     assert baselines.span(model, "a photo of {} on white", "cat") == (start, start + n_old)
     assert len(old) == len(new) == 77 - max(n_old, n_new)
-    assert torch.equal(old[start:], E_old[start + n_old :][: len(old) - start])
-    assert torch.equal(new[start:], E_new[start + n_new :][: len(new) - start])
+    # one prompt at a time, or two: kernels may round otherwise, by 1e-7; tokens beside these differ by 0.1 and more
+    for part, E, n in ((old, E_old, n_old), (new, E_new, n_new)):
+        torch.testing.assert_close(part[start:], E[start + n :][: len(part) - start], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(old[:start], new[:start])  # a causal encoder has not seen the concept yet
 
 
