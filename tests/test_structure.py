@@ -1,0 +1,112 @@
+"""How the house is built: sizes of files and functions, which room may import which. Everything is read with ast."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Rooms in the order in which imports may point: a room uses its own row and the rows above it.
+ROWS = [
+    ["cpe", "unet", "clip", "vae", "sampler"],
+    ["token_space", "loading"],
+    ["weights", "solve", "speedup"],
+    ["erasers", "deploy"],
+    ["study"],
+    ["cli"],
+]
+ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+LAZY = "cli/main.py"  # the one file that imports inside functions: the parser answers before torch is loaded
+
+# What does not hold yet, because the house is still being moved: files, and the sum of their lines.
+STILL_MOVING = {
+    *("attacks.py", "bake.py", "baselines.py", "clip.py", "commands.py", "compare.py", "evaluate.py", "many.py"),
+    *("old_cpe.py", "products.py", "sampler.py", "unet.py", "vae.py", "variants.py", "weights.py", "cli/__init__.py"),
+    *("README.md", "sum of all lines"),
+}
+
+PRODUCT = [*ROOT.glob("*.py"), *(path for room in ROW for path in (ROOT / room).rglob("*.py"))]
+FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PRODUCT)}
+TREES = {name: ast.parse(text) for name, text in FILES.items()}
+MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in FILES}
+EVERY_FILE = pytest.mark.parametrize("name", [name for name in FILES if name not in STILL_MOVING])
+
+
+def is_main(node: ast.AST) -> bool:
+    """Whether this is `if __name__ == "__main__":`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Names of all modules that a file imports, but for those that it imports when it is run as a command."""
+    nodes = [node for part in ast.iter_child_nodes(tree) if not is_main(part) for node in ast.walk(part)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= members & MODULES.keys() or {node.module}
+    return names
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that import one another: what is left when those that import nothing left are taken out."""
+    left = set(graph)
+    while free := {module for module in left if not graph[module] & left}:
+        left -= free
+    while free := {module for module in left if not any(module in graph[other] for other in left)}:
+        left -= free
+    return left
+
+
+def test_the_paper_is_one_file_of_350_lines_on_torch_alone():
+    assert FILES["cpe.py"].count("\n") <= 350
+    outside = {name.split(".")[0] for name in imported(TREES["cpe.py"])}
+    assert outside - sys.stdlib_module_names == {"torch"}
+
+
+@EVERY_FILE
+def test_no_file_is_above_450_lines_and_no_function_above_60(name):
+    assert FILES[name].count("\n") <= 450
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@EVERY_FILE
+def test_imports_stand_at_the_top(name):
+    functions = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    inside = [node for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert name == LAZY or not inside, [ast.unparse(node) for node in inside]
+
+
+@EVERY_FILE
+def test_imports_point_one_way(name):
+    room = name.removesuffix(".py").split("/")[0]
+    assert room in ROW, "a room that is in no row"
+    used = {module.split(".")[0] for module in imported(TREES[name])}
+    ours = {module.split(".")[0] for module in MODULES}
+    assert not {other for other in used & ours if ROW.get(other, len(ROWS)) > ROW[room]}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    moving = {module for module, name in MODULES.items() if name in STILL_MOVING}
+    graph = {module: imported(TREES[name]) - moving for module, name in MODULES.items() if module not in moving}
+    assert circles(graph) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}  # the test can see one
+
+
+def test_all_of_it_is_at_most_6000_lines():
+    assert sum(text.count("\n") for text in FILES.values()) <= 6000 or "sum of all lines" in STILL_MOVING
+
+
+def test_the_readme_is_an_entrance():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    faults = [len(text.split()) > 1800, text.count("\n") > 160, max(map(len, text.splitlines())) > 120]
+    assert not any(faults) or "README.md" in STILL_MOVING, faults
+
+
+def test_what_is_still_moving_exists():
+    assert all((ROOT / name).exists() for name in STILL_MOVING - {"sum of all lines"})
