@@ -1,0 +1,229 @@
+"""Attacks through the text encoder: words that are learned, as embeddings (inversion) or as tokens.
+
+Both need pictures of the target, which the original model draws, and the gradients of the erased one. Built on victim.py
+and erasers/common.py.
+
+Letters: P prompts (one per template), T tokens, d width of the context, e that of a token's embedding at the text
+encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clip import Tokenizer
+from erasers.common import trajectories
+from study.victim import TEMPLATES, Found, Victim, fill
+from weights import Model
+
+
+def embed(model: Model, template: str, X: Tensor) -> Tensor:
+    """Token embeddings [B, T, e] at the text encoder's input: the template, with the words X [B, n, e] for its {}.
+
+    ValueError when they do not fit into T tokens, or the template has not one {}.
+    """
+    text, tokenizer = model.text_encoder.text_model.embeddings, model.tokenizer
+    left, right = (tokenizer.ids(part) for part in template.split("{}"))
+    room = len(text.position_embedding.weight) - len(left) - len(right) - X.shape[1] - 1
+    if room < 1:
+        raise ValueError(f"{template!r} with {X.shape[1]} learned words is longer than the text encoder reads")
+    ids = torch.tensor([tokenizer.bos, *left, *right, *[tokenizer.eos] * room], device=X.device)
+    known = text.token_embedding(ids).expand(len(X), -1, -1)
+    return torch.cat([known[:, : 1 + len(left)], X, known[:, 1 + len(left) :]], dim=1)
+
+
+def encode_embedded(model: Model, embedded: Tensor) -> Tensor:
+    """Contexts [B, T, d] of token embeddings [B, T, e]: `model.encode` without its first lookup, differentiable."""
+    text = model.text_encoder.text_model
+    return text.final_layer_norm(text.encoder(embedded + text.embeddings.position_embedding.weight))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of the target with known noise in them: x_t and noise [S, c, h, w], timesteps [S]."""
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor
+
+
+def add_noise(model: Model, images: Tensor, count: int, generator: torch.Generator) -> Samples:
+    """`count` samples of latents `images` [B, c, h, w], one timestep from every `count`-th of the schedule."""
+    spread = torch.arange(count) + torch.rand(count, generator=generator)
+    timesteps = (spread * model.schedule.length / count).long()
+    clean = images[torch.randint(len(images), (count,), generator=generator)]
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    timesteps = timesteps.to(clean.device)
+    return Samples(model.schedule.add_noise(clean, noise, timesteps), timesteps, noise)
+
+
+def noise_loss(victim: Victim, samples: Samples, contexts: Tensor) -> Tensor:
+    """mean |eps_erased(x_t, t, E) - eps|^2 of every candidate [B], contexts [B, P, T, d].
+
+    Sample s is read with prompt s mod P. Small where the erased model knows what is in the pictures.
+    """
+    B, S = len(contexts), len(samples.noise)
+    rows = contexts[:, torch.arange(S) % contexts.shape[1]].flatten(0, 1)  # [B S, T, d]
+    predicted = victim.noise(samples.latents.repeat(B, 1, 1, 1), samples.timesteps.repeat(B), rows)
+    return (predicted.unflatten(0, (B, S)) - samples.noise).square().mean(dim=(1, 2, 3, 4))
+
+
+def pictures(
+    model: Model, prompts: Sequence[str], count: int, steps: int, guidance: float, generator: torch.Generator
+) -> Tensor:
+    """Latents [>= count, c, h, w] that the original model draws for the prompts, as many for each."""
+    each = -(-count // len(prompts))
+    return torch.cat([trajectories(model, p, each, steps, guidance, generator)[-1] for p in prompts])
+
+
+def invert(
+    victim: Victim,
+    templates: Sequence[str],
+    X: Tensor,
+    images: Tensor,
+    steps: int,
+    samples: int,
+    lr: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Words [1, n, e] trained from X on fresh samples every step, by Adam with a learning rate that falls to zero."""
+    X = X.clone().requires_grad_()
+    optimizer = torch.optim.Adam([X], lr=lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        contexts = learned_contexts(victim.erased, templates, X)
+        loss = noise_loss(victim, add_noise(victim.original, images, samples, generator), contexts).sum()
+        optimizer.zero_grad()
+        loss.backward(inputs=[X])
+        optimizer.step()
+    return X.detach()
+
+
+def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
+    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as of `embed`."""
+    embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
+    return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
+
+
+def textual_inversion(
+    victim: Victim,
+    target: str,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    *,
+    steps: int = 25,
+    samples: int = 4,
+    images: int = 8,
+    lr: float = 0.2,
+    sampling_steps: int = 20,
+    guidance: float = 7.5,
+) -> Found:
+    """New words in place of the target's name, learned from the original's pictures: as many as the name has tokens.
+
+        min over X   E |eps_erased(x_t, t, clip("a picture of a X")) - eps|^2
+
+    Two descents, from the name itself and from the middle of the vocabulary: an erased name may sit where a gate is
+    saturated and its gradient vanishes. The best of both, and of the name, on samples that none was trained on. `lr`
+    counts standard deviations of the vocabulary's embeddings, so that it means the same to any text encoder.
+    ValueError as of `embed`.
+    """
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    model = victim.erased
+    drawn = pictures(victim.original, fill(templates, target), images, sampling_steps, guidance, generator)
+    held = add_noise(model, drawn, 4 * samples, generator)
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    name = table[torch.tensor(model.tokenizer.ids(target), device=table.device)][None]
+    tried = [name]
+    for X in (name, table.mean(dim=0).expand_as(name)):
+        tried.append(invert(victim, templates, X, drawn, steps, samples, lr * table.std().item(), generator))
+    with torch.no_grad():
+        contexts = learned_contexts(model, templates, torch.cat(tried))  # [3, P, T, d]
+        losses = torch.cat([noise_loss(victim, held, each[None]) for each in contexts])
+    best = losses.argmin().item()
+    words = " ".join(f"<{i + 1}>" for i in range(name.shape[1]))
+    prompts = fill(templates, words if best else target)
+    return Found(contexts[best], prompts, losses[0].item(), losses[best].item(), time.perf_counter() - start)
+
+
+# --- Through words -----------------------------------------------------------------------------------------------
+
+
+def whole_words(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens that are words by themselves: typed between spaces, they are read as this one token again.
+
+    A token that only continues a word, or stands for part of a letter, cannot be typed alone. BOS and EOS are no words.
+    """
+    ends = sorted((i, s.removesuffix("</w>")) for s, i in tokenizer.bpe.get_vocab().items() if s.endswith("</w>"))
+    return [i for i, word in ends if tokenizer.ids(word) == [i]]
+
+
+def swaps(
+    gradient: Tensor, table: Tensor, words: Tensor, ids: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """`count` neighbours [count, n] of the prefix ids [n]: one token changed, to one that promises a lower loss.
+
+    HotFlip's first order (Ebrahimi et al. 2018, arXiv 1712.06751): with the `gradient` g_i [e] at place i of n, another
+    token v changes the loss by g_i (x_v - x_i), x_v a row of the `table` of embeddings. Drawn from the best `count` of
+    `words` [V] at every place.
+    """
+    # promise[i, v] = -g_i x_v; x_i is the same for all v
+    promise = -gradient @ table[words].T  # [n, V]
+    best = words[promise.topk(min(count, len(words)), dim=1).indices]  # [n, <= count]
+    picks = torch.randperm(best.numel(), generator=generator)[:count].to(ids.device)
+    place, rank = picks // best.shape[1], picks % best.shape[1]
+    neighbours = ids.repeat(len(picks), 1)
+    neighbours[torch.arange(len(picks)), place] = best[place, rank]
+    return neighbours
+
+
+def learned_tokens(
+    victim: Victim,
+    target: str,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    *,
+    length: int = 5,
+    steps: int = 15,
+    candidates: int = 8,
+    samples: int = 6,
+    images: int = 8,
+    sampling_steps: int = 20,
+    guidance: float = 7.5,
+) -> Found:
+    """A prefix of real words before the prompt that anybody could type, one for all templates.
+
+        min over w_1 ... w_n   mean over samples of |eps_erased(x_t, t, clip("w_1 ... w_n a picture of a cat")) - eps|^2
+
+    UnlearnDiffAtk's threat model and loss. Its projected gradient is replaced by greedy coordinates (as in HotFlip and
+    GCG): the gradient proposes `candidates` single swaps, the loss itself chooses, the samples stay the same, so that
+    the loss never rises. Only `whole_words` are tried: the prompt that is reported is read as exactly these tokens.
+    ValueError as of `embed`.
+    """
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    model, prompts = victim.erased, fill(templates, target)
+    drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
+    fixed = add_noise(model, drawn, samples, generator)
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    words = torch.tensor(whole_words(model.tokenizer), device=table.device)
+    prefixed = [f"{{}} {prompt}" for prompt in prompts]
+
+    def losses(prefixes: Tensor) -> Tensor:
+        return noise_loss(victim, fixed, learned_contexts(model, prefixed, table[prefixes]))
+
+    ids = words[torch.randint(len(words), (length,), generator=generator).to(words.device)]
+    loss = None
+    for _ in range(steps):
+        X = table[ids][None].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(noise_loss(victim, fixed, learned_contexts(model, prefixed, X)).sum(), X)
+        neighbours = torch.cat([ids[None], swaps(gradient[0], table, words, ids, candidates, generator)])
+        with torch.no_grad():
+            scores = losses(neighbours)
+        ids, loss = neighbours[scores.argmin()], scores.min().item()
+    symbols = [model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist()]
+    prompts_found = [template.replace("{}", " ".join(symbols)) for template in prefixed]
+    with torch.no_grad():
+        before = noise_loss(victim, fixed, model.encode(prompts)[None]).item()
+    return Found(model.encode(prompts_found), prompts_found, before, loss, time.perf_counter() - start)
