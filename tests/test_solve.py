@@ -1,0 +1,163 @@
+"""solve.py: the closed forms are the optimum they claim to be, and the gates do what gates are for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cpe
+import solve
+from solve import Settings, Solver
+from token_space import TokenSpace
+
+D, T = 24, 12
+
+
+def layers(seed: int = 0) -> cpe.Layers:
+    """Two projections of widths that differ."""
+    chance = torch.Generator().manual_seed(seed)
+    names = [f"mid_block.attentions.0.transformer_blocks.0.attn2.{kind}" for kind in ("to_k", "to_v")]
+    W = {name: torch.randn(width, D, generator=chance) for name, width in zip(names, (16, 40), strict=True)}
+    return cpe.Layers(W, dict.fromkeys(W, 1.0) | {names[0]: 0.3})
+
+
+class Words:
+    """A text encoder in miniature: positions, one word per prompt, and a LayerNorm with a bias at the end."""
+
+    def __init__(self):
+        chance = torch.Generator().manual_seed(1)
+        self.positions, self.words = torch.randn(T, D, generator=chance), torch.randn(60, D, generator=chance)
+        self.norm = nn.LayerNorm(D).requires_grad_(False)
+        self.norm.weight.uniform_(0.5, 1.5, generator=chance)
+        self.norm.bias.uniform_(0, 1, generator=chance)
+
+    def __call__(self, numbers: list[int], seed: int = 0, where: int = 4) -> Tensor:
+        """Contexts of prompts that say word number n at place `where` and after it, among noise for other words."""
+        noise = torch.randn(len(numbers), T, D, generator=torch.Generator().manual_seed(seed))
+        there = (torch.arange(T) >= where).float()[:, None]
+        return self.norm(self.positions + 0.3 * noise + 2 * there * self.words[numbers][:, None])
+
+
+@pytest.fixture(scope="module")
+def words() -> Words:
+    return Words()
+
+
+@pytest.fixture(scope="module")
+def solver(words: Words) -> Solver:
+    anchors = torch.cat([words(list(range(2, 50)), seed) for seed in (1, 2)])
+    return Solver(TokenSpace(layers()), solve.constant_direction(words.norm), anchors, Settings())
+
+
+def test_all_outputs_of_a_layer_norm_agree_in_one_direction(words):
+    u = solve.constant_direction(words.norm)
+    torch.testing.assert_close(words([3, 5]) @ u, torch.ones(2, T), atol=1e-4, rtol=0)
+    assert solve.constant_direction(nn.LayerNorm(D)) is None  # no bias: no such direction
+
+
+def test_a_solved_gate_moves_its_target_and_nothing_else(words, solver):
+    gates = solver.solve(words([0] * 40, 3), words([1] * 40, 3))
+    E, surrogate = words([0] * 20, 9), words([1] * 20, 9)  # prompts that it never saw
+    x = 1.3 * (surrogate - E)
+    assert solver.space.reached(gates, E, x).mean() > 0.8
+    others = words(list(range(2, 60)), 8)  # ten of these words are no anchors
+    moved = solver.space.error(gates, others, torch.zeros_like(others)).sum(dim=1)
+    assert moved.max() < 0.02 * solver.space.energy(x).sum(dim=1).mean()
+
+
+def test_a_solved_gate_is_an_ordinary_gate_file(words, solver):
+    gates = solver.solve(words([0] * 8), words([1] * 8))
+    again = cpe.from_tensors(cpe.to_tensors(gates))
+    E = words([0, 7], 5)
+    for name, R in gates.residuals(E).items():
+        torch.testing.assert_close(again.residuals(E)[name], R)
+
+
+def test_the_scaler_is_the_minimum_of_its_convex_problem(words, solver):
+    """Its gradient, written out, is zero there."""
+    H = solver.attended(words([0] * 30, 3))[:, solver.chosen].flatten(0, 1).double()
+    shares = torch.rand(len(H), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares /= shares.sum()
+    v, b = (each.double() for each in solver.regression(H.float(), shares.float()))
+    z, z_a = ((x.double() - solver.mean.double()) / solver.deviation.double() for x in (H, solver.spared))
+    w, rho, counted = solver.settings.weight, solver.settings.rho, solver.counted.double()
+    opened = counted * torch.sigmoid(z_a @ v + b)
+    missed = shares * torch.sigmoid(-(z @ v + b))
+    # d/dv: - sum_t shares_t sigmoid(-l) z + w mean_a sigmoid(l) z + 2 rho v
+    gradient = -missed @ z + w * opened @ z_a + 2 * rho * v
+    assert gradient.norm() < 1e-3 * (missed @ z.abs()).norm()
+    assert abs(w * opened.sum() - missed.sum()) < 1e-3 * missed.sum()
+
+
+@pytest.mark.parametrize("k", [1, 3, D])
+def test_the_correction_is_the_least_squares_of_its_rank(words, solver, k):
+    """No B of rank k has a smaller sum_t |x - g h B|_M^2 + lambda mean_a |max(g, floor) h B|_M^2."""
+    solver = Solver(solver.space, solver.one, words(list(range(2, 50))), replace(Settings(), k=k))
+    E = words([0] * 30, 3)
+    x = 1.3 * (words([1] * 30, 3) - E)
+    gates = solver.gates(E, x)
+    M, s, scaler = solver.space.M.double(), solver.settings, gates.scaler[0, :, 0].double()
+    H, H_a = solver.attended(E)[:, solver.chosen].double(), solver.spared.double()
+    sizes = solver.space.energy(x).mean(dim=1).double()
+    weights = ((sizes.mean() / sizes / len(x))[:, None] * solver.counts.double()).sqrt()[..., None]
+    g, g_a = torch.sigmoid(H @ scaler)[..., None], torch.sigmoid(H_a @ scaler).clamp(min=s.floor)[:, None]
+    Z = torch.cat([(weights * g * H).flatten(0, 1), (s.lam * solver.counted.double()).sqrt()[:, None] * g_a * H_a])
+    asked = (weights * x[:, solver.chosen]).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(M)
+    root = vectors * values.sqrt() @ vectors.T
+    wanted = torch.cat([asked, torch.zeros_like(H_a)]) @ root
+    # the textbook: the fit of full rank, cut off at its first k principal directions
+    fit = Z @ torch.linalg.lstsq(Z, wanted).solution
+    V = torch.linalg.svd(fit, full_matrices=False)[2][:k].T
+    W, U = solver.space.layers.W[gates.names[1]].double(), gates.lora_up[1][0].double()
+    U_c = torch.linalg.lstsq(W, U.T).solution.T  # U_l = U_c W_l^T, and this W_l has full rank
+    mine = Z @ (gates.scale.item() * gates.lora_down[1][0].double() @ U_c @ root)
+    assert (mine - wanted).square().sum() <= (fit @ V @ V.T - wanted).square().sum() * (1 + 1e-3)
+
+
+def test_what_an_attack_finds_can_be_erased_too(words, solver):
+    E, surrogate = words([0] * 40, 3), words([1] * 40, 3)
+    x, once = 1.3 * (surrogate - E), solver.solve(E, surrogate)
+    deltas = solve.attack(solver.space, once, E, 1e-3, torch.Generator().manual_seed(5))
+    undone = solver.space.reached(once, E + deltas, x - deltas).mean()
+    assert undone < solver.space.reached(once, E, x).mean() - 0.3
+    again = solver.gates(torch.cat([E, E + deltas]), torch.cat([x, x - deltas]))
+    assert solver.space.reached(again, E + deltas, x - deltas).mean() > undone + 0.2  # 0.08 before, 0.38 after
+    rounds = Solver(solver.space, solver.one, words(list(range(2, 50))), replace(Settings(), rounds=1))
+    assert rounds.solve(E, surrogate).scaler.ne(once.scaler).any()
+
+
+def test_the_same_twice_is_the_same_to_the_bit(words, solver):
+    one, other = (solver.solve(words([0] * 8), words([1] * 8)) for _ in range(2))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_contexts_are_enough(words, solver):
+    E, surrogate = words([0] * 20, 3), words([1] * 20, 3)
+    x = 1.3 * (surrogate - E)
+    half = solver.solve(E.half(), surrogate.half())
+    exact = solver.solve(E, surrogate)
+    assert abs(solver.space.reached(half, E, x).mean() - solver.space.reached(exact, E, x).mean()) < 0.02
+
+
+def test_places_count_every_token_once():
+    chosen, counts = solve.places(77)
+    assert chosen[:20].tolist() == list(range(20))
+    assert counts.sum() == 77
+    assert len(solve.places(8)[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda w, s: Solver(s.space, s.one, w([2, 3]), s.settings), "2 anchors are too few"),
+        (lambda w, s: Solver(s.space, s.one, w([2] * 12) * torch.nan, s.settings), "finite"),
+        (lambda w, s: s.solve(w([0]), w([1]) * torch.inf), "finite"),
+        (lambda w, s: s.solve(w([0]), w([0])), "the same to this text encoder"),
+    ],
+)
+def test_what_cannot_be_solved_is_said(words, solver, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        wrong(words, solver)
