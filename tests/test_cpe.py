@@ -4,6 +4,7 @@ The specification is `literal_residual` and `literal_error`: loops over concepts
 """
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -101,10 +102,13 @@ def all_losses(losses: cpe.Losses, gates: ResAG, i: Tensor, anchors: Tensor, del
 def assert_same(ours: Tensor, theirs: Tensor, learners: list[Tensor]) -> None:
     """Equal values, and equal gradients with respect to all learners, to 1e-12 of their size."""
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(loss, learners, retain_graph=True, allow_unused=True) for loss in (ours, theirs)]
+    as_zeros = {
+        "retain_graph": True,
+        "materialize_grads": True,
+    }  # erasing does not depend on the deltas, but for one loss
+    gradients = [torch.autograd.grad(loss, learners, **as_zeros) for loss in (ours, theirs)]
     for a, b in zip(*gradients, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or 0 < b.norm() * 1e-12 >= (a - b).norm()
+        assert (a - b).norm() <= 1e-12 * b.norm()
 
 
 @pytest.mark.parametrize("attacked", [False, True], ids=["no deltas", "deltas"])
@@ -131,8 +135,8 @@ def test_layers_weigh_what_an_error_there_can_move():
         q, k, v, o = (tensors[f"{path}.{p}.weight"] for p in ("to_q", "to_k", "to_v", "to_out.0"))
         assert LAYERS.a[f"{path}.to_k"] == pytest.approx(norm(o @ v) * norm(q) / 77, rel=1e-12)
         assert LAYERS.a[f"{path}.to_v"] == pytest.approx(norm(o), rel=1e-12)
-        assert LAYERS.W[f"{path}.to_k"] is k
-        assert LAYERS.W[f"{path}.to_v"] is v
+        assert torch.equal(LAYERS.W[f"{path}.to_k"], k)
+        assert torch.equal(LAYERS.W[f"{path}.to_v"], v)
     assert LAYERS.widths == {f"{path}.to_{p}": width for path, width in PATHS.items() for p in "kv"}
     with pytest.raises(KeyError):
         Layers.of({name: tensor for name, tensor in tensors.items() if "to_q" not in name})
@@ -439,15 +443,21 @@ def test_the_slow_losses_train_the_same_gates():
     slow, fast = trainer(losses=cpe.Losses), trainer()
     for a, b in zip(slow, fast, strict=True):
         assert a == pytest.approx(b, rel=2e-2)
-    assert all(
-        torch.allclose(a, b, rtol=0.1, atol=1e-2) for a, b in zip(*map(cpe.ResAG.parameters, (slow.gates, fast.gates)))
-    )
+    for a, b in zip(slow.gates.parameters(), fast.gates.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """What a run that is never stopped yields, and what it ends with."""
+    t = trainer()
+    return list(t), state(t)
 
 
 @pytest.mark.parametrize("stop", range(sum(PHASES) + 1))
-def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(stop):
-    whole, stopped, resumed = trainer(), trainer(), trainer(seed=99)
-    history = list(whole)
+def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(stop, whole):
+    history, end = whole
+    stopped, resumed = trainer(), trainer(seed=99)
     begun = [losses for _, losses in zip(range(stop), stopped)]  # noqa: B905 the shorter one ends it
 
     resumed.gates.load_state_dict(stopped.gates.state_dict())
@@ -456,12 +466,12 @@ def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(stop):
     resumed.generator.set_state(stopped.generator.get_state())
     if stop:
         resumed.begin()
-        resumed.optimizer.load_state_dict(stopped.optimizer.state_dict())
+        resumed.optimizer.load_state_dict(deepcopy(stopped.optimizer.state_dict()))
     assert begun + list(resumed) == history
-    assert_identical(state(resumed), state(whole))
+    assert_identical(state(resumed), end)
     # and so does the very run that was left
     assert begun + list(stopped) == history
-    assert_identical(state(stopped), state(whole))
+    assert_identical(state(stopped), end)
 
 
 def test_deltas_begin_as_kaiming_by_d_squared_or_at_a_share_of_the_target():
@@ -513,7 +523,7 @@ def test_training_erases_and_attacks_find_a_way_back():
 
 
 @pytest.mark.parametrize("stop", [0, 3, 11, 15])
-@pytest.mark.parametrize("value", [math.nan, "slope"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1])
 def test_divergence_is_seen_before_it_reaches_the_gates(stop, value, monkeypatch):
     t = trainer()
     if not stop:
@@ -525,8 +535,8 @@ def test_divergence_is_seen_before_it_reaches_the_gates(stop, value, monkeypatch
     def diverged() -> dict[str, Tensor]:
         learner = t.optimizer.param_groups[0]["params"][0]
         # sqrt has the value 0 and an infinite slope at 0: the loss alone looks sound
-        wrong = (learner * 0).sum().sqrt() if value == "slope" else value
-        return {name: loss + wrong for name, loss in draw().items()}
+        slope = (learner * 0).sum().sqrt() if value == 1 else 0
+        return {name: loss * value + slope for name, loss in draw().items()}
 
     monkeypatch.setattr(t, "draw_losses", diverged)
     with pytest.raises(FloatingPointError, match=f"phase {t.phase + 1}, step {t.step + 1}"):
@@ -537,7 +547,7 @@ def test_divergence_is_seen_before_it_reaches_the_gates(stop, value, monkeypatch
 def test_lambda_rises_as_the_square_of_the_steps_in_the_first_stage_alone():
     for rise in (0.0, 0.5):
         t, shares = trainer(replace(RECIPE, rise=rise)), []
-        t.gates.load_state_dict(dict(zip(t.gates.state_dict(), random_gates(3, 2).float().state_dict().values())))
+        t.gates.load_state_dict(random_gates(3, 2).state_dict())
         for losses in t:
             if t.phase % 2 == 0:
                 rest = losses["erase"] + losses.get("adversarial", 0.0)
