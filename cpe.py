@@ -317,13 +317,13 @@ def to_tensors(gates: ResAG) -> dict[str, Tensor]:
 def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
     """Gates from the tensors of a gate file; ValueError names what is missing, extra, misshapen or not finite."""
     stems = sorted(key.removesuffix(".lora_up.weight") for key in tensors if key.endswith(".lora_up.weight"))
-    try:
-        widths = {projection(stem): tensors[f"{stem}.lora_up.weight"].shape[2] for stem in stems}
-        (_, d, r), (_, k, _) = tensors[W_QS].shape, tensors[f"{stems[0]}.lora_up.weight"].shape
-        gates = ResAG(widths, d, r, k, alpha=tensors[f"{stems[0]}.alpha"].item())
-    except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        run = "it is the state of an unfinished run" if "position" in tensors else f"{error} is missing or misshapen"
-        raise ValueError(f"not a gate file: {run}") from error
+    ups, alpha = [f"{stem}.lora_up.weight" for stem in stems or ["lora_unet"]], f"{min(stems, default='')}.alpha"
+    run = ", but the state of an unfinished run" if "position" in tensors else ""
+    for key, axes in ({W_QS: 3} | dict.fromkeys(ups, 3) | {alpha: 0}).items():
+        if key not in tensors or tensors[key].ndim != axes or 0 in tensors[key].shape:
+            raise ValueError(f"not a gate file{run}: {key} is missing or misshapen")
+    widths = {projection(stem): tensors[up].shape[2] for stem, up in zip(stems, ups, strict=True)}
+    gates = ResAG(widths, *tensors[W_QS].shape[1:], tensors[ups[0]].shape[1], alpha=tensors[alpha].item())
     expected = to_tensors(gates)
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors or key not in expected:
@@ -331,8 +331,8 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
         found, like = tensors[key], expected[key]
         if found.shape != like.shape or not found.is_floating_point() or not found.isfinite().all():
             raise ValueError(f"{key} holds {found.dtype} {list(found.shape)}, not finite numbers {list(like.shape)}")
-        if key.endswith(".alpha") and found != like:
-            raise ValueError(f"{key} is {found.item()}, but {like.item()} elsewhere")
+        if key.endswith(".alpha") and found != tensors[alpha]:
+            raise ValueError(f"{key} is {found.item()}, but {alpha} is {tensors[alpha].item()}")
     state = {"w_qs": tensors[W_QS], "scaler": tensors[SCALER], "scale": gates.scale}
     for l, stem in enumerate(stems):
         state |= {f"lora_{side}.{l}": tensors[f"{stem}.lora_{side}.weight"] for side in ("down", "up")}
@@ -346,5 +346,5 @@ def projection(stem: str) -> str:
     path = path.replace("attn2_to_", "attn2.to_")
     blocks = r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn2\.to_[kv]"
     if not re.fullmatch(blocks, path):
-        raise ValueError(f"{stem}, which names no projection of cross-attention,")
+        raise ValueError(f"not a gate file: {stem} names no projection of cross-attention")
     return path
