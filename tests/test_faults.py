@@ -24,10 +24,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Handler
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_download import Handler, server  # noqa: F401  a fixture
 from tiny import FEW, ON_DISK, bake, contents, generate, train
 
 import bake as baking
@@ -271,7 +271,7 @@ def test_a_picture_killed_at_any_step_is_whole_or_not_there(folder_of, tmp_path,
 
 
 @DOZENS
-def test_a_download_killed_at_any_answer_keeps_only_whole_files(server, folder_of, tmp_path, monkeypatch, name, kills):  # noqa: F811
+def test_a_download_killed_at_any_answer_keeps_only_whole_files(server, folder_of, tmp_path, monkeypatch, name, kills):
     """The client dies before an answer: between two files, or in the middle of one, when it asks for the rest."""
     server.folder, answer, cache, killed = folder_of(name), Handler.answer, tmp_path / "hub", threading.Event()
 
@@ -361,7 +361,7 @@ def test_another_model_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_pa
     assert contents(tmp_path / "theirs") == {"unet/config.json": b"a"}
 
 
-def test_two_downloads_into_one_cache_end_as_one(server, tiny, tmp_path):  # noqa: F811
+def test_two_downloads_into_one_cache_end_as_one(server, tiny, tmp_path):
     cache, all_there = tmp_path / "hub", FORKSERVER.Barrier(2)
     processes = [start(run_download, constants.ENDPOINT, cache, all_there) for _ in range(2)]
     assert [ended(process) for process in processes] == [0, 0]
@@ -515,7 +515,7 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, t
     assert_whole(tmp_path / "mounted")
 
 
-def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch, server, asked):  # noqa: F811
+def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch, server, asked):
     folder, original = mounted("ro"), tiny_original
     Path("lines.txt").write_text("cat\n")
     monkeypatch.setattr(commands, "draw", lambda *_: pytest.fail("drew"))
@@ -560,7 +560,7 @@ def test_a_folder_that_was_only_asked_about_is_not_left_behind(tmp_path, monkeyp
     assert (tmp_path / "shared" / "x.json").read_text() == "whole"
 
 
-def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):  # noqa: F811
+def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):
     cache = mounted("size=300k")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     drawing = generate(Path("sd14"), Path("x.png"))
@@ -580,7 +580,7 @@ def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, ser
     assert not finished.keys() & set(server.downloads)
 
 
-def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted, server, monkeypatch):  # noqa: F811
+def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted, server, monkeypatch):
     cache = mounted("ro")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     drawing = generate(Path("sd14"), Path("x.png"))
@@ -750,7 +750,7 @@ WITH_GATES = {
 
 
 @pytest.mark.parametrize("command", WITH_GATES)
-def test_gates_of_another_model_are_named_before_one_is_downloaded(run, server, asked, command):  # noqa: F811
+def test_gates_of_another_model_are_named_before_one_is_downloaded(run, server, asked, command):
     Path("prompts.txt").write_text("a cat")
     for gates, model, title in (
         ("emoji", "sd14", "the embedded model"),
@@ -786,7 +786,7 @@ def test_gates_that_say_nothing_of_their_model_are_used_if_they_fit(run, monkeyp
     assert run([*WITH_GATES["inspect"], str(gates_for("emoji")), "--model", "emoji"])[0] == 0
 
 
-def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked, monkeypatch, tmp_path):  # noqa: F811
+def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked, monkeypatch, tmp_path):
     assert run(generate(Path("sd14"), Path("x.png")))[0] == 0
     monkeypatch.setitem(configs.SD14_CONFIGS, "unet", ON_DISK["unet"])  # whose gates these are
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
@@ -795,13 +795,13 @@ def test_online_only_the_hubs_endpoint_is_connected_to(run, server, asked, monke
     assert set(asked) == {("127.0.0.1", server.server_port)}
 
 
-def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_short):  # noqa: F811
+def test_online_the_embedded_model_connects_to_nothing(run, server, asked, in_short):
     for arguments in in_short:
         assert run(arguments)[0] == 0
     assert asked == []
 
 
-def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):  # noqa: F811
+def test_the_judge_of_a_comparison_comes_from_the_hubs_endpoint(run, server, asked, in_short, tiny):
     server.folder = Path(shutil.copytree(tiny / "tokenizer", tiny / "clip", dirs_exist_ok=True))
     judged = ["--clip", hub.SD14]  # the server's only name
     assert run(["compare", "--quick", "--eraser", "uce", "--model", str(tiny), *judged])[0] == 0

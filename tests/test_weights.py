@@ -5,13 +5,14 @@ import filecmp
 import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny as reference
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXT_FILE, UNET_FILE, VAE_FILE, change
+from tiny import ROOT, TEXT_FILE, UNET_FILE, VAE_FILE, change
 
 import weights
 from loading import files
@@ -133,7 +134,7 @@ def test_a_truncated_file_is_named(tiny):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("no-such-model", "there is no model no-such-model: --model takes sd14, emoji, a folder"),
+    [("no-such-model", "there is no model no-such-model: --model takes sd14, emoji, owner/name"),
      ("SD1.4", "did you mean sd14?"), ("emojis", "did you mean emoji?"),
      (str(reference.ROOT / "README.md"), r"README\.md is no model: --model takes sd14")],
 )  # fmt: skip
@@ -252,8 +253,6 @@ def test_building_draws_no_initial_values(tiny):
     model = load_model(tiny)
     _ = model.text_encoder, model.unet, model.vae, model.clip
     assert torch.equal(torch.get_rng_state(), expected)
-
-
 
 
 def test_fingerprints_agree_on_both_precisions(tiny):
@@ -416,3 +415,45 @@ def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):
     assert model.fingerprint == mark != twin.fingerprint
     saved = weights.save_model(model, tmp_path / "saved", text_encoder=twin.text_encoder.state_dict())
     assert weights.load_model(saved).fingerprint == twin.fingerprint
+
+
+# --- Models as they come -----------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_of_a_short_name_is_not_shadowed(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert weights.nickname("sd14") == "sd14"
+    tiny.rename("sd14")
+    assert weights.nickname("sd14") is None
+    assert load_model("sd14").unet.config["sample_size"] == 4
+    Path("emoji").mkdir()  # which is no model
+    assert weights.nickname("emoji") == "emoji"
+    monkeypatch.chdir(ROOT)
+    assert weights.nickname("emoji") == "emoji"  # which is ours
+
+
+def test_a_projection_beside_the_text_encoder_is_passed_over(tiny):
+    expected = load_model(tiny).encode(["a cat"])
+    save_file(load_file(tiny / TEXT_FILE) | {"text_projection.weight": torch.zeros(8, 16)}, tiny / TEXT_FILE)
+    assert torch.equal(load_model(tiny).encode(["a cat"]), expected)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+def test_another_variant_of_the_weights_is_named(tiny, variant):
+    (tiny / UNET_FILE).rename(tiny / f"unet/diffusion_pytorch_model.{variant}.safetensors")
+    with pytest.raises(
+        UserError, match=rf"only the variant diffusion_pytorch_model\.{variant}\.safetensors: rename it"
+    ):
+        load_model(tiny)
+
+
+def test_a_lora_that_is_not_merged_is_named(tiny):
+    tensors = {
+        name.replace("to_q.", "to_q.base_layer."): tensor for name, tensor in load_file(tiny / UNET_FILE).items()
+    }
+    save_file(tensors | {"mid_block.to_q.lora_A.default.weight": torch.zeros(2, 2)}, tiny / UNET_FILE)
+    with pytest.raises(UserError, match=r"holds a LoRA that is not merged: .*fuse_lora"):
+        _ = load_model(tiny).unet
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, tiny / "alone.safetensors")
+    with pytest.raises(UserError, match="It is a LoRA: fuse it into its model"):
+        load_model(tiny / "alone.safetensors")

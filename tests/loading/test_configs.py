@@ -1,6 +1,7 @@
 """loading/configs.py: what a config asks for is implemented, or an error that names file and key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -150,20 +151,13 @@ def test_a_clip_that_contradicts_itself_is_refused(tiny, again):
         ("beta_start", 0.5),
         ("beta_start", True),
         ("beta_schedule", None),
-        ("clip_sample", True),
         ("predict_epsilon", False),
         ("rescale_betas_zero_snr", True),
-        ("set_alpha_to_one", True),
-        ("sigma_max", 14.6),
-        ("thresholding", True),
-        ("timestep_spacing", "trailing"),
         ("timestep_type", "continuous"),
         ("trained_betas", [0.1, 0.2]),
         ("trained_betas", []),
         ("use_flow_sigmas", True),
-        ("use_karras_sigmas", True),
         ("variance_type", "learned_range"),
-        ("original_inference_steps", 50),  # of LCM, whose U-Nets are distilled
         ("new_setting", False),
     ],
 )
@@ -207,16 +201,42 @@ def test_schedulers_of_stable_diffusion_open(tiny, name):
     assert schedule.timesteps(50) == expected.timesteps(50)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("steps_offset", 0, "steps_offset is 0, but 1 is used, as in diffusers' pipeline"),
+        ("clip_sample", True, "clip_sample is true, but false is used, as in diffusers' pipeline"),
+        ("timestep_spacing", "trailing", 'timestep_spacing "trailing": another sampler'),
+        ("use_karras_sigmas", True, "use_karras_sigmas true: another sampler"),
+        ("sigma_max", 14.6, "sigma_max 14.6: another sampler"),
+        ("thresholding", True, "thresholding true: another sampler"),
+        ("original_inference_steps", 50, "original_inference_steps 50: another sampler"),
+    ],
+)
+def test_where_our_samplers_go_another_way_a_warning_says_so(tiny, key, value, words):
+    expected = load_model(tiny).schedule
+    write_scheduler(tiny, SD14_CONFIGS["scheduler"] | {key: value})
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        schedule = load_model(tiny).schedule
+    assert schedule.timesteps(50) == expected.timesteps(50)
+    assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
+
+
+def test_a_small_unet_of_an_old_diffusers_draws_at_64(tiny):
+    change(tiny, "unet", _diffusers_version="0.9.0")
+    assert load_model(tiny).unet.config["sample_size"] == 4
+    change(tiny, "unet", _diffusers_version="0.8.1")
+    with pytest.warns(UserWarning, match="sample_size is 4, of a diffusers before 0.9: images are drawn at 64 x 64"):
+        assert load_model(tiny).unet.config["sample_size"] == 64
+
+
 def test_a_schedule_is_not_guessed(tiny):
     write_scheduler(tiny, {"beta_start": 0.00085, "beta_schedule": "scaled_linear"})
     with pytest.raises(UserError, match="does not say beta_end"):
         _ = load_model(tiny).schedule
-    config = {**PNDM, "_class_name": "DDIMScheduler"}  # which takes set_alpha_to_one to be true unless it is told
-    write_scheduler(tiny, config)
-    with pytest.raises(UserError, match="does not say set_alpha_to_one"):
-        _ = load_model(tiny).schedule
-    write_scheduler(tiny, config | {"set_alpha_to_one": False})
-    assert load_model(tiny).schedule.config.items() >= weights.STEPPING.items()
+    for name, ends_clean in (("DDIMScheduler", True), ("LCMScheduler", True), ("PNDMScheduler", False)):
+        write_scheduler(tiny, {**PNDM, "_class_name": name})  # what it leaves out is as in that class
+        assert load_model(tiny).schedule.ends_clean == ends_clean
 
 
 def test_a_model_saved_says_all_of_its_schedule(tiny, tmp_path):
@@ -257,17 +277,19 @@ def test_schedulers_that_diffusers_writes_open(tiny, name):
 
 
 @pytest.mark.oracle
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler"])
-def test_what_a_scheduler_leaves_out_is_what_diffusers_takes(tiny, tmp_path, name):
+@pytest.mark.filterwarnings("ignore")  # ours and theirs, of what they change
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDIMScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("said", [{}, {"steps_offset": 0, "clip_sample": True}, {"set_alpha_to_one": False}])
+def test_schedulers_become_what_diffusers_pipeline_makes_of_them(tiny, tmp_path, name, said):
     (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
     folder = weights.save_model(load_model(tiny), tmp_path / "ours")
     index = files.read_json(folder / "model_index.json")
     files.write_text(folder / "model_index.json", json.dumps(index | {"scheduler": ["diffusers", name]}))
-    write_scheduler(folder, {**PNDM, "_class_name": name, **({"set_alpha_to_one": False} if "DDIM" in name else {})})
+    write_scheduler(folder, {**PNDM, "_class_name": name, **said})
     theirs = pipeline.from_pretrained(folder, local_files_only=True).scheduler.config
     ours = load_model(folder).schedule.config
-    assert {key: theirs.get(key, False) for key in weights.STEPPING} == {key: ours[key] for key in weights.STEPPING}
+    for key in ("clip_sample", "set_alpha_to_one", "steps_offset"):
+        assert theirs.get(key, False) == ours[key]
 
 
 @pytest.mark.oracle

@@ -170,3 +170,10 @@ def test_files_written_are_readable_for_others(tmp_path):
     finally:
         os.umask(umask)
     assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+def test_one_tensor_under_two_names_is_a_sentence(tmp_path):
+    weight = torch.zeros(3)
+    with pytest.raises(ValueError, match="two names share one tensor, which a file cannot: clone one of them"):
+        files.save_tensors(tmp_path / "x.safetensors", {"a": weight, "b": weight})
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXT_FILE, UNET_FILE, VAE_FILE
 
 import weights
-from loading import files
+from loading import files, ldm
 from loading.configs import SD14_CONFIGS
 from loading.files import UserError
 from loading.tokens import TOKENIZER
@@ -68,7 +68,7 @@ def to_original(part: str, key: str, config: dict) -> str:
     return "first_stage_model." + key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
 
 
-# One for every entry of `weights.LDM_IGNORED`.
+# One for every entry of `ldm.IGNORED`.
 LEFTOVERS = (
     *("betas", "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
     *("posterior_variance", "logvar", "lvlb_weights", "model_ema.decay", "first_stage_model.loss.logvar"),
@@ -127,7 +127,7 @@ def test_a_one_file_checkpoint_may_be_in_half_precision(tiny, checkpoint):
         (lambda t: t.pop("model.diffusion_model.out.2.bias"), ["1 tensor missing", "conv_out.bias"]),
         (lambda t: t.update({"model.diffusion_model.x": torch.zeros(1)}), ["not part of", "model.diffusion_model.x"]),
         (lambda t: t.update({"control_model.x": torch.zeros(1)}), ["control_model.x does not belong there"]),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith("first_stage")], ["it has no first_stage_model.*"]),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith("model.")], ["it has no model.diffusion_model.*"]),
     ],
     ids=["missing", "extra", "another model", "a part missing"],
 )
@@ -190,12 +190,13 @@ PUBLISHED = {
 def test_every_name_of_stable_diffusion_has_one_original(part):
     config = SD14_CONFIGS[part]
     names = weights.Part(weights.PARTS[part][0], config, Path(), str).empty().state_dict()
+    ours = ldm.ldm_names(part, config, names)
     originals = {name: to_original(part, name, config) for name in names}
     assert len(set(originals.values())) == len(names)
     for name, original in originals.items():
-        assert weights.ldm_name(original, part, config) == name
+        assert ours[name] == original
     for original, name in PUBLISHED.get(part, {}).items():
-        assert originals[name] == weights.LDM_PREFIXES[part] + original
+        assert originals[name] == ldm.PREFIXES[part] + original
 
 
 def test_a_one_file_checkpoint_is_saved_as_a_folder(tiny, checkpoint, tmp_path):
@@ -217,3 +218,22 @@ def test_the_original_layout_is_the_one_diffusers_converts(tiny, checkpoint):
         theirs, ours = convert(load_file(checkpoint), config), getattr(load_model(tiny), part).state_dict()
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(tensor.reshape(ours[name].shape), ours[name]) for name, tensor in theirs.items())
+
+
+def test_what_is_written_in_the_original_layout_is_read_again(tiny, checkpoint):
+    model, original = load_model(tiny), load_file(checkpoint)
+    tensors = {}
+    for part in ("text_encoder", "unet", "vae"):
+        tensors |= ldm.to_ldm(part, model.part(part).config, getattr(model, part).state_dict())
+    assert tensors.keys() == {key for key in original if not ldm.IGNORED.match(key)}
+    assert all(torch.equal(tensor, original[name]) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_without_autoencoder_trains(checkpoint):
+    tensors = load_file(checkpoint)
+    save_file({n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")}, checkpoint)
+    model = load_model(checkpoint, parts=("text_encoder", "unet"))
+    assert model.cross_attention()
+    assert model.encode(["a cat"]).shape == (1, 77, 16)
+    with pytest.raises(UserError, match=r"it has no first_stage_model\.\*"):
+        _ = model.vae

@@ -1,6 +1,7 @@
 """loading/tokens.py: a tokenizer's folder is read whole, or refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -53,4 +54,21 @@ def test_words_added_to_a_vocabulary_are_refused(tiny):
     assert load_model(tiny).tokenizer
     files.write_text(tiny / "tokenizer/added_tokens.json", json.dumps({"<mine>": 49408}))
     with pytest.raises(UserError, match=r"added_tokens.json adds the word '<mine>'"):
+        _ = load_model(tiny).tokenizer
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "words"),
+    [
+        ("tokenizer_config.json", {"pad_token": "!"}, "pad_token is '!', and only '<|endoftext|>' is implemented"),
+        ("special_tokens_map.json", {"pad_token": {"content": "!"}}, "pad_token is '!'"),
+        ("tokenizer_config.json", {"model_max_length": 64}, "model_max_length is 64, but the text encoder reads 77"),
+    ],
+)
+def test_another_padding_or_length_is_refused(tiny, file, said, words):
+    good = {"pad_token": {"content": "<|endoftext|>"}, "model_max_length": 77}
+    files.write_text(tiny / "tokenizer" / file, json.dumps(good))
+    assert load_model(tiny).tokenizer
+    files.write_text(tiny / "tokenizer" / file, json.dumps(good | said))
+    with pytest.raises(UserError, match=re.escape(words)):
         _ = load_model(tiny).tokenizer
