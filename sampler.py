@@ -226,8 +226,7 @@ def draw(
     """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time; arguments as `denoise`.
 
     `progress(steps, total)` wraps the iterator over all steps of all batches; `negative` is what guidance leads away
-    from. ValueError if the images are not finite
-    numbers, or as for `denoise`.
+    from. ValueError if the images are not finite numbers, or as for `denoise`.
     """
     batch = batch or (16 if model.unet.config["sample_size"] <= 16 else 1)
     starts = range(0, len(prompts), batch)

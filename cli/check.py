@@ -18,7 +18,7 @@ from cli.common import GateFile, check_out, command, open_model, settle
 from cli.many import read_lines
 from loading.cache import cached_contexts
 from loading.files import UserError, shipped, write_text
-from loading.prompts import PRESETS, anchor_words, normalised, read_prompts, within
+from loading.prompts import anchor_words, normalised, read_prompts, within
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -113,7 +113,7 @@ class Found:
         """All that `check` prints of one file."""
         lines = [f"\n{self.in_a_line()}", f"\nreached  in the {min(worst, len(self.sentences))} worst sentences"]
         lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:worst]]
-        if words := self.shut_words():
+        if (self.reached >= SHUT).any() and (words := self.shut_words()):
             lines.append(f"\nit stays shut around: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
         lines.append("\n opened    moved  the widest openings in prompts without it")
         widest = self.opened.argsort(descending=True)[:worst].tolist()
@@ -134,14 +134,11 @@ class Found:
 @torch.no_grad()
 def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None) -> Found:
     """Try the gates of one file in the sentences of its preset, or in your `own`."""
-    preset = file.metadata.get("preset", "")
-    preset = preset if preset in PRESETS else "emoji" if model.name == "emoji" else "celebrity"
-    surrogate = file.metadata.get("surrogate", PRESETS[preset].surrogate)
+    preset, surrogate, eta = file.recipe
     lines = list(own or held_out(preset))
     sentences = [line.replace("{}", name) for name in file.names for line in lines]
     E = model.encode(sentences)
     instead = cached_contexts(model, [line.replace("{}", surrogate) for line in lines]).to(E)
-    eta = file.said("eta", float) or PRESETS[preset].eta
     x = (1 + eta) * (instead.repeat(len(file.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import cpe
 from loading.files import UserError, check_writable, load_tensors, opened, read_json, read_shapes, shipped
+from loading.prompts import PRESETS
 from loading.tokens import vocabulary
 from weights import Model, expected_unet, load_model
 
@@ -109,6 +110,14 @@ class GateFile:
     def names(self) -> list[str]:
         """The target and its aliases."""
         return [self.target, *map(str, self.said("aliases", list))]
+
+    @property
+    def recipe(self) -> tuple[str, str, float]:
+        """The preset, the surrogate, and eta; of a file that does not say so, the preset of its model."""
+        preset = self.metadata.get("preset", "")
+        preset = preset if preset in PRESETS else defaults_of(self.model or "sd14")["preset"]
+        eta = self.said("eta", float) or self.said("eta", int) or PRESETS[preset].eta
+        return preset, self.metadata.get("surrogate", PRESETS[preset].surrogate), float(eta)
 
     @property
     def model(self) -> str | None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> str | None:
 def train_demo(args: argparse.Namespace, target: str, out: Path) -> tuple[Path, "train.Model"]:
     """The gates of the demo, as `train` makes them; those of an earlier one are used again."""
     asked = options.parse(["train", target, "--model", args.model, "--device", args.device, "--seed", str(args.seed)])
-    asked.how = defaults_of(args.model).get("how", "train")
+    asked.how = train.how(asked)
     shop = train.Workshop(asked)
     job = train.Job(target_of([target], asked), out, "")
     job.settings = shop.settings(job.target)

@@ -1,15 +1,18 @@
 """inspect: which tokens of a prompt open a gate, how far that changes the prompt, and what it means."""
 
 import argparse
+import re
 
 import torch
 
 import cpe
-from cli.common import check_out, check_prompts, command, free, merge_gates, open_model, settle
+from cli.common import GateFile, check_out, check_prompts, command, free, merge_gates, open_model, settle
 from cli.generate import SHUT, names_it
 from cli.pictures import check_picture, openings
 from loading.files import UserError, atomic
+from loading.prompts import spellings
 from token_space import TokenSpace, spectral_norm
+from weights import Model
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -33,13 +36,9 @@ def run(args: argparse.Namespace) -> str | None:
     names = [file.target for file in files]
     print_columns(tokens, names, values)
     space = TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm, model.tokens))
-    moved = space.error(gates.float(), E.float(), torch.zeros_like(E.float())).sum() / space.energy(E.float()).sum()
-    print(
-        f"\n0 is shut, 1 open; after <end> come {values.shape[1] - len(tokens)} more of it. All gates together change"
-    )
-    print(f"what the U-Net reads of this prompt by {moved.sqrt():.1%} of its length.")
+    print(f"\n0 is shut, 1 open; after <end> come {values.shape[1] - len(tokens)} more of it, for padding.")
     for n, file in enumerate(files):
-        print(meaning(file.target, values[n], tokens, names_it(prompt, file)))
+        print(meaning(file.target, values[n], tokens, reached(file, prompt, model, space)))
     if args.out:
         out = free(args.out)
         with atomic(out) as temporary:
@@ -57,14 +56,29 @@ def print_columns(tokens: list[str], names: list[str], values: torch.Tensor) -> 
         print(f"{token:{width}}" + "  ".join(f"{f'{value:.3f} ' + '█' * round(10 * value):{n}}" for value, n in row))
 
 
-def meaning(target: str, values: torch.Tensor, tokens: list[str], named: bool) -> str:
-    """What a person should know of the openings [T] of one gate; `named`: whether the prompt has the target in it."""
+@torch.no_grad()
+def reached(file: GateFile, prompt: str, model: Model, space: TokenSpace) -> float | None:
+    """The share of the change from target to surrogate that gates make in a prompt; None if it names no target."""
+    names = sorted({each for name in file.names for each in spellings(name)}, key=len, reverse=True)
+    _, surrogate, eta = file.recipe
+    instead = re.sub("|".join(map(re.escape, names)), lambda _: surrogate, prompt, flags=re.IGNORECASE)
+    if not names_it(prompt, file) or instead == prompt:
+        return None
+    E, S = model.encode([prompt, instead]).float().split(1)
+    return space.reached(file.gates.to(E), E, (1 + eta) * (S - E)).item()
+
+
+def meaning(target: str, values: torch.Tensor, tokens: list[str], share: float | None) -> str:
+    """What a person should know of the openings [T] of one gate, and of the `reached` share of its change."""
     at = values[1:].argmax().item() + 1
     where = f"{values[at]:.2f} at {tokens[min(at, len(tokens) - 1)]!r}"
-    if named and values[at] < SHUT:
-        return f"SHUT    the prompt names {target!r}, but its gate opens to {where} at most: it will probably be drawn"
-    if named:
-        return f"opens   the prompt names {target!r}, and its gate opens to {where}: it is replaced there"
-    if values[at] >= SHUT:
+    if share is None and values[at] < SHUT:
+        return f"shut    the prompt does not name {target!r}; its gate opens to {where} at most: little changes"
+    if share is None:
         return f"OPENS   the prompt does not name {target!r}, yet its gate opens to {where}: the picture may change"
-    return f"shut    the prompt does not name {target!r}, and its gate opens to {where} at most: little changes"
+    made = f"{max(share, 0):.0%} of the change that erases it"
+    if values[at] < SHUT:
+        return f"SHUT    the prompt names {target!r}, but its gate opens to {where} at most ({made}): it may be drawn"
+    if share < SHUT:
+        return f"WEAK    the prompt names {target!r}; its gate opens to {where}, but makes only {made}: it may be drawn"
+    return f"opens   the prompt names {target!r}; its gate opens to {where}, and makes {made}"

@@ -144,14 +144,14 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the picture (default: images/demo-<target>.png); its gates likewise")
 
 
-def recipe_fields() -> list[tuple[str, str, type, str]]:
-    """(field, option, type, comment) of every number of cpe.Recipe, read from its source: importing it takes seconds."""
+def recipe_fields() -> list[tuple[str, str, type]]:
+    """(field, option, type) of every number of cpe.Recipe, read from its source: importing it takes seconds."""
     source = (Path(__file__).resolve().parent.parent / "cpe.py").read_text(encoding="utf-8")
     body = source.split("class Recipe:")[1].split("\n\n\n")[0]
     short = {"lam": "lambda", "k": "rank", "r": "gate-rank"}
-    found = re.findall(r"^    (\w+): (int|float) = \S+(?:  # (.*))?$", body, flags=re.MULTILINE)
-    return [(name, short.get(name, name.replace("_", "-")), {"int": int, "float": float}[kind], text)
-            for name, kind, text in found]  # fmt: skip
+    found = re.findall(r"^    (\w+): (int|float) = ", body, flags=re.MULTILINE)
+    kinds = {"int": int, "float": float}
+    return [(name, short.get(name, name.replace("_", "-")), kinds[kind]) for name, kind in found]
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -172,8 +172,8 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
     add_model(parser, "sd14")
     fields = recipe_fields()
-    parser.epilog = f"numbers of the recipe (cpe.Recipe explains them): {' '.join(f'--{o}' for _, o, _, _ in fields)}"
-    for name, option, kind, _ in fields:
+    parser.epilog = f"numbers of the recipe (cpe.Recipe explains them): {' '.join(f'--{o}' for _, o, _ in fields)}"
+    for name, option, kind in fields:
         parser.add_argument(f"--{option}", dest=f"recipe_{name}", type=number(kind, 0, 1e9), help=argparse.SUPPRESS)
 
 

@@ -41,7 +41,7 @@ PLAINLY |= {"r": "gate-rank", "k": "rank"} | dict.fromkeys(STEPS, "steps")
 def run(args: argparse.Namespace) -> str | None:
     """`train`: one gate file a target. UserError for a target that cannot be erased, or a file that is in the way."""
     args.model = args.model or "sd14"
-    args.how = args.how or defaults_of(args.model).get("how", "train")
+    args.how = how(args)
     process = many.this_process() if args.target_file else many.Process()
     jobs = many.share(from_file(args) if args.target_file else from_arguments(args), process)
     for job in jobs:  # before a model is downloaded
@@ -65,6 +65,18 @@ def run(args: argparse.Namespace) -> str | None:
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} targets diverged: {'; '.join(failed)}")
     return drawing_of(jobs[0].target, args.model, jobs[0].out) if jobs else None
+
+
+def how(args: argparse.Namespace) -> str:
+    """--how; where nobody said it, by steps if an option of these is given, else as the model's defaults have it."""
+    solvable = {f"recipe_{field.name}" for field in dataclasses.fields(solve.Settings)}
+    given = {name for name, value in vars(args).items() if name.startswith("recipe_") and value is not None}
+    of_steps = args.literal or args.resume or args.steps_scale != 1 or given - solvable
+    if args.how == "solve" and of_steps:
+        odd = [name.removeprefix("recipe_").replace("_", "-") for name in sorted(given - solvable)]
+        option = f"--{odd[0]}" if odd else "--literal, --resume, --steps-scale"
+        raise UserError(f"{option}: of --how train alone, as nothing is trained here.")
+    return args.how or ("train" if of_steps else defaults_of(args.model).get("how", "train"))
 
 
 class Diverged(UserError):
@@ -149,14 +161,10 @@ class Workshop:
         return token_space.TokenSpace(self.layers)
 
     def recipe(self, target: Target) -> "cpe.Recipe | solve.Settings":
-        """The numbers of a target's preset, and those that were given; UserError for one that --how solve has not."""
-        kind = cpe.Recipe if self.args.how == "train" else solve.Settings
-        names = {field.name for field in dataclasses.fields(kind)}
+        """The numbers of a target's preset, and those that were given."""
         given = {k.removeprefix("recipe_"): v for k, v in vars(self.args).items() if k.startswith("recipe_")}
         given = {name: value for name, value in given.items() if value is not None}
-        if odd := [name for name in given if name not in names]:
-            raise UserError(f"--{odd[0].replace('_', '-')} is of --how train: nothing is trained here.")
-        if kind is solve.Settings:
+        if self.args.how == "solve":
             return solve.Settings(**{"eta": PRESETS[target.preset].eta} | given)
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
         scaled = {name: max(1, round(getattr(recipe, name) * self.args.steps_scale)) for name in STEPS}
