@@ -281,7 +281,7 @@ class Trainer:
         group["lr"] = full * learning_rate(self.step, self.steps[self.phase], cycles, warmup)
         self.optimizer.zero_grad()
         loss.backward()
-        if not nn.utils.get_total_norm([p.grad for p in group["params"]]).isfinite():
+        if not nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None]).isfinite():
             raise FloatingPointError(f"the loss became {loss.item()} in phase {self.phase + 1}, step {self.step + 1}")
         self.optimizer.step()
 

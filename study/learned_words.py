@@ -1,7 +1,7 @@
 """Attacks through the text encoder: words that are learned, as embeddings (inversion) or as tokens.
 
-Both need pictures of the target, which the original model draws, and the gradients of the erased one. Built on victim.py
-and erasers/common.py.
+Both need pictures of the target, which the original model draws, and the gradients of the erased one. Built on
+victim.py and erasers/common.py.
 
 Letters: P prompts (one per template), T tokens, d width of the context, e that of a token's embedding at the text
 encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.

@@ -157,8 +157,10 @@ class World:
         prompts = read_prompts(scenario.preset)
         prompts = dataclasses.replace(prompts, templates=[*prompts.templates, *sentences(f"{scenario.preset}-frames")])
         away = {normalised(name) for name in self.held_out}
-        prompts = dataclasses.replace(prompts, domain=[word for word in prompts.domain if normalised(word) not in away])
-        return anchor_words(prompts, [*scenario.targets, *scenario.aliases])
+        words = {
+            name: [w for w in getattr(prompts, name) if normalised(w) not in away] for name in ("general", "domain")
+        }
+        return anchor_words(dataclasses.replace(prompts, **words), [*scenario.targets, *scenario.aliases])
 
     def names(self, scenario: Scenario, target: str) -> list[str]:
         """A target and its aliases: those of a scenario belong to its first target."""

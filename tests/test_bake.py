@@ -12,6 +12,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import compare
+import evaluate
 import pytest
 import tiny as reference
 import torch
@@ -19,8 +21,6 @@ from safetensors.torch import load, save
 
 import bake
 import commands
-import compare
-import evaluate
 import old_cpe as cpe
 import weights
 from clip import MLP

@@ -10,20 +10,20 @@ import os
 import signal
 from pathlib import Path
 
+import attacks
+import compare
 import numpy as np
 import pytest
 import tiny
 import torch
+import variants
 from PIL import Image
 
-import attacks
 import commands
-import compare
 import erasers
 import old_cpe as cpe
 import sampler
 import unet
-import variants
 import weights
 from loading import files, prompts
 

@@ -22,6 +22,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 from hub_server import Handler
@@ -32,7 +33,6 @@ from tiny import FEW, ON_DISK, bake, contents, generate, train
 
 import bake as baking
 import commands
-import compare
 import old_cpe as cpe
 import weights
 from loading import cache, configs, files, hub

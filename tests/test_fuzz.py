@@ -24,6 +24,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 from huggingface_hub import constants
@@ -35,7 +36,6 @@ from safetensors.torch import save
 import bake
 import clip
 import commands
-import compare
 import many
 import old_cpe as cpe
 import weights

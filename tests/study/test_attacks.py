@@ -9,13 +9,17 @@ import torch
 from tiny import ROOT, normal
 from torch import Tensor
 
-import attacks
-import old_cpe as cpe
+import cpe
+import sampler
 import weights
-from attacks import ATTACKS, Found, Misfit, Victim
 from erasers.common import projections
 from erasers.lora import TEMPLATES as lora_templates
 from erasers.rece import revive
+from loading.prompts import normalised, parse_prompts
+from study import learned_words, sentences
+from study.attacks import ATTACKS, Distance
+from study.victim import Found, Victim, fill
+from token_space import ContextGate, TokenSpace
 
 random = partial(normal, dtype=torch.float32)
 TARGET, TEMPLATES = "red heart", ["a picture of a {}", "{} emoji"]
@@ -27,23 +31,24 @@ QUICK = {
 }
 
 
-def context_gate(seed: int) -> cpe.ContextGate:
+def context_gate(seed: int) -> ContextGate:
     """A context gate with every parameter drawn: half open to wide open."""
-    gates = cpe.ContextGate(d=16, r=4, k=2).initialise(torch.Generator().manual_seed(seed))
+    gates = ContextGate(d=16, r=4, k=2)
     core = gates.inner
     with torch.no_grad():
         core.w_qs.copy_(random(*core.w_qs.shape, seed=seed) / 8)
         core.scaler.copy_(random(*core.scaler.shape, seed=seed + 1) / 2)
-        core.lora_down.copy_(random(*core.lora_down.shape, seed=seed + 2) / 4)
-        core.lora_up.copy_(random(*core.lora_up.shape, seed=seed + 3))
+        core.lora_down[0].copy_(random(*core.lora_down[0].shape, seed=seed + 2) / 4)
+        core.lora_up[0].copy_(random(*core.lora_up[0].shape, seed=seed + 3))
     return gates
 
 
-def resag(W: dict[str, Tensor]) -> cpe.ResAG:
+def resag(layers: cpe.Layers) -> cpe.ResAG:
     """The paper's gates of two concepts, every layer's correction its own."""
-    gates = cpe.merge([context_gate(10).expand(W), context_gate(20).expand(W)])
+    gates = cpe.merge([context_gate(10).expand(layers), context_gate(20).expand(layers)])
     with torch.no_grad():
-        gates.lora_up += random(*gates.lora_up.shape, seed=3) / 20
+        for U in gates.lora_up:
+            U += random(*U.shape, seed=3) / 20
     return gates
 
 
@@ -59,13 +64,14 @@ def model(tiny_original: Path) -> weights.Model:
 def victims(model: weights.Model) -> dict[str, Victim]:
     """One of every kind: nothing erased, edited weights, the paper's gates, the context gate."""
     W = {key.removesuffix(".weight"): V.float() for key, V in projections(model).items()}
+    layers = cpe.Layers.of(model.cross_attention())
     mixed = torch.eye(16) + random(16, 16) / 4
     edited = {f"{key}.weight": V @ mixed + random(*V.shape, seed=i) / 20 for i, (key, V) in enumerate(W.items())}
     return {
         "nothing": Victim(model, model),
         "edited": Victim(model, model.with_unet(edited)),
-        "resag": Victim(model, model, resag(W)),
-        "context": Victim(model, model, context_gate(1)),
+        "resag": Victim(model, model, resag(layers)),
+        "context": Victim(model, model, context_gate(1).expand(layers)),
     }
 
 
@@ -102,7 +108,7 @@ def test_finds_contexts_repeatably_and_changes_nothing(name: str, kind: str, vic
     assert replace(found, contexts=None, seconds=0) == replace(again, contexts=None, seconds=0)
     # What was found can be generated with.
     seeds = range(len(found.prompts))
-    *_, latents = cpe.denoise_context(victim.erased, found.contexts, seeds, victim.gates, steps=1)
+    *_, latents = sampler.denoise_context(victim.erased, found.contexts, seeds, victim.gates, steps=1)
     assert latents.isfinite().all()
 
 
@@ -127,7 +133,7 @@ def test_a_victim_is_the_erased_model(victims: dict[str, Victim]) -> None:
         noise = victim.noise(x, torch.tensor([300, 300]), E)
         # one DDIM step from x_999 as `denoise_context` takes it
         seeds = [5, 6]
-        *_, latents = cpe.denoise_context(victim.erased, E, seeds, victim.gates, steps=1, guidance_scale=1)
+        *_, latents = sampler.denoise_context(victim.erased, E, seeds, victim.gates, steps=1, guidance_scale=1)
         start = torch.stack([random(4, 4, 4, seed=s) for s in seeds])
         t = victim.original.schedule.timesteps(1)[0]
         predicted = victim.noise(start, torch.tensor([t, t]), E)
@@ -138,26 +144,24 @@ def test_a_victim_is_the_erased_model(victims: dict[str, Victim]) -> None:
 
 
 @pytest.mark.parametrize("kind", ERASED)
-def test_misfit_is_its_formula(kind: str, victims: dict[str, Victim]) -> None:
+def test_distance_is_its_formula(kind: str, victims: dict[str, Victim]) -> None:
     victim = victims[kind]
     E, x = victim.original.encode([TARGET, "cat"]), random(2, 77, 16)
-    objective = cpe.Objective(victim.original.cross_attention())
+    layers = cpe.Layers.of(victim.original.cross_attention())
     edited, gates = victim.erased.cross_attention(), victim.gates
-    if kind == "context":
-        gates = gates.expand(objective.W)
-    corrections = gates.corrections(x) if gates else {}
+    corrections = gates.residuals(x) if gates else {}
     above, below = 0, 0
-    for name, W in objective.W.items():
-        w = objective.a[name] / (len(W) * len(objective.W))
+    for name, W in layers.W.items():
+        w = layers.a[name] / (len(W) * len(layers.W))
         above += w * (x @ edited[f"{name}.weight"].T + corrections.get(name, 0) - E @ W.T).square().sum((1, 2))
         below += w * (E @ W.T).square().sum((1, 2))
-    torch.testing.assert_close(Misfit(victim, E)(x), above / below, rtol=1e-4, atol=0)
+    torch.testing.assert_close(Distance(victim, E)(x), above / below, rtol=1e-4, atol=0)
 
 
 def test_nothing_erased_leaves_nothing_to_do(victims: dict[str, Victim]) -> None:
     found = attack("embeddings", victims["nothing"])
     assert (found.before, found.after) == (0, 0)
-    assert torch.equal(found.contexts, victims["nothing"].original.encode(attacks.fill(TEMPLATES, TARGET)))
+    assert torch.equal(found.contexts, victims["nothing"].original.encode(fill(TEMPLATES, TARGET)))
     assert attack("revival", victims["nothing"], rho=0).after < 1e-10
 
 
@@ -165,13 +169,13 @@ def test_nothing_erased_leaves_nothing_to_do(victims: dict[str, Victim]) -> None
 def test_gradients_flow_through_gates(kind: str, victims: dict[str, Victim]) -> None:
     """Against a finite difference along the gradient; without the gates' share it would be another."""
     E = victims[kind].original.encode([TARGET])
-    misfit, bare = Misfit(victims[kind], E), Misfit(victims["nothing"], E)
+    distance, bare = Distance(victims[kind], E), Distance(victims["nothing"], E)
     x = (E + random(*E.shape) / 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(misfit(x).sum(), x)
+    (gradient,) = torch.autograd.grad(distance(x).sum(), x)
     (linear,) = torch.autograd.grad(bare(x).sum(), x)
     direction = gradient / gradient.norm()
     with torch.no_grad():
-        slope = (misfit(x + 0.05 * direction) - misfit(x - 0.05 * direction)).item() / 0.1
+        slope = (distance(x + 0.05 * direction) - distance(x - 0.05 * direction)).item() / 0.1
     assert slope == pytest.approx(gradient.norm().item(), rel=1e-2)
     assert (linear - gradient).norm() > 0.1 * gradient.norm()
 
@@ -182,7 +186,7 @@ def test_revival_is_reces_formula(victims: dict[str, Victim]) -> None:
     original, edited = projections(victim.original), projections(victim.erased)
     A = torch.linalg.inv(0.1 * torch.eye(16).double() + sum(V.T @ V for V in edited.values()))
     A = A @ sum(V.T @ original[key] for key, V in edited.items())
-    C = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
+    C = victim.original.encode(fill(TEMPLATES, TARGET)).double()
     torch.testing.assert_close(found.contexts, (C @ A.T).float())
     torch.testing.assert_close(found.contexts[0], revive(original, edited, C[0], 0.1).float())
 
@@ -192,7 +196,7 @@ def test_revival_undoes_an_edit_that_lost_nothing(model: weights.Model) -> None:
     B = (torch.eye(16) + random(16, 16) / 8).double()
     edited = {key: (W @ B).float() for key, W in projections(model).items()}
     victim = Victim(model, model.with_unet(edited))
-    E = model.encode(attacks.fill(TEMPLATES, TARGET))
+    E = model.encode(fill(TEMPLATES, TARGET))
     for found in (attack("revival", victim, rho=1e-9), attack("embeddings", victim, steps=40)):
         assert found.before > 0.1
         assert found.after < 1e-8
@@ -207,13 +211,13 @@ def test_revival_helps(kind: str, victims: dict[str, Victim]) -> None:
 
 def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, Victim]) -> None:
     victim = victims["edited"]
-    E = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
-    objective = cpe.Objective(victim.original.cross_attention())
-    V = {name: projections(victim.erased)[f"{name}.weight"] for name in objective.W}
+    E = victim.original.encode(fill(TEMPLATES, TARGET)).double()
+    space = TokenSpace(cpe.Layers.of(victim.original.cross_attention()))
+    V = {name: projections(victim.erased)[f"{name}.weight"] for name in space.w}
     # x = E (sum w W^T V) (sum w V^T V)^-1
-    cross = sum(w * objective.W[name].double().T @ V[name] for name, w in objective.w.items())
-    x = torch.linalg.solve(sum(w * V[name].T @ V[name] for name, w in objective.w.items()), E @ cross, left=False)
-    optimum = Misfit(victim, E.float())(x.float()).mean().item()
+    cross = sum(w * space.layers.W[name].double().T @ V[name] for name, w in space.w.items())
+    x = torch.linalg.solve(sum(w * V[name].T @ V[name] for name, w in space.w.items()), E @ cross, left=False)
+    optimum = Distance(victim, E.float())(x.float()).mean().item()
     found = attack("embeddings", victim, steps=40)
     assert 0 < optimum < 0.5 * found.before
     assert found.after == pytest.approx(optimum, rel=1e-4)
@@ -234,20 +238,20 @@ def test_embedded_words_are_read_as_tokens(model: weights.Model) -> None:
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     X = table[model.tokenizer.ids(TARGET)]
     for template in [*TEMPLATES, "{}", "a {}, noto style"]:
-        E = attacks.encode_embedded(model, attacks.embed(model, template, torch.stack([X, 0 * X])))
-        torch.testing.assert_close(E[:1], model.encode(attacks.fill([template], TARGET)))
+        E = learned_words.encode_embedded(model, learned_words.embed(model, template, torch.stack([X, 0 * X])))
+        torch.testing.assert_close(E[:1], model.encode(fill([template], TARGET)))
         assert not torch.equal(E[0], E[1])
 
 
 def test_more_words_than_the_encoder_reads(model: weights.Model) -> None:
-    assert attacks.embed(model, "{} cat", torch.zeros(1, 74, 16)).shape == (1, 77, 16)
+    assert learned_words.embed(model, "{} cat", torch.zeros(1, 74, 16)).shape == (1, 77, 16)
     with pytest.raises(ValueError, match="longer"):
-        attacks.embed(model, "{} cat", torch.zeros(1, 75, 16))
+        learned_words.embed(model, "{} cat", torch.zeros(1, 75, 16))
 
 
 def test_samples_are_noised_pictures_of_every_noise_level(model: weights.Model) -> None:
     images = random(3, 4, 4, 4)
-    samples = attacks.draw(model, images, 5, torch.Generator().manual_seed(0))
+    samples = learned_words.add_noise(model, images, 5, torch.Generator().manual_seed(0))
     assert [t // 200 for t in samples.timesteps.tolist()] == [0, 1, 2, 3, 4]
     a = model.schedule.alphas_cumprod[samples.timesteps].view(-1, 1, 1, 1)
     clean = (samples.latents - (1 - a).sqrt() * samples.noise) / a.sqrt()
@@ -257,10 +261,10 @@ def test_samples_are_noised_pictures_of_every_noise_level(model: weights.Model) 
 
 def test_noise_loss_is_its_formula(victims: dict[str, Victim]) -> None:
     victim = victims["resag"]
-    samples = attacks.draw(victim.original, random(2, 4, 4, 4), 3, torch.Generator().manual_seed(0))
+    samples = learned_words.add_noise(victim.original, random(2, 4, 4, 4), 3, torch.Generator().manual_seed(0))
     contexts = random(2, 2, 77, 16)  # two candidates, two prompts
     with torch.no_grad():
-        losses = attacks.noise_loss(victim, samples, contexts)
+        losses = learned_words.noise_loss(victim, samples, contexts)
         for b, loss in enumerate(losses):
             errors = []
             for s, prompt in enumerate([0, 1, 0]):
@@ -275,15 +279,15 @@ def plant(monkeypatch: pytest.MonkeyPatch, victim: Victim, contexts: Tensor) -> 
 
     With true noise most of the loss is beyond any attack, and that an attack does something would hardly show.
     """
-    draw = attacks.draw
+    draw = learned_words.add_noise
 
-    def planted(model: weights.Model, images: Tensor, count: int, generator: torch.Generator) -> attacks.Samples:
+    def planted(model: weights.Model, images: Tensor, count: int, generator: torch.Generator) -> learned_words.Samples:
         samples = draw(model, images, count, generator)
         rows = contexts[torch.arange(count) % len(contexts)]
         with torch.no_grad():
             return replace(samples, noise=victim.noise(samples.latents, samples.timesteps, rows))
 
-    monkeypatch.setattr(attacks, "draw", planted)
+    monkeypatch.setattr(learned_words, "add_noise", planted)
 
 
 @pytest.mark.parametrize("kind", ERASED)
@@ -292,12 +296,12 @@ def test_textual_inversion_finds_hidden_words(
 ) -> None:
     victim = victims[kind]
     tokenizer = victim.original.tokenizer
-    hidden = victim.original.encode(attacks.fill(TEMPLATES, "green apple"))
+    hidden = victim.original.encode(fill(TEMPLATES, "green apple"))
     plant(monkeypatch, victim, hidden)
     found = attack("inversion", victim, steps=15)
     assert found.after < 0.1 * found.before
     words = " ".join(f"<{i + 1}>" for i in range(len(tokenizer.ids(TARGET))))
-    assert found.prompts == attacks.fill(TEMPLATES, words)
+    assert found.prompts == fill(TEMPLATES, words)
 
 
 # --- Words -------------------------------------------------------------------------------------------------------
@@ -305,7 +309,7 @@ def test_textual_inversion_finds_hidden_words(
 
 def test_whole_words_can_be_typed(model: weights.Model) -> None:
     tokenizer = model.tokenizer
-    words = attacks.whole_words(tokenizer)
+    words = learned_words.whole_words(tokenizer)
     assert tokenizer.ids("heart")[0] in words
     assert not {tokenizer.bos, tokenizer.eos} & set(words)
     text = [tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in words]
@@ -316,7 +320,7 @@ def test_swaps_change_one_token_for_the_better() -> None:
     """On a loss that is linear in the embeddings the promise is kept: the best single swap is among those drawn."""
     table, gradient, words = random(50, 6), random(4, 6, seed=1), torch.arange(10, 50)
     ids = torch.tensor([10, 11, 12, 13])
-    swapped = attacks.swaps(gradient, table, words, ids, 8, torch.Generator().manual_seed(0))
+    swapped = learned_words.swaps(gradient, table, words, ids, 8, torch.Generator().manual_seed(0))
     assert swapped.shape == (8, 4)
     changed = swapped != ids
     assert (changed.sum(dim=1) <= 1).all()  # a place may be given what it has
@@ -332,18 +336,18 @@ def test_learned_tokens_are_a_prompt(kind: str, victims: dict[str, Victim]) -> N
     tokenizer = victim.original.tokenizer
     found = attack("tokens", victim)
     assert torch.equal(found.contexts, victim.original.encode(found.prompts))
-    for prompt, plain in zip(found.prompts, attacks.fill(TEMPLATES, TARGET), strict=True):
+    for prompt, plain in zip(found.prompts, fill(TEMPLATES, TARGET), strict=True):
         prefix = prompt.removesuffix(f" {plain}")
         ids = tokenizer.ids(prompt)
         assert ids == [*tokenizer.ids(prefix), *tokenizer.ids(plain)]
         assert len(tokenizer.ids(prefix)) == 5
-        assert set(tokenizer.ids(prefix)) <= set(attacks.whole_words(tokenizer))
+        assert set(tokenizer.ids(prefix)) <= set(learned_words.whole_words(tokenizer))
     # The loss that was reported is that of what was typed.
     generator = torch.Generator().manual_seed(0)
-    images = attacks.pictures(victim.original, attacks.fill(TEMPLATES, TARGET), 2, 2, 7.5, generator)
-    samples = attacks.draw(victim.original, images, 6, generator)
+    images = learned_words.pictures(victim.original, fill(TEMPLATES, TARGET), 2, 2, 7.5, generator)
+    samples = learned_words.add_noise(victim.original, images, 6, generator)
     with torch.no_grad():
-        loss = attacks.noise_loss(victim, samples, found.contexts[None]).item()
+        loss = learned_words.noise_loss(victim, samples, found.contexts[None]).item()
         assert found.after == pytest.approx(loss, rel=1e-4)
 
 
@@ -352,7 +356,7 @@ def test_learned_tokens_near_a_hidden_prefix(
     kind: str, victims: dict[str, Victim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = victims[kind]
-    plain = attacks.fill(TEMPLATES, TARGET)
+    plain = fill(TEMPLATES, TARGET)
     hidden = victim.original.encode([f"purple pizza avocado unicorn water {prompt}" for prompt in plain])
     plant(monkeypatch, victim, hidden)
     found = attack("tokens", victim, steps=10)
@@ -362,20 +366,20 @@ def test_learned_tokens_near_a_hidden_prefix(
 # --- Paraphrases -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", attacks.PARAPHRASES)
+@pytest.mark.parametrize("preset", sentences.PARAPHRASES)
 def test_paraphrases_are_in_no_training(preset: str) -> None:
     trained = {
-        cpe.normalised(template)
+        normalised(template)
         for file in (ROOT / "prompts").glob("*.txt")
-        for template in cpe.parse_prompts(file.read_text()).templates
-    } | {cpe.normalised(template) for template in lora_templates}
+        for template in parse_prompts(file.read_text()).templates
+    } | {normalised(template) for template in lora_templates}
     assert len(trained) > 100
-    unseen = attacks.PARAPHRASES[preset]
+    unseen = sentences.PARAPHRASES[preset]
     assert (ROOT / "prompts" / f"{preset}.txt").is_file()
     assert len(set(unseen)) == len(unseen)
     for template in unseen:
         assert "{}" in template
-        assert cpe.normalised(template) not in trained
+        assert normalised(template) not in trained
 
 
 def test_paraphrases_are_encoded(victims: dict[str, Victim]) -> None:
