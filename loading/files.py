@@ -31,14 +31,15 @@ class Unwritten(UserError):
     """A file or folder that could not be written, and the `error` that says why; also a full disk."""
 
     def __init__(self, path: Path, error: Exception):
-        reason = getattr(error, "strerror", None) or error
-        hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
-        super().__init__(f"{path} could not be written: {hint}")
+        super().__init__(path, error)
         self.path, self.error = path, error
 
-    def __reduce__(self) -> tuple[type["Unwritten"], tuple[Path, Exception]]:
-        """How it comes from one process to another."""
-        return Unwritten, (self.path, self.error)
+    def __str__(self) -> str:
+        """The sentence."""
+        reason = getattr(self.error, "strerror", None) or self.error
+        hint = f"{reason}: check the folder, or choose another"
+        hint = "the disk is full: make room" if disk_full(self.error) else hint
+        return f"{self.path} could not be written: {hint}"
 
 
 def disk_full(error: Exception) -> bool:
