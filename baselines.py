@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import linear as product
 
 import old_cpe as cpe
 import sampler
-from products import product
 from unet import Attention, UNet
 
 if TYPE_CHECKING:

@@ -41,17 +41,10 @@ import baselines
 import evaluate
 import old_cpe as cpe
 import variants
-from weights import (
-    Model,
-    UserError,
-    cache_folder,
-    cached_contexts,
-    load_clip,
-    load_model,
-    load_tensors,
-    read_prompts,
-    save_tensors,
-)
+from loading.cache import cache_folder, cached_contexts
+from loading.files import UserError, load_tensors, save_tensors
+from loading.prompts import read_prompts
+from weights import Model, load_clip, load_model
 
 # Of measurements, by eraser, else 1: raise it when a change makes kept figures wrong.
 VERSIONS = {"cpe": 4, "lora": 3, "mace": 2}

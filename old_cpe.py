@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear as product
 
 import sampler
-from products import product
 
 if TYPE_CHECKING:
     from weights import Model

@@ -20,7 +20,8 @@ import bake
 import commands
 import old_cpe as cpe
 from clip import TextEncoder
-from weights import SD14_CONFIGS, read_prompts
+from loading.configs import SD14_CONFIGS
+from loading.prompts import read_prompts
 
 
 def main() -> None:

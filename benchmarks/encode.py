@@ -18,6 +18,8 @@ import compare
 import old_cpe as cpe
 import weights
 from clip import TextEncoder
+from loading.parts import Undrawn
+from loading.prompts import read_prompts
 
 BATCHES = (4, 8, 16, 32)
 
@@ -33,7 +35,7 @@ def asked() -> tuple[int, int]:
 
         return encode
 
-    prompts = weights.read_prompts("celebrity")
+    prompts = read_prompts("celebrity")
     cpe.prepare(cpe.PRESETS["celebrity"], prompts, ["Brad Pitt"], count("always"), count("cached"))
     return sum(counts.values()), counts["always"]
 
@@ -83,7 +85,7 @@ def main() -> None:
     print(sd14.machine())
     flags = sd14.flags()
     print(f"bfloat16 products in hardware: {'yes' if flags & {'avx512_bf16', 'amx_bf16'} else 'no'}")
-    with torch.device("meta"), weights.Undrawn():
+    with torch.device("meta"), Undrawn():
         tower = TextEncoder(sd14.CONFIGS["text_encoder"])
     tower = tower.to_empty(device="cpu").eval().requires_grad_(False)
     for p in tower.parameters():

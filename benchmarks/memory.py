@@ -29,6 +29,8 @@ import torch
 import commands
 import old_cpe as cpe
 import weights
+from loading import cache
+from loading.prompts import read_prompts
 
 TRAIN = ["train", "--preset", "celebrity"]
 SHORT, WHOLE = ["--target", "Brad Pitt", "--steps-scale", "0.01"], ["--target", "Brad Pitt"]
@@ -63,11 +65,11 @@ def fill_cache(folder: Path) -> list[Path]:
     """Random contexts for everything that `prepare` asks of the cache; returns the files, the newest last."""
     model = weights.load_model(folder, parts=("text_encoder",))
     model.encode = lambda prompts: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
-    prompts = weights.read_prompts("celebrity")
+    prompts = read_prompts("celebrity")
     cpe.prepare(
-        cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: weights.cached_contexts(model, asked)
+        cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: cache.cached_contexts(model, asked)
     )
-    return sorted(weights.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
+    return sorted(cache.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
 
 
 def row(name: str, folder: Path, options: list[str]) -> None:

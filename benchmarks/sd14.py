@@ -21,10 +21,12 @@ sys.path.insert(0, str(ROOT))
 import old_cpe as cpe  # noqa: E402
 import weights  # noqa: E402
 from clip import TextEncoder  # noqa: E402
+from loading import configs, files  # noqa: E402
+from loading.parts import Undrawn  # noqa: E402
 from unet import UNet  # noqa: E402
 from vae import VAE  # noqa: E402
 
-CONFIGS = weights.SD14_CONFIGS
+CONFIGS = configs.SD14_CONFIGS
 WIDTH, TOKENS = CONFIGS["unet"]["cross_attention_dim"], 77
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -80,7 +82,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 15, warmup: int = 3) 
 
 def cross_attention() -> dict[str, Tensor]:
     """Random to_q, to_k, to_v, to_out.0 of the 16 cross-attention layers, at the scale of torch's initial values."""
-    with torch.device("meta"), weights.Undrawn():
+    with torch.device("meta"), Undrawn():
         layers = UNet(CONFIGS["unet"]).cross_attentions()
     parts = {f"{path}.{part}.weight": (layer, part) for path, layer in layers.items() for part in ATTENTION}
     shapes = {key: layer.get_submodule(part).weight.shape for key, (layer, part) in parts.items()}
@@ -115,11 +117,11 @@ def write_model(folder: Path) -> Path:
         raise SystemExit(f"{folder} is there already, and not of this script: give another --folder")
     for part, build in PARTS.items():
         file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        weights.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
-        with torch.device("meta"), weights.Undrawn():
+        files.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
+        with torch.device("meta"), Undrawn():
             shapes = {name: t.shape for name, t in build(CONFIGS[part]).state_dict().items()}
         tensors = {n: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.02 for n, s in shapes.items()}
-        weights.save_tensors(folder / part / f"{file}.safetensors", tensors)
+        files.save_tensors(folder / part / f"{file}.safetensors", tensors)
         del tensors
     tokenizer = ROOT / "emoji" / "tokenizer"
     vocabulary = json.loads((tokenizer / "vocab.json").read_text())
@@ -128,8 +130,8 @@ def write_model(folder: Path) -> Path:
     ends = ["<|startoftext|>", "<|endoftext|>"]
     words = sorted((w for w in vocabulary if w not in ends), key=vocabulary.get)
     words += [f"<unused {i}>" for i in range(size - len(words) - len(ends))] + ends
-    weights.write_text(folder / "tokenizer" / "vocab.json", json.dumps({w: i for i, w in enumerate(words)}))
-    weights.write_text(folder / "tokenizer" / "merges.txt", (tokenizer / "merges.txt").read_text())
-    weights.write_text(folder / weights.SCHEDULER, json.dumps(CONFIGS["scheduler"]))
-    weights.write_text(folder / "random-weights", "")
+    files.write_text(folder / "tokenizer" / "vocab.json", json.dumps({w: i for i, w in enumerate(words)}))
+    files.write_text(folder / "tokenizer" / "merges.txt", (tokenizer / "merges.txt").read_text())
+    files.write_text(folder / weights.SCHEDULER, json.dumps(CONFIGS["scheduler"]))
+    files.write_text(folder / "random-weights", "")
     return folder

@@ -28,6 +28,7 @@ import evaluate
 import variants
 import weights
 from compare import ABLATIONS, METHODS, Budget, Scenario
+from loading import prompts
 
 TARGETS = [Scenario(("tiger face",)), Scenario(("soccer ball",))]
 TEN = Scenario(
@@ -35,7 +36,7 @@ TEN = Scenario(
      "penguin"),
 )  # fmt: skip
 ERASED = {name for scenario in compare.SCENARIOS.values() for name in scenario.targets} | {*TEN.targets}
-LISTED = [name for i, name in enumerate(weights.read_prompts("emoji").domain) if i % 3 != 1 and name not in ERASED]
+LISTED = [name for i, name in enumerate(prompts.read_prompts("emoji").domain) if i % 3 != 1 and name not in ERASED]
 FIFTY = Scenario(tuple(evaluate.spread(LISTED, 50)))
 STYLES = [Scenario(("blob style",), "emoji-style"), Scenario(("fluent style",), "emoji-style")]
 BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)

@@ -51,7 +51,7 @@ import clip  # noqa: E402
 import sampler  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
-from weights import UserError  # noqa: E402
+from loading.files import UserError  # noqa: E402
 
 OUT = HERE  # where the model lies: --out
 BUILD = OUT / "build"  # and what it is made from

@@ -113,7 +113,7 @@ SIGNS = ("Sm", "Sc", "So", "Mn", "Mc", "Me")  # of mathematics, currencies, emoj
 
 
 def within(part: str, whole: str) -> bool:
-    """Whether the words of one name stand in another, side by side: "Obama" in "Barack Obama", not "cat" in "cattle"."""
+    """Whether the words of one name stand in another, side by side: "Obama" in "Barack Obama"."""
     return f" {normalised(part)} " in f" {normalised(whole)} "
 
 
@@ -181,9 +181,7 @@ def nearest_words(
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
 
 
-def prepare(
-    recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode
-) -> Data:
+def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
     `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half

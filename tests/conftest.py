@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import server  # noqa: F401  a fixture
 from tiny import write_model
 
 from cli.main import main

@@ -17,6 +17,8 @@ import torch
 
 import old_cpe as cpe
 import weights
+from loading import files
+from loading.prompts import read_prompts
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,7 +379,7 @@ def emoji_gates() -> tuple[weights.Model, cpe.Objective, cpe.ResAG]:
 
 def trained_gates(model: weights.Model) -> cpe.ResAG:
     """Gates that a few steps of the preset's recipe have trained on PROMPT, with its margin."""
-    recipe, prompts = cpe.PRESETS["emoji"].scaled(0.05), weights.read_prompts("emoji")
+    recipe, prompts = cpe.PRESETS["emoji"].scaled(0.05), read_prompts("emoji")
     few = cpe.Prompts(prompts.templates, prompts.general[:4], prompts.domain[:20])
     one = cpe.constant_direction(model.text_encoder.text_model.final_layer_norm)
     data = cpe.prepare(recipe, few, ["red heart"], model.encode, model.encode, one)
@@ -485,7 +487,7 @@ def test_the_recipe_for_diffusers_runs_as_it_stands(tmp_path, monkeypatch):
     context_gate = cpe.ContextGate(192, r=4, k=2)
     for parameter in context_gate.parameters():  # strong enough to be seen
         parameter.data.normal_(0, 3 * parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
-    weights.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(context_gate.expand(objective.W)))
+    files.save_tensors("gates/red-heart.safetensors", cpe.to_tensors(context_gate.expand(objective.W)))
     names, hooks, images = {}, [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

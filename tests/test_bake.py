@@ -24,6 +24,7 @@ import evaluate
 import old_cpe as cpe
 import weights
 from clip import MLP
+from loading import files
 from old_cpe import ContextGate, Objective
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,7 +384,7 @@ def gate_files(model, objective, tmp_path) -> list[Path]:
     for seed, target in enumerate(("red heart", "dog face")):
         files.append(tmp_path / f"{seed}.safetensors")
         metadata = {"target": target, "surrogate": "an object", "eta": "0.3", "aliases": '["love"]' if seed else "[]"}
-        weights.save_tensors(files[-1], cpe.to_tensors(open_gate(16, seed).expand(objective.W)), metadata)
+        files.save_tensors(files[-1], cpe.to_tensors(open_gate(16, seed).expand(objective.W)), metadata)
     return files
 
 
@@ -427,8 +428,8 @@ def test_figures_of_gates_are_drawn_with_gates_and_those_of_the_baked_model_with
 @pytest.mark.parametrize("name", ["red\x1b[31m heart", "red\nheart"])
 @pytest.mark.parametrize("key", ["target", "surrogate", "aliases"])
 def test_names_in_a_gate_file_give_the_terminal_no_orders(tiny, gate_files, tmp_path, capsys, key, name):
-    tensors, metadata = weights.load_tensors(gate_files[0])
-    weights.save_tensors(gate_files[0], tensors, metadata | {key: json.dumps([name]) if key == "aliases" else name})
+    tensors, metadata = files.load_tensors(gate_files[0])
+    files.save_tensors(gate_files[0], tensors, metadata | {key: json.dumps([name]) if key == "aliases" else name})
     assert commands.main(arguments(tiny, gate_files[:1], tmp_path / "baked")) == 2
     said = capsys.readouterr().err
     assert f"the name {name!r} in its metadata is no prompt" in said
@@ -437,8 +438,8 @@ def test_names_in_a_gate_file_give_the_terminal_no_orders(tiny, gate_files, tmp_
 
 def test_gates_are_baked_by_the_preset_that_trained_them(tiny, gate_files, tmp_path, capsys, monkeypatch):
     def retrained(file: Path, preset: str) -> None:
-        tensors, metadata = weights.load_tensors(file)
-        weights.save_tensors(file, tensors, metadata | {"preset": preset})
+        tensors, metadata = files.load_tensors(file)
+        files.save_tensors(file, tensors, metadata | {"preset": preset})
 
     asked = []
     monkeypatch.setattr(commands, "read_concepts", lambda paths, preset: asked.append(preset) or pytest.skip("seen"))
@@ -501,13 +502,13 @@ def test_an_interrupted_bake_goes_on_and_ends_in_the_same_bytes(tiny, gate_files
     assert commands.main(arguments(tiny, gate_files, out, "--images", "0")) == 130
     assert "go on with --resume" in capsys.readouterr().err
     assert {path.name for path in place.iterdir()} == {"whole", "baked.v1.baking.state.safetensors"}
-    assert weights.load_tensors(place / "baked.v1.baking.state.safetensors")[0]["done"] == 3
+    assert files.load_tensors(place / "baked.v1.baking.state.safetensors")[0]["done"] == 3
     assert commands.main(arguments(tiny, gate_files, out, "--images", "0", "--resume")) == 0
     assert {path.name for path in place.iterdir()} == {"whole", "baked.v1"}
     assert text_encoder(whole) == text_encoder(out)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, weights.UserError("images are not finite")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, files.UserError("images are not finite")])
 def test_a_bake_that_stopped_while_it_measured_is_measured_by_resume(
     tiny, gate_files, tmp_path, capsys, monkeypatch, stop
 ):

@@ -22,6 +22,9 @@ import old_cpe as cpe
 import variants
 import weights
 from benchmarks import tune
+from loading import files
+from loading.cache import cache_folder
+from loading.prompts import read_prompts
 
 SMALL = compare.Budget(erased=2, near=1, others=1, attacked=0, steps=1, guidance_scale=1.0)
 TUNING = {target for scenario in (*tune.TARGETS, tune.TEN, tune.FIFTY, *tune.STYLES) for target in scenario.targets}
@@ -200,11 +203,11 @@ def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
     assert torch.equal(pixels, again)
     with pytest.raises(AssertionError):  # another seed, budget or setting is another cell
         compare.measure(world, compare.SCENARIOS["object"], kept, SMALL, seed=1)
-    (file,) = (weights.cache_folder() / "compare").iterdir()
+    (file,) = (cache_folder() / "compare").iterdir()
     file.write_bytes(file.read_bytes()[:100])
     third, _ = compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)
     assert third["groups"] == first["groups"]
-    weights.save_tensors(file, {"images": pixels}, {"figures": "{}"})
+    files.save_tensors(file, {"images": pixels}, {"figures": "{}"})
     assert compare.measure(world, compare.SCENARIOS["object"], UNTOUCHED, SMALL)[0]["groups"] == first["groups"]
 
 
@@ -457,7 +460,7 @@ def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_its_ablations(
 def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
     given = []
     monkeypatch.setitem(baselines.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
-    one, templates = compare.SCENARIOS["object"], weights.read_prompts("emoji").templates
+    one, templates = compare.SCENARIOS["object"], read_prompts("emoji").templates
     surrogate = cpe.PRESETS["emoji"].surrogate
     for where in ("kept", "all", "pairs"):
         compare.METHODS["uce"].build(world, one, 0, templates=where, s_p=2.0)
@@ -550,15 +553,15 @@ def test_scenarios_side_by_side_fill_the_cells_that_a_run_reads(world, tiny_orig
 
 def test_an_error_in_one_of_the_processes_is_raised(world, tmp_path):
     opened = (str(tmp_path / "nothing"), None, "emoji")
-    with pytest.raises(weights.UserError, match="nothing"):
+    with pytest.raises(files.UserError, match="nothing"):
         list(compare.side_by_side(world, opened, {"object": compare.SCENARIOS["object"]}, [], SMALL, 0))
 
 
 def test_an_error_of_the_disk_comes_from_another_process_as_it_was():
-    error = weights.Unwritten(Path("cache/x"), OSError(errno.ENOSPC, "No space left on device"))
+    error = files.Unwritten(Path("cache/x"), OSError(errno.ENOSPC, "No space left on device"))
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "cache/x could not be written: the disk is full: make room"
-    assert weights.disk_full(again.error)
+    assert files.disk_full(again.error)
 
 
 @pytest.mark.parametrize(
@@ -642,7 +645,7 @@ def test_a_process_whose_parent_was_killed_measures_no_further_cell(tiny_origina
 
 
 def test_templates_among_other_words_hold_nothing_that_gates_know_or_are_tried_with():
-    prompts = weights.read_prompts("emoji")
+    prompts = read_prompts("emoji")
     tried = (*attacks.UNFAMILIAR["emoji"], *bake.HELD_OUT, *attacks.PARAPHRASES["emoji"])
     taken = {word for text in (*prompts.domain, *prompts.templates, *tried) for word in cpe.normalised(text).split()}
     assert not taken.intersection(compare.WORDS.split())

@@ -25,12 +25,13 @@ import sampler
 import unet
 import variants
 import weights
+from loading import files, prompts
 
 STAND_IN = "card"
 REAL = torch.cuda.is_available()
 if not REAL:
     card = pytest.importorskip("card", exc_type=ImportError)  # older torch cannot have devices of one's own
-CONCEPTS = weights.read_prompts("emoji").domain[:40]
+CONCEPTS = prompts.read_prompts("emoji").domain[:40]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def assert_near(on_card: dict[str, torch.Tensor], on_cpu: dict[str, torch.Tensor
 
 
 def gates_of(path: Path) -> dict[str, torch.Tensor]:
-    return weights.load_tensors(path)[0]
+    return files.load_tensors(path)[0]
 
 
 # --- The stand-in ------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ import compare
 import many
 import old_cpe as cpe
 import weights
-from weights import UserError
+from loading import files, tokens
+from loading.files import UserError
 
 CASES = int(os.environ.get("CPE_FUZZ", "200"))
 TRIED: Counter[str] = Counter()  # cases by test
@@ -91,8 +92,8 @@ def ends_well(*errors: type[Exception]):
 @pytest.mark.parametrize(
     ("hanging", "call"),
     [
-        ("safetensors.safe_open", lambda: weights.load_tensors(__file__)),
-        ("weights.Tokenizer", lambda: weights.read_tokenizer(Path())),
+        ("safetensors.safe_open", lambda: files.load_tensors(__file__)),
+        ("loading.tokens.Tokenizer", lambda: tokens.read_tokenizer(Path())),
         ("commands.inspect", lambda: commands.main(["inspect", "x", "--prompt", "y"])),
     ],
 )
@@ -225,9 +226,9 @@ def test_any_safetensors_file(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     path.write_bytes(content)
     with ends_well(UserError):
-        weights.read_shapes(path)
+        files.read_shapes(path)
     with ends_well(UserError, ValueError):
-        cpe.from_tensors(weights.load_tensors(path)[0])
+        cpe.from_tensors(files.load_tensors(path)[0])
 
 
 @cases(0.15)
@@ -251,7 +252,7 @@ def test_any_weights_file(spoilt, tiny_original, data):
     """In a part of a folder, or alone as a checkpoint: bytes changed, or tensors other than they should be."""
     part = data.draw(st.sampled_from(["text_encoder", "vae", "clip"]))
     (file,) = (path.name for path in (tiny_original / part).glob("*.safetensors"))
-    kept = weights.load_tensors(tiny_original / part / file)[0]
+    kept = files.load_tensors(tiny_original / part / file)[0]
     content = data.draw(damaged(save(kept)) | changed(kept, tensors()).map(saved) | headers())
     path = data.draw(st.sampled_from([spoilt / part / file, spoilt / "alone.safetensors"]))
     path.write_bytes(content)
@@ -268,7 +269,7 @@ def test_any_weights_file(spoilt, tiny_original, data):
 def test_any_config(spoilt, tiny_original, data):
     part = data.draw(st.sampled_from([*weights.PARTS, "scheduler"]))
     file = weights.SCHEDULER if part == "scheduler" else f"{part}/config.json"
-    config = weights.read_json(tiny_original / file)
+    config = files.read_json(tiny_original / file)
     inner = data.draw(st.sampled_from([None, *(key for key, value in config.items() if isinstance(value, dict))]))
     if inner:
         config[inner] = data.draw(changed(config[inner], JSON))
@@ -290,7 +291,7 @@ def test_any_config(spoilt, tiny_original, data):
 @cases(0.08)
 @given(st.data())
 def test_any_tokenizer(spoilt, tiny_original, data):
-    file = data.draw(st.sampled_from(weights.TOKENIZER))
+    file = data.draw(st.sampled_from(tokens.TOKENIZER))
     content = (tiny_original / "tokenizer" / file).read_bytes()
     if file == "vocab.json":
         table = st.dictionaries(TEXT, JSON, max_size=5) | changed(json.loads(content), SIZES | JSON)
@@ -383,7 +384,7 @@ def test_any_state_of_a_bake_to_go_on_from(new_baker, data):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_original) -> clip.Tokenizer:
-    return weights.read_tokenizer(tiny_original / "tokenizer")
+    return tokens.read_tokenizer(tiny_original / "tokenizer")
 
 
 @cases(0.10)
@@ -531,10 +532,10 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "expected_unet", unets.__getitem__)
     d, widths = commands.wanted_sizes(unets["sd14"])
     large = cpe.to_tensors(cpe.ResAG(widths, d, r=1).initialise(torch.Generator().manual_seed(0)))
-    weights.save_tensors(home / "large.safetensors", large, {"target": "red heart"})
+    files.save_tensors(home / "large.safetensors", large, {"target": "red heart"})
     objective = cpe.Objective(weights.load_model(tiny_original).cross_attention())
     gates = objective.new_gates("resag", 2, 1, torch.Generator())
-    weights.save_tensors(home / "gate.safetensors", cpe.to_tensors(gates), {"target": "red heart"})
+    files.save_tensors(home / "gate.safetensors", cpe.to_tensors(gates), {"target": "red heart"})
     monkeypatch.chdir(home)
     monkeypatch.setattr(commands, "build_trainer", lambda *_: Trained())
     monkeypatch.setattr(commands, "watch", lambda *_: None)
@@ -587,11 +588,11 @@ def test_any_command_line(nothing_heavy, capsys, arguments):
 )
 def test_any_sizes_of_gates_given_to_bake(nothing_heavy, capsys, sizes):
     """Its encoding and fitting is done in earnest, its training is not."""
-    tensors, metadata = weights.load_tensors("gate.safetensors")
+    tensors, metadata = files.load_tensors("gate.safetensors")
     gates, chance = cpe.from_tensors(tensors), torch.Generator().manual_seed(0)
     for name, parameter in gates.named_parameters():
         parameter.data = sizes.get(name, 1.0) * torch.randn(parameter.shape, generator=chance)
-    weights.save_tensors(Path("x.safetensors"), cpe.to_tensors(gates), metadata)
+    files.save_tensors(Path("x.safetensors"), cpe.to_tensors(gates), metadata)
     with ends_well():
         code = commands.main(["bake", "--gates", "x.safetensors", "--out", "baked", "--model", "tiny"])
     assert code in (0, 2)

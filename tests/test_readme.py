@@ -13,6 +13,7 @@ import commands
 import compare
 import old_cpe as cpe
 import weights
+from loading import prompts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
@@ -32,7 +33,7 @@ def shortened(arguments: list[str]) -> list[str]:
     return [command, *rest, *more]
 
 
-def few_prompts(preset: str, read=weights.read_prompts) -> cpe.Prompts:
+def few_prompts(preset: str, read=prompts.read_prompts) -> cpe.Prompts:
     """The prompts of a preset, but few: encoding them is what takes time."""
     prompts = read(preset)
     domain = [word for i, word in enumerate(prompts.domain) if i % 5 == 0 or word in NEEDED]

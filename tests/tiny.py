@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import cpe
 import weights
+from loading import configs, files
 from loading.prompts import Prompts
+from loading.tokens import TOKENIZER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +68,7 @@ VAE = {
     "norm_num_groups": 8,
 }
 
-SD14_TEXT, SD14_UNET, SD14_VAE = (weights.SD14_CONFIGS[part] for part in ("text_encoder", "unet", "vae"))
+SD14_TEXT, SD14_UNET, SD14_VAE = (configs.SD14_CONFIGS[part] for part in ("text_encoder", "unet", "vae"))
 VIT_LARGE = {  # openai/clip-vit-large-patch14, whose text tower is SD 1.4's
     "text_config": SD14_TEXT,
     "vision_config": {
@@ -88,7 +90,7 @@ ON_DISK_TOWER = {
     "num_attention_heads": 2,
     "hidden_act": "quick_gelu",
 }
-ON_DISK_TEXT = {**ON_DISK_TOWER, "vocab_size": len(weights.read_json(ROOT / "emoji/tokenizer/vocab.json"))}
+ON_DISK_TEXT = {**ON_DISK_TOWER, "vocab_size": len(files.read_json(ROOT / "emoji/tokenizer/vocab.json"))}
 ON_DISK = {
     "text_encoder": ON_DISK_TEXT,
     "unet": {
@@ -129,20 +131,31 @@ DDIM = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": Fa
 def write_model(folder: Path) -> Path:
     """The tiny model in the diffusers layout: everything about it is real but the quality of its pictures."""
     (folder / "tokenizer").mkdir(parents=True)
-    for file in weights.TOKENIZER:
+    for file in TOKENIZER:
         shutil.copy(ROOT / "emoji" / "tokenizer" / file, folder / "tokenizer")
     for part, config in ON_DISK.items():
         build, stem = weights.PARTS[part]
         torch.manual_seed(len(str(config)))
-        weights.write_text(folder / part / "config.json", json.dumps(config))
+        files.write_text(folder / part / "config.json", json.dumps(config))
         tensors = build(config).state_dict()
         if part == "text_encoder":
             # A bias, as trained ones have: without it there is no `cpe.constant_direction`. Of the size: at 0.003 and
             # 0.01 MACE's fusion with lam = 1e-9 (test_baselines.py) is too ill-conditioned for its tolerance.
             tensors["text_model.final_layer_norm.bias"] = 0.02 * draw("bias", config["hidden_size"])
-        weights.save_tensors(folder / part / f"{stem}.safetensors", tensors)
-    weights.write_text(folder / weights.SCHEDULER, json.dumps(weights.SD14_CONFIGS["scheduler"]))
+        files.save_tensors(folder / part / f"{stem}.safetensors", tensors)
+    files.write_text(folder / weights.SCHEDULER, json.dumps(configs.SD14_CONFIGS["scheduler"]))
     return folder
+
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+TEXT_FILE = "text_encoder/model.safetensors"
+
+
+def change(folder: Path, part: str, **values: object) -> None:
+    """Change some settings of a part's config.json."""
+    path = folder / part / "config.json"
+    files.write_text(path, json.dumps(files.read_json(path) | values))
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
@@ -203,7 +216,7 @@ def write_gates(folder: Path, out: Path, seed: int = 0, **metadata: str) -> Path
     with torch.no_grad():
         for parameter in gates.parameters():
             parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    weights.save_tensors(out, cpe.to_tensors(gates), {"target": "red heart", "preset": "emoji"} | metadata)
+    files.save_tensors(out, cpe.to_tensors(gates), {"target": "red heart", "preset": "emoji"} | metadata)
     return out
 
 

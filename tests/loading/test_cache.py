@@ -1,0 +1,57 @@
+"""loading/cache.py: contexts are encoded once."""
+
+import warnings
+
+import pytest
+import torch
+from tiny import change
+
+from loading import cache
+from weights import load_model
+
+
+def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
+    model = load_model(tiny)
+    prompts = [f"a picture of {i} cats" for i in range(10)]
+    first = cache.cached_contexts(model, prompts, chunk=4)
+    assert first.dtype == torch.float16
+    assert torch.equal(first, model.encode(prompts).half())
+    monkeypatch.setattr(model, "encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(cache.cached_contexts(model, prompts, chunk=4), first)
+
+
+def test_a_damaged_cache_is_made_anew(tiny):
+    model = load_model(tiny)
+    first = cache.cached_contexts(model, ["a damaged entry"])
+    for path in cache.cache_folder().glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    assert torch.equal(cache.cached_contexts(model, ["a damaged entry"]), first)
+
+
+def test_other_heads_are_another_text_encoder(tiny):
+    """With the same tensors, and so the same fingerprint."""
+    one, prompts = load_model(tiny), ["a cat of two heads"]
+    first, heads = cache.cached_contexts(one, prompts), one.part("text_encoder").config["num_attention_heads"]
+    change(tiny, "text_encoder", num_attention_heads=2 * heads)
+    other = load_model(tiny)
+    assert other.fingerprint == one.fingerprint
+    contexts = cache.cached_contexts(other, prompts)
+    assert torch.equal(contexts, other.encode(prompts).half())
+    assert not torch.equal(contexts, first)
+
+
+def test_a_setting_of_a_text_encoder_that_changes_nothing_leaves_the_cache_as_it_is(tiny, monkeypatch):
+    first = cache.cached_contexts(load_model(tiny), ["a cat of any version"])
+    change(tiny, "text_encoder", transformers_version="4.0")
+    model = load_model(tiny)
+    monkeypatch.setattr(model, "encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(cache.cached_contexts(model, ["a cat of any version"]), first)
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        cache.cached_contexts(load_model(tiny), ["a cat", "a dog", "a tree"], chunk=1)
+    assert [str(each.message).split(":")[0] for each in said] == [f"{tmp_path}/file could not be written"]

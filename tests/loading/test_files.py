@@ -1,0 +1,192 @@
+"""loading/files.py: files appear whole or not at all, and whatever cannot be read or written is a sentence."""
+
+import errno
+import json
+import os
+import struct
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny as reference
+import torch
+from safetensors.torch import load_file
+from tiny import UNET_FILE
+
+from loading import files
+from loading.files import UserError
+from weights import load_model
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl"])
+def test_pickles_are_refused(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match="pickle"):
+        files.load_tensors(path)
+    with pytest.raises(UserError, match="pickle"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a safetensors file",
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 2) + b"{}garbage",
+        struct.pack("<Q", 80) + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}  ',
+        struct.pack("<Q", 4) + b"\xff\xff\xff\xff",
+    ],
+    ids=["empty", "text", "huge header", "trailing", "terabytes", "no JSON"],
+)
+def test_damaged_files_are_named(tmp_path, content):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.safetensors"):
+        files.load_tensors(path)
+
+
+def sparse(path: Path, size: int) -> Path:
+    """A safetensors file of one tensor [1, size, 1] that takes one block of the disk, whatever it claims to hold."""
+    entry = {"dtype": "F32", "shape": [1, size, 1], "data_offsets": [0, 4 * size]}
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 4 * size)
+    assert path.stat().st_blocks * 512 < 1 << 16
+    return path
+
+
+@pytest.fixture
+def little_to_map():
+    """768 GB of addresses beyond those in use: less than files may claim, where the system would promise anything."""
+    resource = pytest.importorskip("resource")
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (768 << 30), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system keeps to a limit of addresses")
+@pytest.mark.parametrize("size", [1 << 37, 1 << 40], ids=["torch cannot map it", "safetensors cannot map it"])
+def test_a_file_larger_than_all_memory_is_named(tiny, little_to_map, size):
+    path = sparse(tiny / UNET_FILE, size)
+    said = rf"{UNET_FILE} is larger \([\d,]+ bytes\) than the memory that can be mapped here \(.*memory.*\): check"
+    for read in (files.load_tensors, files.read_shapes, lambda _: load_model(tiny).unet):
+        with pytest.raises(UserError, match=said):
+            read(path)
+
+
+def test_another_error_while_a_file_is_open_is_not_of_the_file(tiny):
+    with pytest.raises(RuntimeError, match="ours"), files.opened(tiny / UNET_FILE):
+        raise RuntimeError("a mistake of ours")
+
+
+def test_shapes_are_read_without_any_tensor(tiny, tmp_path, monkeypatch):
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tiny / UNET_FILE).items()}
+    assert files.read_shapes(tiny / UNET_FILE) == shapes
+    files.save_tensors(tmp_path / "x.safetensors", {"number": torch.tensor(1.0), "none": torch.ones(0, 3)})
+    assert files.read_shapes(tmp_path / "x.safetensors") == {"number": (), "none": (0, 3)}
+    opened = files.opened
+
+    @contextmanager
+    def spy(path):
+        with opened(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice)  # and no get_tensor
+
+    monkeypatch.setattr(files, "opened", spy)
+    assert files.read_shapes(tiny / UNET_FILE) == shapes
+    with pytest.raises(UserError, match="pickle"):
+        files.read_shapes(tmp_path / "x.ckpt")
+
+
+def test_a_pipe_to_read_from_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match=r"x\.safetensors does not exist: check the path"):
+        files.load_tensors(path)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"x\.safetensors is a device or a pipe: give the name of a file"):
+        files.load_tensors(path)
+    with pytest.raises(UserError, match="is a folder: give a file in it"):
+        files.load_tensors(tmp_path)
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    files.write_text(path, json.dumps({"a": 1}))
+
+    def interrupted() -> None:
+        with files.atomic(path) as part:
+            part.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="disk is full"):
+        files.write_text(tmp_path / "file", "content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        files.write_text(tmp_path / "file" / "below", "")
+
+
+def test_a_limit_on_file_size_leaves_nothing(tmp_path):
+    """The writer in Rust meets the limit itself; what was there before stays."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "x.safetensors"
+    files.save_tensors(path, {"x": torch.zeros(10)})
+    before = reference.contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(UserError, match="the disk is full"):
+            files.save_tensors(path, {"x": torch.zeros(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert reference.contents(tmp_path) == before
+
+
+def test_files_written_are_readable_for_others(tmp_path):
+    """A temporary file's narrow permissions must not survive."""
+    umask = os.umask(0o022)
+    try:
+        files.write_text(tmp_path / "text", "x")
+        files.save_tensors(tmp_path / "tensors.safetensors", {"x": torch.zeros(1)})
+    finally:
+        os.umask(umask)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+def test_one_tensor_under_two_names_is_a_sentence(tmp_path):
+    weight = torch.zeros(3)
+    with pytest.raises(ValueError, match="two names share one tensor, which a file cannot: clone one of them"):
+        files.save_tensors(tmp_path / "x.safetensors", {"a": weight, "b": weight})
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_tensors_and_metadata_give_equal_files(tmp_path):
+    """The library alone writes metadata in an order that changes from one call to the next."""
+    metadata = {name: f'{name} é日\x01\x7f\u2028"\\/' for name in "zyxwvutsrqponmlkjihg"}
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
+    for name in "12":
+        files.save_tensors(tmp_path / f"{name}.safetensors", tensors, metadata)
+    one, two = reference.contents(tmp_path).values()
+    assert one == two
+    read, said = files.load_tensors(tmp_path / "1.safetensors")
+    assert said == {"format": "pt", **metadata}
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

@@ -1,0 +1,188 @@
+"""loading/prompts.py: files of prompts, names in all their spellings, and anchors that are never the target."""
+
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import ROOT, normal
+from torch import Tensor
+
+from cpe import Recipe
+from loading.prompts import (
+    PRESETS,
+    Prompts,
+    anchor_prompts,
+    anchor_words,
+    normalised,
+    parse_prompts,
+    prepare,
+    spellings,
+)
+
+RECIPE = Recipe("a person", nearest=2)
+SPELLINGS = ["Brad Pitt", "brad pitt", "BRAD PITT", "Brad-Pitt", "  brad   PITT. "]
+PEOPLE = ["angelina jolie", "Brad Pitt", "Tom Cruise", "brad pitt", "Penélope Cruz", "Bradley Cooper"]
+
+
+def left(target: str, *words: str) -> list[str]:
+    """The anchors that a target leaves."""
+    return anchor_words(Prompts(["{}"], ["a thing"], list(words)), [target]).domain
+
+
+@pytest.mark.parametrize("target", SPELLINGS)
+def test_the_target_is_no_anchor_however_it_is_written(target):
+    prompts = Prompts(["a photo of {}"], ["a person", *SPELLINGS], [*SPELLINGS, *PEOPLE])
+    words = anchor_words(prompts, [target])
+    assert words.general == ["a person"]
+    assert words.domain == ["angelina jolie", "Tom Cruise", "Penélope Cruz", "Bradley Cooper"]
+    # aliases too, also when an accent is written as two characters
+    words = anchor_words(prompts, [target, "pene\u0301lope cruz"])
+    assert words.domain == ["angelina jolie", "Tom Cruise", "Bradley Cooper"]
+
+
+def test_anchors_that_hold_the_target_or_lie_in_it_are_taken_out():
+    assert left("Brad Pitt", "brad pitt and angelina jolie", "Pitt", "Brad", "Bradley", "pit") == ["Bradley", "pit"]
+    assert left("Van Gogh", "Vincent van Gogh", "Theo van Gogh's brother", "van Eyck") == ["van Eyck"]
+    assert left("Obama", "Barack Obama", "Obamas") == ["Obamas"]
+    assert left("cat", "cattle", "a wild-cat", "Cats") == ["cattle", "Cats"]
+
+
+def test_signs_are_part_of_a_name():
+    assert left("C++", "c", "C#", "the language C++") == ["c", "C#"]
+    assert normalised("C++") == "c++"
+    assert normalised(" Red-Heart’s ") == normalised("red heart's") == "red heart s"
+    assert normalised("❤") != normalised("")
+
+
+def test_an_anchor_that_is_everything_leaves_none():
+    with pytest.raises(ValueError, match="no anchor words are left"):
+        anchor_words(Prompts(["{}"], ["A dog"], []), ["a dog"])
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Brad Pitt", ["Brad Pitts", "Brad Pitt's", "Brad Pitt’s"]),
+        ("red heart", ["red hearts", "red heart's", "red heart’s"]),
+        ("Conan O’Brien", ["Conan O'Brien", "Conan O’Briens", "Conan O'Brien's", "Conan O’Brien’s"]),
+        ("fox", ["foxes", "fox's"]),
+        ("a butterfly", ["a butterflies"]),
+        ("toy", ["toys"]),
+        ("C++", []),
+    ],
+)
+def test_spellings_of_a_name(name, more):
+    found = spellings(name)
+    assert found[0] == name
+    assert set(more) <= set(found)
+    assert len(set(found)) == len(found)
+    assert more or found == [name]
+
+
+class Encoder:
+    """Gives every prompt a context that can be recognised in half precision."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        self.asked += prompts
+        return torch.stack([self.context(p) for p in prompts]) if prompts else torch.zeros(0, 5, 8)
+
+    @staticmethod
+    def context(prompt: str) -> Tensor:
+        return normal(5, 8, seed=zlib.crc32(prompt.encode()), dtype=torch.float32)
+
+    def prompts_of(self, rows: Tensor) -> list[str]:
+        """Which prompts these contexts belong to."""
+        known = {tuple(self.context(p).half().flatten().tolist()): p for p in self.asked}
+        return [known[tuple(row.flatten().tolist())] for row in rows]
+
+
+@pytest.mark.parametrize("target", SPELLINGS[:4])
+def test_training_data_never_has_the_target_among_its_anchors(target):
+    templates = ["a photo of {}", "{}", "{} smiling", "a painting of {}", "a statue of {}"]
+    prompts = Prompts(templates, ["a person", "brad pitt", "a dog"], PEOPLE)
+    encode, anchors = Encoder(), Encoder()
+    data = prepare(replace(RECIPE, nearest=3), prompts, [target, "tom cruise"], encode, anchors)
+
+    for i, name in enumerate([target, "tom cruise"]):
+        for j, template in enumerate(templates):
+            for found, word in ((data.targets, name), (data.surrogates, "a person")):
+                assert torch.equal(found[5 * i + j], Encoder.context(template.format(word)).half().float())
+    assert torch.equal(data.empty[0], Encoder.context(""))
+    assert data.anchors.dtype == torch.float16
+
+    bare = {word: Encoder.context(word).flatten() for word in PEOPLE}
+    allowed = ["angelina jolie", "Penélope Cruz", "Bradley Cooper"]
+    near = sorted(allowed, key=lambda w: -torch.cosine_similarity(bare[w], Encoder.context(target).flatten(), dim=0))
+    used = anchors.prompts_of(data.anchors)
+    assert used == anchor_prompts(["a person", "a dog", *near[:3]], templates)
+    assert len(used) == 5 * 4
+    assert not any("brad pitt" in p.casefold() or "tom cruise" in p.casefold() for p in used)
+
+
+def test_every_target_asks_for_the_same_anchors():
+    asked = []
+    for target in ("Brad Pitt", "a dog", "somebody else"):
+        anchors = Encoder()
+        prepare(RECIPE, Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE), [target], Encoder(), anchors)
+        asked.append(anchors.asked)
+    assert asked[0] == asked[1] == asked[2]
+
+
+@pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
+def test_one_list_of_anchors_is_enough(general, domain):
+    encode, anchors = Encoder(), Encoder()
+    data = prepare(RECIPE, Prompts(["{}", "a {}"], general, domain), ["brad pitt"], encode, anchors)
+    assert sorted(anchors.prompts_of(data.anchors)) == ["a a dog", "a dog"]
+
+
+def test_frames_are_read_beside_templates():
+    assert parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}").frames == ["he said that {} sang"]
+
+
+def test_prompts_are_read_by_heading():
+    text = "# note\n[templates]\n a {} \n\n[general]\nman\n# no\n[domain]\nx y\n[templates]\n{}\n"
+    assert parse_prompts(text) == Prompts(["a {}", "{}"], ["man"], ["x y"])
+
+
+STRAY = ["a {name} {}", "{} }", "a {", "[templates"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"\[templates\]"),
+        ("[general]\nman", r"\[templates\]"),
+        ("[templates]\nno place", "one {}"),
+        ("[templates]\n{} and {}", "one {}"),
+        ("a photo of {}", "under a heading"),
+        ("[templates]\n{}\n[Domain]\nx", "unknown heading"),
+        ("[templates]\n{}\n[other]\nx", "unknown heading"),
+        ("[templates]\n{}\n[frames]\nno place", "one {}"),
+        *((f"[templates]\n{{}}\n{line}\n[general]\na dog", "brace|heading|one {}") for line in STRAY),
+        *((f"[templates]\n{{}}\n[general]\n{line}", "brace|heading|one {}") for line in STRAY),
+    ],
+)
+def test_mistakes_in_prompts_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_prompts(text)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_its_prompts(preset):
+    prompts = parse_prompts((ROOT / "prompts" / f"{preset}.txt").read_text(encoding="utf-8"))
+    few = preset.startswith("emoji")
+    assert len(prompts.templates) >= (8 if few else 40)
+    assert len(prompts.general) >= (20 if few else 100)
+    assert len(prompts.domain) >= 100
+    for lines in (prompts.templates, prompts.general, prompts.domain):
+        assert len({normalised(line) if "{}" not in line else line for line in lines}) == len(lines)
+    for word in prompts.domain[:3]:
+        assert all(word in t.format(word) for t in prompts.templates)
+
+
+def test_every_file_of_prompts_is_a_presets():
+    assert {path.stem for path in (ROOT / "prompts").glob("*.txt")} == set(PRESETS)
