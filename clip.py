@@ -28,9 +28,6 @@ WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# What a config.json may say; a key that is absent has this value.
-FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-
 
 class Tokenizer:
     """Byte-level BPE of CLIP: prompts to ids, from the official `vocab.json` and `merges.txt`, or `tokenizer.json`."""
@@ -212,8 +209,6 @@ class TextTransformer(nn.Module):
 class TextEncoder(nn.Module):
     """Stable Diffusion's `text_encoder`, from its config.json: tokens [B, T] -> context E [B, T, d]."""
 
-    FIXED = FIXED
-
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
@@ -259,8 +254,6 @@ class VisionTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """Both towers and their projections into one space, from the config.json of an `openai/clip-vit-*` folder."""
-
-    FIXED = FIXED
 
     def __init__(self, config: dict):
         super().__init__()

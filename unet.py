@@ -287,37 +287,6 @@ def up_blocks(config: dict) -> nn.ModuleList:
 class UNet(nn.Module):
     """UNet2DConditionModel of SD 1.x, from its config.json: predicts the noise in latents [B, c, h, w]."""
 
-    # What a config.json may say besides the sizes; a key that is absent has this value.
-    FIXED = {
-        "act_fn": "silu",
-        "attention_type": "default",
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "downsample_padding": 1,
-        "dropout": 0.0,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_eps": 1e-5,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_time_scale_shift": "default",
-        "time_embedding_type": "positional",
-        "transformer_layers_per_block": 1,
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    FIXED |= dict.fromkeys(
-        ("center_input_sample", "class_embeddings_concat", "dual_cross_attention", "only_cross_attention",
-         "resnet_skip_time_act", "upcast_attention", "use_linear_projection"), False,
-    )  # fmt: skip
-    FIXED |= dict.fromkeys(
-        ("addition_embed_type", "class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type",
-         "mid_block_only_cross_attention", "num_attention_heads", "num_class_embeds",
-         "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block", "time_cond_proj_dim",
-         "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act")
-    )  # fmt: skip
-
     def __init__(self, config: dict):
         super().__init__()
         self.config = config

@@ -169,19 +169,6 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """AutoencoderKL from its config.json. Latents here are unscaled; the U-Net sees them times `scaling_factor`."""
 
-    # What a config.json may say besides the sizes; a key that is absent has this value.
-    FIXED = {
-        "act_fn": "silu",
-        "down_block_types": "DownEncoderBlock2D",
-        "up_block_types": "UpDecoderBlock2D",
-        "latents_mean": None,
-        "latents_std": None,
-        "mid_block_add_attention": True,
-        "shift_factor": None,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-    }
-
     def __init__(self, config: dict):
         super().__init__()
         self.config = config

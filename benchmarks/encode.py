@@ -18,6 +18,7 @@ import compare
 import old_cpe as cpe
 import weights
 from clip import TextEncoder
+from loading.parts import Undrawn
 from loading.prompts import read_prompts
 
 BATCHES = (4, 8, 16, 32)
@@ -84,7 +85,7 @@ def main() -> None:
     print(sd14.machine())
     flags = sd14.flags()
     print(f"bfloat16 products in hardware: {'yes' if flags & {'avx512_bf16', 'amx_bf16'} else 'no'}")
-    with torch.device("meta"), weights.Undrawn():
+    with torch.device("meta"), Undrawn():
         tower = TextEncoder(sd14.CONFIGS["text_encoder"])
     tower = tower.to_empty(device="cpu").eval().requires_grad_(False)
     for p in tower.parameters():

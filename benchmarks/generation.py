@@ -1,6 +1,8 @@
 """One denoising step and one decoding at Stable Diffusion 1.4's size, against diffusers: time, ratio, difference.
 
-    python benchmarks/generation.py [--part unet vae] [--dtype float32 bfloat16] [--repeats 3]
+    python benchmarks/generation.py [--part unet vae] [--dtype float32 bfloat16] [--repeats 3] [--plain]
+
+Ours is sped up as the command line does it on a CPU (speedup.py); with --plain it is plain torch.
 
 Weights are random in the official layout (speed does not depend on their values) and the same for both. The step is
 of two images of 64x64 latents, as guidance needs them for one; the decoding makes one image of 512x512. Both sides
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
 
+from speedup import speed_up
 from unet import UNet
 from vae import VAE
 
@@ -43,28 +46,28 @@ def random_weights(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tens
     return state
 
 
-def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype) -> tuple:
-    """Ours and diffusers' module of `their_class`, each with its own copy of the same random weights."""
+def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype, plain: bool) -> tuple:
+    """Ours, perhaps `plain`, and diffusers' module of `their_class`, each with its copy of the same random weights."""
     (their_build,) = tiny.reference("diffusers", their_class)
     with torch.device("meta"):
         ours, theirs = build(config).eval(), their_build(**config).eval()
     state = random_weights(ours, dtype)
     ours.load_state_dict({key: weight.clone() for key, weight in state.items()}, assign=True)
     theirs.load_state_dict(state, assign=True)
-    return ours, theirs
+    return ours if plain else speed_up(ours), theirs
 
 
-def step(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def step(dtype: torch.dtype, plain: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A U-Net step of two images, ours and diffusers'."""
-    ours, theirs = prepared(UNet, "UNet2DConditionModel", tiny.SD14_UNET, dtype)
+    ours, theirs = prepared(UNet, "UNet2DConditionModel", tiny.SD14_UNET, dtype, plain)
     latents, context = torch.randn(1, 4, 64, 64).repeat(2, 1, 1, 1).to(dtype), torch.randn(2, 77, 768).to(dtype)
     kv = ours.keys_values(context)
     return lambda: ours(latents, 481, kv), lambda: theirs(latents, 481, context).sample
 
 
-def decoding(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+def decoding(dtype: torch.dtype, plain: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """A decoding of one image, ours and diffusers'."""
-    ours, theirs = prepared(VAE, "AutoencoderKL", tiny.SD14_VAE, dtype)
+    ours, theirs = prepared(VAE, "AutoencoderKL", tiny.SD14_VAE, dtype, plain)
     latents = torch.randn(1, 4, 64, 64).to(dtype)
     return lambda: ours.decode(latents), lambda: theirs.decode(latents).sample
 
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="without speedup.py")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
@@ -112,7 +116,7 @@ def main() -> None:
     print(f"{'part':6}{'dtype':10}{'ours ms':>10}{'diffusers ms':>14}{'ratio':>8}{'GFLOP/s':>10}{'difference':>12}")
     for part in args.part:
         for dtype in args.dtype:
-            sides = PARTS[part](getattr(torch, dtype))
+            sides = PARTS[part](getattr(torch, dtype), args.plain)
             (ours, theirs), (x, y) = race(sides, args.repeats)
             difference = tiny.difference(x.float(), y.float()) / y.abs().max().item()
             speed = gflops(sides[1]) / ours * 1000  # of theirs: oneDNN's products are not counted

@@ -1,4 +1,4 @@
-"""Matrix products and attention of products.py against torch's own, float32, at sizes that this project meets.
+"""Matrix products and attention of speedup.py against torch's own, float32, at sizes that this project meets.
 
     python benchmarks/products.py
 
@@ -9,11 +9,12 @@ an addition as two.
 import itertools
 from collections.abc import Callable
 
-import products
 import sd14
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import speedup
 
 LAYERS = {  # rows, inputs, outputs
     "CLIP's MLP, 8 prompts": (8 * 77, 768, 3072),
@@ -50,11 +51,11 @@ def main() -> None:
     print(f"\n{'GFLOP/s':40}{'ours':>10}{'torch':>10}{'ratio':>8}{'difference':>12}")
     for name, (rows, inputs, outputs) in LAYERS.items():
         x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs) * inputs**-0.5
-        sides = tuple(lambda f=f, x=x, w=weight: f(x, w) for f in (products.product, F.linear))
+        sides = tuple(lambda f=f, x=x, w=weight: f(x, w) for f in (speedup.linear, F.linear))
         row(name, 2 * rows * inputs * outputs, sides)
     for (name, (heads, tokens, width)), dtype in itertools.product(HEADS.items(), (torch.float32, torch.bfloat16)):
         q, k, v = (torch.randn(2, heads, tokens, width).to(dtype) for _ in range(3))
-        functions = (products.attention, F.scaled_dot_product_attention)
+        functions = (speedup.attention, F.scaled_dot_product_attention)
         sides = tuple(lambda f=f, a=(q, k, v): f(*a).float() for f in functions)
         row(f"{name}, {str(dtype).removeprefix('torch.')}", 8 * heads * tokens**2 * width, sides)
 

@@ -68,11 +68,11 @@ def stopped_by_torchrun(process: Process) -> Iterator[None]:
 
 @contextmanager
 def naming(line: str) -> Iterator[None]:
-    """UserError says which line it is of."""
+    """UserError says which line it is of, unless that is ""."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{line}: {error}") from error
+        raise UserError(f"{line}: {error}" if line else str(error)) from error
 
 
 # --- Lines -------------------------------------------------------------------------------------------------------

@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> str | None:
     with many.stopped_by_torchrun(process):
         for number, job in enumerate(jobs, 1):
             where = f"{number} of {len(jobs)}: " if len(jobs) > 1 else ""
-            try:
-                finish(shop, job, where)
-            except Diverged as error:
-                failed.append(f"{job.target.names[0]} ({error})")
+            with many.naming(job.line):
+                try:
+                    finish(shop, job, where)
+                except Diverged as error:
+                    failed.append(f"{job.target.names[0]}: {error}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} targets diverged: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(jobs)} targets diverged. {' '.join(failed)}")
     return drawing_of(jobs[0].target, args.model, jobs[0].out) if jobs else None
 
 
@@ -226,20 +227,17 @@ def finish(shop: Workshop, job: Job, where: str = "") -> None:
         print(f"kept    {job.out}: already finished")
         return
     name = run_name(job.settings)
-    with many.naming(job.line):
-        if shop.args.how == "solve":
-            gates, losses = solved(shop, job.target), {}
-        else:
-            work = Run(
-                trainer_of(shop, job.target), state_file(job.out), name, f"{where}training {job.target.names[0]}"
-            )
-            try:
-                work.train(shop.args.resume or (bool(shop.args.target_file) and work.path.exists()))
-            except FloatingPointError as error:
-                remove_state(work.path, name)  # it would diverge again
-                raise Diverged(f"{error}: try another --seed, or smaller --first-lr and --later-lr.") from error
-            gates, losses = work.trainer.gates, work.losses
-        write(shop, job, gates, losses)
+    if shop.args.how == "solve":
+        gates, losses = solved(shop, job.target), {}
+    else:
+        work = Run(trainer_of(shop, job.target), state_file(job.out), name, f"{where}training {job.target.names[0]}")
+        try:
+            work.train(shop.args.resume or (bool(shop.args.target_file) and work.path.exists()))
+        except FloatingPointError as error:
+            remove_state(work.path, name)  # it would diverge again
+            raise Diverged(f"{error}: try another --seed, or smaller --first-lr and --later-lr.") from error
+        gates, losses = work.trainer.gates, work.losses
+    write(shop, job, gates, losses)
     names = ", ".join(job.target.names)
     print(f"wrote   {job.out} ({job.out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
     file = GateFile(job.out, gates.requires_grad_(False), metadata_of(job.out))

@@ -31,14 +31,15 @@ class Unwritten(UserError):
     """A file or folder that could not be written, and the `error` that says why; also a full disk."""
 
     def __init__(self, path: Path, error: Exception):
-        reason = getattr(error, "strerror", None) or error
-        hint = "the disk is full: make room" if disk_full(error) else f"{reason}: check the folder, or choose another"
-        super().__init__(f"{path} could not be written: {hint}")
+        super().__init__(path, error)
         self.path, self.error = path, error
 
-    def __reduce__(self) -> tuple[type["Unwritten"], tuple[Path, Exception]]:
-        """How it comes from one process to another."""
-        return Unwritten, (self.path, self.error)
+    def __str__(self) -> str:
+        """The sentence."""
+        reason = getattr(self.error, "strerror", None) or self.error
+        hint = f"{reason}: check the folder, or choose another"
+        hint = "the disk is full: make room" if disk_full(self.error) else hint
+        return f"{self.path} could not be written: {hint}"
 
 
 def disk_full(error: Exception) -> bool:
@@ -144,6 +145,19 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             save_file(plain, temporary, {"format": "pt", **(metadata or {})})
         except RuntimeError as error:
             raise ValueError(f"{path}: two names share one tensor, which a file cannot: clone one of them") from error
+        sort_metadata(temporary)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order: the library's own changes at random, and equal files would differ."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # as long as before, but for the spaces that fill it up; the tensors stay where they are
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

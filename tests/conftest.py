@@ -11,7 +11,7 @@ import torch
 from hub_server import server  # noqa: F401  a fixture
 from tiny import write_model
 
-import commands
+from cli.main import main
 
 # Ctrl-C counts even where the tests were started in the background, with a shell that told them to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,14 +34,21 @@ def tiny(tiny_original: Path, tmp_path: Path) -> Path:
 def run(
     tiny_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable[..., tuple[int, str]]:
-    """Run a command on the tiny model in an empty folder; returns its exit code and what it printed."""
+    """Run a command in an empty folder, on the tiny model unless its arguments say otherwise ("": they say nothing).
+
+    Returns its exit code and what it printed.
+    """
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
-    def call(*arguments: str) -> tuple[int, str]:
-        model = [] if "--model" in arguments else ["--model", str(tiny_original)]
-        code = commands.main([*arguments, *model])
+    def call(*arguments: str, model: str | None = None) -> tuple[int, str]:
+        model = str(tiny_original) if model is None else model
+        say = ["--model", model] if model and "--model" not in arguments and arguments[:1] != ("list",) else []
+        try:
+            code = main([*map(str, arguments), *say])
+        except SystemExit as stop:  # argparse's own
+            code = stop.code
         streams = capsys.readouterr()
         return code, streams.out + streams.err
 

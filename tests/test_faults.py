@@ -304,18 +304,6 @@ def test_a_download_killed_at_any_answer_keeps_only_whole_files(server, folder_o
         assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), original.unet.parameters(), strict=True))
 
 
-def test_what_killed_runs_left_is_removed_when_it_is_old(tmp_path):
-    old, new, other = (tmp_path / name for name in (".x.0123abcd.json", ".x.4567cdef.json", ".y.0123abcd.json"))
-    folder = tmp_path / ".x.89abcdef.json"
-    folder.mkdir()
-    for path in (old, new, other, folder / "part"):
-        path.write_text("half")
-    for path in (old, other, folder):
-        os.utime(path, (0, 0))
-    files.write_text(tmp_path / "x.json", "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "x.json"]
-
-
 # --- Shared ------------------------------------------------------------------------------------------------------
 
 
@@ -344,21 +332,12 @@ def test_two_bakes_into_one_folder_leave_the_model_of_one(tiny_original, tmp_pat
     out, all_there = tmp_path / "out", FORKSERVER.Barrier(2)
     arguments = [bake(tiny_original, out / "x", tmp_path / "gates.safetensors", "--seed", str(seed)) for seed in seeds]
     codes = [ended(p) for p in [start(run_bake, each, tmp_path / "cache", all_there) for each in arguments]]
-    assert sorted(codes) == ([0, 0] if seeds[0] == seeds[1] else [0, 2])
+    assert sorted(codes) == [0, 2]
     first = codes.index(0)
     alone = bake(tiny_original, tmp_path / "alone", tmp_path / "gates.safetensors", "--seed", str(seeds[first]))
     assert ended(start(run_command, alone, tmp_path / "cache")) == 0
     assert contents(out / "x") == contents(tmp_path / "alone")
     assert [path.name for path in out.iterdir()] == ["x"]
-
-
-def test_another_model_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path):
-    for name, text in (("theirs", "a"), ("same", "a"), ("other", "b")):
-        files.write_text(tmp_path / name / "unet" / "config.json", text)
-    weights.appear(tmp_path / "same", tmp_path / "theirs")
-    with pytest.raises(UserError, match="theirs exists already, written by another run meanwhile: choose another name"):
-        weights.appear(tmp_path / "other", tmp_path / "theirs")
-    assert contents(tmp_path / "theirs") == {"unet/config.json": b"a"}
 
 
 def test_two_downloads_into_one_cache_end_as_one(server, tiny, tmp_path):
@@ -540,24 +519,12 @@ def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original
     assert sorted(path.name for path in folder.parent.iterdir()) == before
 
 
-def test_a_folder_that_was_only_asked_about_is_not_left_behind(tmp_path, monkeypatch):
+def test_a_folder_that_was_only_asked_about_is_not_left_behind(tmp_path):
     files.check_writable(tmp_path / "new" / "inner" / "x.png")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "old").mkdir()
     files.check_writable(tmp_path / "old" / "x.png")
     assert list(tmp_path.iterdir()) == [tmp_path / "old"]
-    touch, removed = Path.touch, []
-
-    def robbed(path: Path, **options: bool) -> None:  # between mkdir and touch, another process removes the folder
-        if not removed:
-            removed.append(path.parent)
-            path.parent.rmdir()
-        touch(path, **options)
-
-    monkeypatch.setattr(Path, "touch", robbed)
-    files.write_text(tmp_path / "shared" / "x.json", "whole")
-    assert removed == [tmp_path / "shared"]
-    assert (tmp_path / "shared" / "x.json").read_text() == "whole"
 
 
 def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, server, monkeypatch):
@@ -873,21 +840,13 @@ def test_a_graphics_card_that_is_too_small_is_told_of_the_processor():
     assert commands.memory_advice(args) == said
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link"])
-def test_only_files_are_replaced_and_links_are_followed(tmp_path, kind):
-    path, other = tmp_path / "x.json", tmp_path / "elsewhere.json"
-    if kind == "pipe":
-        os.mkfifo(path)
-        for write in (files.check_writable, lambda path: files.write_text(path, "{}")):
-            with pytest.raises(files.UserError, match=r"x.json is a device or a pipe: give the name of a file"):
-                write(path)
-        assert path.is_fifo()
-    else:
-        path.symlink_to(other)
-        files.check_writable(path)
-        files.write_text(path, "{}")
-        assert path.is_symlink()
-        assert other.read_text() == "{}"
+def test_only_files_are_replaced(tmp_path):
+    path = tmp_path / "x.json"
+    os.mkfifo(path)
+    for write in (files.check_writable, lambda path: files.write_text(path, "{}")):
+        with pytest.raises(UserError, match=r"x.json is a device or a pipe: give the name of a file"):
+            write(path)
+    assert path.is_fifo()
 
 
 def test_an_interruption_while_torch_is_imported_is_no_traceback(tmp_path, monkeypatch, capsys):

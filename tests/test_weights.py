@@ -106,7 +106,7 @@ def test_training_reads_cross_attention_and_nothing_else(tiny, monkeypatch):
                 get_tensor=lambda key: read.append(key) or file.get_tensor(key),
             )
 
-    monkeypatch.setattr(weights, "opened", spy)
+    monkeypatch.setattr("loading.parts.opened", spy)
     assert list(model.cross_attention()) == read == list(tensors)
     assert "unet" not in model.__dict__
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import old_cpe as cpe
+import cpe
 import weights
 from loading import configs, files
+from loading.prompts import Prompts
 from loading.tokens import TOKENIZER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,25 +198,33 @@ def tokens(vocab_size: int, length: int = 9) -> Tensor:
 
 # --- Commands ----------------------------------------------------------------------------------------------------
 
-FEW = cpe.Prompts(["a picture of a {}", "{}"], ["house", "tree"], ["red heart", "dog face", "cat", "cloud"])
+FEW = Prompts(["a picture of a {}", "{}"], ["house", "tree"], ["red heart", "dog face", "cat", "cloud"])
 
 
 def train(model: Path, out: Path, target: str = "red heart", *more: str) -> list[str]:
     """Arguments of a short training."""
     settings = ["--preset", "emoji", "--steps-scale", "0.01", "--model", str(model)]
-    return ["train", "--target", target, "--out", str(out), *settings, *more]
+    return ["train", target, "--out", str(out), *settings, *more]
+
+
+def write_gates(folder: Path, out: Path, seed: int = 0, **metadata: str) -> Path:
+    """A gate file for a model: random, and open somewhere."""
+    layers = cpe.Layers.of(weights.load_model(folder).cross_attention())
+    width = next(iter(layers.W.values())).shape[1]
+    gates = cpe.ResAG(layers.widths, width, r=4)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gates.parameters():
+            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    files.save_tensors(out, cpe.to_tensors(gates), {"target": "red heart", "preset": "emoji"} | metadata)
+    return out
 
 
 def bake(model: Path, out: Path, gates: Path, *more: str) -> list[str]:
-    """Arguments of a short baking; writes the gate file, random and open somewhere."""
-    objective = cpe.Objective(weights.load_model(model).cross_attention())
-    random_gates = objective.new_gates("resag", 4, 1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in random_gates.parameters():
-            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
-    files.save_tensors(gates, cpe.to_tensors(random_gates), {"target": "red heart"})
-    settings = ["--preset", "emoji", "--steps-scale", "0.03", "--images", "0", "--model", str(model)]
-    return ["bake", "--gates", str(gates), "--out", str(out), *settings, *more]
+    """Arguments of a short baking; writes the gate file."""
+    write_gates(model, gates)
+    settings = ["--steps-scale", "0.03", "--images", "0", "--model", str(model)]
+    return ["bake", str(gates), "--out", str(out), *settings, *more]
 
 
 def generate(model: Path, out: Path, *more: str) -> list[str]:

@@ -90,7 +90,7 @@ def checkpoint(tiny, tmp_path, monkeypatch) -> Path:
             if part == "vae" and "attn_1" in name and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
             tensors[name] = tensor.contiguous()
-    monkeypatch.setattr(weights, "SD14_CONFIGS", SD14_CONFIGS | configs)
+    monkeypatch.setattr("loading.parts.SD14_CONFIGS", SD14_CONFIGS | configs)
     path = tmp_path / "single" / "tiny.safetensors"
     files.save_tensors(path, tensors)
     for file in TOKENIZER:

@@ -1,0 +1,208 @@
+"""The networks of a model: where each lies, what the file calls its tensors, and reading them, strictly.
+
+    part = folder_part(Path("sd14/unet"), "unet", torch.float32)     # or ldm_part(Path("x.safetensors"), "unet")
+    unet = part.load(torch.float32, torch.device("cpu"))
+
+Every tensor of the config must be in the file, with its shape, and no other. Tensors are memory maps of the file.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from clip import CLIP, TextEncoder
+from loading.configs import SD14_CONFIGS, check_config
+from loading.files import UserError, opened, read_json, refuse_pickles
+from loading.hub import SD14
+from loading.ldm import IGNORED, PREFIXES, ldm_names
+from loading.tokens import TOKENIZER
+from unet import UNet
+from vae import VAE
+
+# The networks of a model: the folder each lies in, its class, and the stem of its weights file.
+PARTS: dict[str, tuple[type[nn.Module], str]] = {
+    "text_encoder": (TextEncoder, "model"),
+    "unet": (UNet, "diffusion_pytorch_model"),
+    "vae": (VAE, "diffusion_pytorch_model"),
+    "clip": (CLIP, "model"),
+}
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+class Undrawn(TorchFunctionMode):
+    """Modules built in this mode draw no initial values: on the meta device, that imports half of torch's compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model: how it is built, where its tensors are, and what the file calls them.
+
+    `rename` gives our name of a file's key, or None where it is to be ignored.
+    """
+
+    build: type[nn.Module]
+    config: dict[str, Any]
+    path: Path
+    rename: Callable[[str], str | None]
+
+    def empty(self) -> nn.Module:
+        """The module without any memory behind its tensors."""
+        with torch.device("meta"), Undrawn():
+            return self.build(self.config)
+
+    def keys(self) -> dict[str, str]:
+        """Our name -> the file's key, of every tensor that is this part's; UserError when one is there twice."""
+        names: dict[str, str] = {}
+        with opened(self.path) as file:
+            for key in file.keys():  # noqa: SIM118
+                name = self.rename(key)
+                if name in names:
+                    raise UserError(f"{self.path}: the tensor {key} is there twice, under two names: get it again")
+                if name is not None:
+                    names[name] = key
+        return names
+
+    def check(self, expected: Mapping[str, Tensor]) -> None:
+        """UserError that names every kind of mismatch between the tensors `expected` and those in the file."""
+        keys, unfit = self.keys(), []
+        with opened(self.path) as file:
+            for name in sorted(expected.keys() & keys.keys()):
+                entry = file.get_slice(keys[name])
+                shape, want = entry.get_shape(), list(expected[name].shape)
+                if shape != want and shape != [*want, 1, 1]:  # LDM writes some linear layers as 1x1 convolutions
+                    unfit.append(f"{keys[name]} is {shape}, not {want}")
+                elif "F" not in entry.get_dtype():  # F32, BF16 and their like; not I64, BOOL
+                    unfit.append(f"{keys[name]} holds {entry.get_dtype()}, not floating-point numbers")
+        problems = {
+            "missing": sorted(expected.keys() - keys.keys()),
+            "not part of this architecture": sorted(keys[name] for name in keys.keys() - expected.keys()),
+            "unfit": unfit,
+        }
+        lines = [
+            f"{len(found)} tensor{'s' * (len(found) > 1)} {what}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}"
+            for what, found in problems.items()
+            if found
+        ]
+        if lines:
+            advice = "Likely the weights do not belong to its config.json, or the file is of another kind of model"
+            if any(re.search(r"\.base_layer\.|lora_(A|B|up|down)\b", key) for key in keys.values()):
+                advice = "It holds a LoRA that is not merged: load it in diffusers, fuse_lora(), unload, and save it"
+            raise UserError(f"{self.path} is not this {self.build.__name__}: {'; '.join(lines)}. {advice}")
+
+    def stream(
+        self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors `expected` names, in its shapes, one after another; call `check` first.
+
+        On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
+        """
+        keys = self.keys()
+        for name, like in expected.items():
+            # Opened anew for each, so that what was read only to be converted does not stay in memory.
+            with opened(self.path) as file:
+                tensor = file.get_tensor(keys[name]).to(device, dtype).reshape(like.shape)
+            yield name, tensor
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""
+        module = self.empty()
+        expected = module.state_dict()
+        self.check(expected)
+        module.load_state_dict(dict(self.stream(expected, dtype, device)), strict=True, assign=True)
+        return module.requires_grad_(False).eval()
+
+
+def diffusers_name(key: str, part: str) -> str | None:
+    """Our name of a tensor in the diffusers layout: the same, but for what older or newer libraries wrote.
+
+    This is the complete list of exceptions.
+    """
+    if key.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: written by transformers before 4.31
+        return None
+    if part == "text_encoder" and key == "text_projection.weight":  # of CLIPTextModelWithProjection
+        return None
+    if re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", key):  # text encoders of transformers 5
+        return f"text_model.{key}"
+    # The autoencoder's attention, written by diffusers before 0.18.
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return re.sub(r"(\.attentions\.0)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", key)
+
+
+def variants(stem: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The two names a weights file may have, the better one first.
+
+    Rounding float32 to half precision gives the half-precision file bit for bit, so for float16 that one is enough;
+    bfloat16 would be rounded twice.
+    """
+    full, half = f"{stem}.safetensors", f"{stem}.fp16.safetensors"
+    return (half, full) if dtype == torch.float16 else (full, half)
+
+
+def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
+    """A network in its own folder: `config.json` and a safetensors file; UserError when one is not to be had."""
+    build, stem = PARTS[part]
+    config = check_config(read_json(folder / "config.json"), build, folder / "config.json")
+    for name in variants(stem, dtype):
+        if (folder / name).exists():
+            return Part(build, config, folder / name, lambda key: diffusers_name(key, part))
+    missing = f"{folder / stem}.safetensors does not exist"
+    for file in sorted(folder.iterdir()):
+        if file.name.endswith(".safetensors.index.json"):
+            advice = "save it again in one file, in diffusers with save_pretrained(..., max_shard_size='10GB')"
+            raise UserError(f"{file}: this network comes in several files, which are not read: {advice}")
+        if re.fullmatch(rf"{stem}\.\w+\.safetensors", file.name):  # .bf16, .non_ema
+            raise UserError(f"{missing}, only the variant {file.name}: rename it to {stem}.safetensors to use it")
+    for file in sorted(folder.iterdir()):
+        refuse_pickles(file)
+    raise UserError(f"{missing}: is this a whole model in the diffusers layout?")
+
+
+def ldm_part(path: Path, part: str) -> Part:
+    """A part of a one-file checkpoint; UserError where that is none, or has no such part."""
+    if part not in PREFIXES:
+        raise UserError(f"{path} is a one-file checkpoint, which has no {part}: load one with `load_clip`")
+    with opened(path) as file:
+        keys = [key for key in file.keys() if not IGNORED.match(key)]  # noqa: SIM118
+    odd = [key for key in keys if not key.startswith(tuple(PREFIXES.values()))]
+    if odd or not any(key.startswith(PREFIXES[part]) for key in keys):
+        found = f"{odd[0]} does not belong there ({len(odd)} such tensors)" if odd else f"it has no {PREFIXES[part]}*"
+        advice = "A model in several files is given as the folder that holds unet/, vae/ and text_encoder/"
+        if any(re.search(r"lora_(A|B|up|down)\b", key) for key in odd):
+            advice = "It is a LoRA: fuse it into its model in diffusers, and give the folder that you save"
+        raise UserError(f"{path} is not a checkpoint of Stable Diffusion 1.x in one file: {found}. {advice}")
+    build, config = PARTS[part][0], SD14_CONFIGS[part]
+    ours = {
+        theirs: name
+        for name, theirs in ldm_names(part, config, Part(build, config, path, str).empty().state_dict()).items()
+    }
+
+    def rename(key: str) -> str | None:
+        if not key.startswith(PREFIXES[part]) or IGNORED.match(key):
+            return None
+        if part == "text_encoder":  # text encoders of transformers 5
+            key = PREFIXES[part] + diffusers_name(key.removeprefix(PREFIXES[part]), part)
+        return ours.get(key, key)
+
+    return Part(build, config, path, rename)
+
+
+def wanted_files(parts: Sequence[str], dtype: torch.dtype, repository: str = SD14) -> list[tuple[str, ...]]:
+    """What to fetch of a repository in the diffusers layout: for each file its possible names, the best first."""
+    wanted: list[tuple[str, ...]] = [(SCHEDULER,)]
+    wanted += [(f"tokenizer/{file}", "tokenizer/tokenizer.json") for file in TOKENIZER]
+    wanted += [("tokenizer/tokenizer_config.json",)] * (repository != SD14)  # SD 1.4's says nothing new
+    for part in parts:
+        wanted += [(f"{part}/config.json",), tuple(f"{part}/{name}" for name in variants(PARTS[part][1], dtype))]
+    return wanted

@@ -1,0 +1,355 @@
+"""generate, inspect, demo: pictures that say what they show, and replace nothing."""
+
+import shlex
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import contents, write_gates
+
+import sampler
+import weights
+from cli import check, common, demo, generate, options, pictures, targets
+from cli import inspect as inspecting
+from loading.files import UserError, load_tensors, save_tensors
+
+
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What is asked of sampler.draw from now on."""
+    asked, real = [], sampler.draw
+
+    def draw(model, prompts, seeds, gates, steps, guidance, method, **more):
+        asked.append(
+            {"prompts": prompts, "seeds": seeds, "steps": steps, "guidance": guidance, "sampler": method} | more
+        )
+        return real(model, prompts, seeds, gates, steps, guidance, method, **more)
+
+    monkeypatch.setattr(sampler, "draw", draw)
+    return asked
+
+
+def test_pictures_are_named_after_their_prompt_labelled_and_numbered(run, gates):
+    for name in ("a-red-heart.png", "a-red-heart-2.png", "a-red-heart-3.png"):
+        code, said = run("generate", "a red heart", "a cat", gates, "--before-after")
+        assert code == 0, said
+        assert f"wrote   images/{name}: above before, below after, seeds 0 to 1, 2 steps, guidance 3" in said
+    assert len(contents("images")) == 3
+    with Image.open("images/a-red-heart.png") as image:
+        assert image.width > 2 * 16  # twice 8 pixels each, and a margin with the names of the rows
+        assert image.height > 2 * 16
+
+
+def test_how_far_a_picture_moved_is_a_word_and_a_number(run, gates):
+    said = run("generate", "a red heart", gates, "--before-after")[1]
+    (line,) = [line for line in said.splitlines() if line.startswith("change")]
+    assert any(word in line for word in ("unchanged", "changed", "another picture"))
+    assert " of 2)  a red heart" in line
+
+
+def test_gates_bring_their_models_way_of_drawing(run, gates, monkeypatch):
+    asked = seen(monkeypatch)
+    assert run("generate", "a cat", gates, model="")[0] == 0
+    assert run("generate", "a cat", gates, "--steps", "3", "--guidance", "1", model="")[0] == 0
+    assert [(each["steps"], each["guidance"], each["sampler"]) for each in asked] == [(2, 3.0, "dpm"), (3, 1, "dpm")]
+
+
+def test_gates_of_two_models_or_of_one_that_is_gone_are_named(run, gates, tiny_original):
+    write_gates(tiny_original, Path("b.safetensors"), model="elsewhere/model")
+    code, said = run("generate", "a cat", gates, "b.safetensors", model="")
+    assert (code, "these gates are of different models" in said) == (2, True)
+    code, said = run("generate", "a cat", "b.safetensors", model="")
+    assert (code, "trained for elsewhere/model, which is not here: say --model" in said) == (2, True)
+
+
+def test_it_says_how_far_gates_opened_and_in_which_prompts_they_stayed_shut(run, gates):
+    tensors, metadata = load_tensors(gates)
+    (scaler,) = [name for name in tensors if "scaler" in name]
+    for factor, shut in (0.0, False), (-1e4, None):
+        save_tensors("x.safetensors", tensors | {scaler: factor * tensors[scaler]}, metadata)
+        said = run("generate", "my red hearts", "a cat", "x.safetensors", "--steps", "1")[1]
+        assert said.count("opened  ") == 1
+        if shut is False:
+            assert "opened  0.50  red heart: my red hearts" in said
+            assert "SHUT" not in said
+    shutting = tensors | {scaler: torch.zeros_like(tensors[scaler])}
+    save_tensors("x.safetensors", shutting, metadata)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "SHUT", 0.6)
+        said = run("generate", "my red hearts", "a cat", "x.safetensors", "--steps", "1")[1]
+    assert "SHUT    1 of 1: what follows was probably drawn, not erased\n        'red heart' in 'my red hearts'" in said
+
+
+def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):
+    asked = seen(monkeypatch)
+    assert run("generate", "a cat", "--steps", "1", "--negative", "a dog")[0] == 0
+    assert asked[0]["negative"] == "a dog"
+    assert run("generate", "a cat", "--steps", "1", "--out", "images/b.png")[0] == 0
+    assert Path("images/a-cat.png").read_bytes() != Path("images/b.png").read_bytes()
+
+
+def test_gates_of_another_text_encoder_are_used_with_a_warning(run, gates, tiny):
+    path = tiny / "text_encoder" / "model.safetensors"
+    tensors, metadata = load_tensors(gates)
+    save_tensors(gates, tensors, metadata | {"fingerprint": "0" * 16})
+    with pytest.warns(UserWarning, match="trained for another model"):
+        assert run("generate", "a cat", gates, "--steps", "1")[0] == 0
+    save_tensors(gates, tensors, {name: text for name, text in metadata.items() if name != "fingerprint"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run("generate", "a cat", gates, "--steps", "1")[0] == 0
+    assert path.exists()
+
+
+def test_what_is_said_to_be_next_runs(run, gates, tiny_original):
+    said = run("generate", "a red heart", gates, "--steps", "1")[1]
+    following = shlex.split(said.split("next ")[1].split("\n")[0])[2:]
+    assert following == ["inspect", str(gates), "a red heart"]
+    code, said = run(*following, model="")
+    assert code == 0
+    following = shlex.split(said.split("next ")[1].split("\n")[0])[2:]
+    assert run(*following, "--steps", "1", model="")[0] == 0
+
+
+@pytest.mark.parametrize(("model", "next_"), [("emoji", True), ("sd14", True), ("tiny", False)])
+def test_erasing_is_next_unless_the_model_may_have_been_baked(tiny, monkeypatch, model, next_):
+    monkeypatch.chdir(tiny.parent)
+    args = options.parse(["generate", "a cat", "--model", model])
+    assert bool(generate.following(args, "a cat")) == next_
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate",), "either prompts, or a file"),
+        (("generate", "x", "--prompts", "lines"), "either prompts, or a file"),
+        (("generate", "x", "--before-after"), "give at least one gate file"),
+        (("generate", "a cat", ""), "the prompt is empty"),
+        (("generate", "x", "--out", "x.jpg"), "a name that ends in .png"),
+        (("generate", "x", "--out", "/dev/null/x.png"), "--out: /dev/null/x.png could not be written"),
+        (("generate", "x", "none.safetensors"), "none.safetensors does not exist: check its name, or train it first"),
+        (("generate", "x", "--gates", "gate.pt"), "pickle"),
+        (("generate", "x", "red-heart.safetensors", "./red-heart.safetensors"), "is given twice"),
+        (("generate", "--prompts", "lines", "--out", "x.png"), "--out is a folder here"),
+        (("generate", "--prompts", "none"), "none cannot be read"),
+        (("inspect", "x"), "which gates? Give one file or more"),
+        (("inspect", "red-heart.safetensors"), "one prompt is looked at, not 0"),
+        (("inspect", "red-heart.safetensors", "a", "cat"), "one prompt is looked at, not 2: quote it"),
+        (("inspect", "red-heart.safetensors", "  "), "the prompt is empty"),
+        (("check", "red-heart"), "which gates? Give files that end in .safetensors"),
+        (("check", "red-heart.safetensors", "--sentences", "lines"), "needs one {}"),
+        (("demo", "red heart", "--model", "."), "the demo is of the embedded model"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(run, gates, arguments, words):
+    Path("lines").write_text("a cat\n")
+    Path("gate.pt").write_bytes(b"")
+    before = contents(".")
+    code, said = run(*arguments)
+    assert code == 2
+    assert words in said
+    assert "Traceback" not in said
+    assert contents(".") == before
+
+
+@pytest.mark.parametrize("words", [["generate", "a cat"], ["generate", "--prompts", "lines"], ["demo"]])
+def test_steps_that_cannot_be_drawn_are_said_before_a_model_is_opened(run, monkeypatch, words):
+    for module in (generate, demo.train):
+        monkeypatch.setattr(module, "open_model", None)
+    Path("lines").write_text("a picture of a cat\n")
+    code, said = run(*words, "--sampler", "ddim", "--steps", "600", model="emoji")
+    assert code == 2
+    assert said.startswith("cpe.py: --steps: ddim takes up to 500 steps or 1000")
+
+
+def test_gates_that_do_not_fit_say_which_model_they_are_of(run, gates):
+    for model in ("emoji", "sd14"):
+        code, said = run("generate", "a cat", gates, "--model", model)
+        assert (code, f"{gates} is of another model: it corrects 8 projections" in said) == (2, True)
+
+
+def test_a_gate_file_that_claims_more_than_any_holds_is_refused_before_it_is_read(run, gates, monkeypatch):
+    monkeypatch.setattr(common, "LARGEST_GATES", 10)
+    monkeypatch.setattr(common, "load_tensors", None)
+    code, said = run("generate", "a cat", gates)
+    assert (code, "numbers: that is no gate file" in said) == (2, True)
+
+
+def test_images_that_are_no_numbers_are_not_written(run, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("the model's images are not finite numbers")
+
+    monkeypatch.setattr(sampler, "draw", broken)
+    for dtype, words in ("float32", "the weights or the gates are damaged"), ("float16", "try --dtype float32"):
+        code, said = run("generate", "a cat", "--dtype", dtype)
+        assert (code, words in said) == (2, True)
+    assert not Path("images").exists()
+
+
+# --- Files of prompts --------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_is_a_picture_each_and_those_that_are_there_stay(run, gates, monkeypatch):
+    Path("lines").write_text("# mine\na cat\n\n#1 dad mug\na dog\n")
+    code, said = run("generate", "--prompts", "lines", gates, "--before-after", "--out", "x")
+    assert code == 0, said
+    names = ["0001-a-cat.png", f"0002-{common.slug('#1 dad mug')}.png", "0003-a-dog.png"]
+    assert list(contents("x")) == sorted(names)
+    assert "passed  1 comment line of lines" in said
+    assert "drew    3 prompts into x, kept 0" in said
+    before = contents("x")
+    Path("x/0003-a-dog.png").unlink()
+    assert (
+        "drew    1 prompts into x, kept 2"
+        in run("generate", "--prompts", "lines", gates, "--before-after", "--out", "x")[1]
+    )
+    assert contents("x") == before
+    assert "kept 0" in run("generate", "--prompts", "lines", gates, "--before-after", "--out", "x", "--seed", "1")[1]
+    assert before.items() <= contents("x").items()
+    assert len(contents("x")) == 6  # numbered: nothing is overwritten
+
+
+def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
+    rows = [
+        "case_number,prompt,evaluation_seed,evaluation_guidance,mood",
+        '7,"a cat, sleeping",42,3.5,good',
+        "8,a dog,,,",
+    ]
+    Path("t.csv").write_text("\n".join(rows))
+    asked = seen(monkeypatch)
+    code, said = run("generate", "--prompts", "t.csv", "--steps", "1", "--out", "x")
+    assert code == 0, said
+    assert "passed  columns mood of t.csv" in said
+    assert list(contents("x")) == ["7-a-cat-sleeping.png", "8-a-dog.png"]
+    assert [(each["seeds"], each["guidance"]) for each in asked] == [([42], 3.5), ([0], 7.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompt,seed\na cat,x", "line 2: .*seeds are whole numbers"),
+        ("a,b\n1,2", "has no column `prompt`"),
+        ("prompt\n\n", "has no prompts"),
+    ],
+)
+def test_a_spoilt_table_is_named(run, text, words):
+    Path("t.csv").write_text(text)
+    code, said = run("generate", "--prompts", "t.csv")
+    assert code == 2
+    assert __import__("re").search(words, said)
+
+
+def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (1, 1)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 50_000, 50_000)  # width and height in the header
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    assert pictures.drawn_with(path) == ""
+
+
+# --- inspect, check, demo ----------------------------------------------------------------------------------------
+
+
+def test_inspect_has_a_line_for_every_token_and_a_column_for_every_gate(run, gates, tiny_original):
+    write_gates(tiny_original, Path("b.safetensors"), seed=1, target="two hearts")
+    code, said = run("inspect", gates, "b.safetensors", "a red heart", "--out", "openings.png")
+    assert code == 0
+    lines = said.splitlines()
+    column = lines[0].index("two hearts")
+    rows = lines[1 : lines.index("")]
+    assert [row.split()[0] for row in rows] == ["<start>", "a", "red", "heart", "<end>"]
+    assert all(row[column : column + 2] in ("0.", "1.") for row in rows)
+    with Image.open("openings.png") as image:
+        assert image.width > image.height
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "begins"),
+    [
+        (0.1, 0.9, "SHUT    the prompt names 'cat', but its gate opens to 0.10"),
+        (0.9, 0.1, "WEAK    the prompt names 'cat'; its gate opens to 0.90 at 'cat', but makes only 10%"),
+        (0.9, 0.9, "opens   the prompt names 'cat'; its gate opens to 0.90 at 'cat', and makes 90%"),
+        (0.9, None, "OPENS   the prompt does not name 'cat', yet its gate opens to 0.90"),
+        (0.1, None, "shut    the prompt does not name 'cat'; its gate opens to 0.10"),
+    ],
+)
+def test_inspect_says_what_it_means_loudly_where_that_is_bad(value, share, begins):
+    values = torch.tensor([1.0, 0.0, value, 0.0])  # <start> does not count
+    assert inspecting.meaning("cat", values, ["<start>", "a", "cat", "<end>"], share).startswith(begins)
+
+
+def test_inspect_measures_the_change_of_the_prompt_itself(run, gates):
+    assert "of the change that erases it" in run("inspect", gates, "My Red  Hearts, please".replace("  ", " "))[1]
+    assert "the prompt does not name 'red heart'" in run("inspect", gates, "a red rose")[1]
+
+
+def test_a_gate_file_cannot_write_to_the_terminal(run, gates):
+    tensors, metadata = load_tensors(gates)
+    save_tensors(gates, tensors, metadata | {"target": "red\x1b[2Jheart"})
+    assert "red?[2Jheart" in run("inspect", gates, "a red heart")[1]
+
+
+def test_check_tries_sentences_and_prints_the_worst(run, gates):
+    Path("mine.txt").write_text("a photo of a {}\nthe {} over there\n{}!\n")
+    code, said = run("check", gates, "--sentences", "mine.txt", "--worst", "2", "--json", "figures.json", model="")
+    assert code == 0, said
+    assert "over 3 sentences" in said
+    assert "reached  in the 2 worst sentences" in said
+    assert "the widest openings in prompts without it" in said
+    (figures,) = __import__("json").loads(Path("figures.json").read_text()).values()
+    assert list(figures["reached"]) == ["a photo of a red heart", "the red heart over there", "red heart!"]
+    assert "" in figures["others"]
+    assert not any("red heart" in prompt for prompt in figures["others"])
+
+
+def test_check_knows_the_words_around_which_a_gate_stays_shut():
+    found = check.Found(
+        "cat", ["my cat", "a cat", "a purple cat"], torch.tensor([0.1, 0.9, 0.2]), [], *torch.zeros(2, 0)
+    )
+    assert found.order() == [0, 2, 1]
+    assert found.shut_words() == ["my", "purple"]
+
+
+def test_parts_of_a_name_are_among_the_prompts_without_it():
+    prompts = check.without(["red heart"], "emoji", ["my {}"])
+    assert {"", "my red", "my heart"} <= set(prompts)
+    assert "my red heart" not in prompts
+
+
+def test_the_demo_shows_twelve_pictures(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "SEEDS", 1)
+    for module in (check, demo, targets):
+        monkeypatch.setattr(
+            module, "read_prompts", lambda preset: __import__("loading.prompts").prompts.read_prompts(preset)
+        )
+    code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")
+    assert code == 0, said
+    assert {path.name for path in Path("images").iterdir()} == {"demo-crab.png", "demo-crab.safetensors"}
+    for group in ("captions", "sentences", "beside another", "neighbours"):
+        assert f"\n{group}: " in said
+    with Image.open("images/demo-crab.png") as image:
+        assert image.width > 12 * 128
+    assert "kept    images/demo-crab.safetensors" in run("demo", "Crab", "--steps", "1", "--guidance", "1", model="")[1]
+
+
+def test_the_demo_erases_a_thing_that_the_model_knows(run):
+    code, said = run("demo", "blob style", model="")
+    assert (code, "the demo erases one thing that the model knows: python cpe.py list" in said) == (2, True)
+
+
+def test_a_picture_is_a_word_apart():
+    flat = torch.zeros(1, 3, 8, 8)
+    assert pictures.change(flat, flat) == (0.0, "unchanged")
+    assert pictures.change(flat, flat + 1)[1] == "another picture"
+
+
+def test_unknown_images_are_refused_by_draw(tiny_original):
+    model = weights.load_model(tiny_original)
+    args = options.parse(["generate", "a cat", "--steps", "1", "--guidance", "1", "--sampler", "ddim"])
+    with pytest.raises(UserError, match="every image needs a prompt and a seed"):
+        generate.draw(model, ["a cat"], [1, 2], None, args, "x")

@@ -1,0 +1,209 @@
+"""main and options: how commands are found, how errors end them, and that help answers at once."""
+
+import builtins
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, generate
+
+from cli import main, options, report
+from cli.main import memory_advice, out_of_memory, told_by_system
+
+
+@pytest.mark.parametrize("command", ["", *options.COMMANDS])
+def test_help_fits_one_screen_and_imports_no_torch(command, capsys):
+    words = [command, "--help"] if command else ["--help"]
+    check = (
+        f"import sys\nfrom cli import main\ntry:\n    main({words})\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) <= 40
+    assert done.stdout.startswith("usage: cpe.py")
+
+
+def test_the_script_is_the_command_line():
+    done = subprocess.run([sys.executable, "cpe.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"cpe.py {options.VERSION}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "there is no command 'trian': did you mean train?"),
+        (["fly"], "there is no command 'fly': choose among demo, train"),
+        (["generate", "a\0b"], "is not text"),
+        (["generate", "a\udce9b"], "is not text"),
+    ],
+)
+def test_what_no_command_can_be_is_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "x", "--preset", "none"], "invalid choice"),
+        (["train", "x", "--steps-scale", "-1"], "is not between"),
+        (["train", "x", "--steps-scale", "nan"], "is not between"),
+        (["generate", "x", "--steps", "0"], "is not between"),
+        (["generate", "x", "--sampler", "euler"], "invalid choice"),
+        (["generate", "x", "--guidence", "4"], "did you mean --guidance?"),
+        (["generate", "x", "--zone", "0.5"], "gates have no dead zone any more"),
+        (["train", "x", "--gate", "context"], "`train --how solve` makes gates that change the context"),
+        (["generate", "x", "--json", "x"], "only compare and check write figures"),
+    ],
+)
+def test_wrong_options_end_with_exit_code_2_and_a_way_on(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_positions_are_text_or_gate_files_wherever_they_stand():
+    args = options.parse(["generate", "a cat", "x.safetensors", "--seed", "3", "a dog", "--gates", "odd"])
+    assert args.prompts == ["a cat", "a dog"]
+    assert args.gates == [Path("odd"), Path("x.safetensors")]
+    assert options.parse(["train", "--target", "a", "b", "--seed", "1", "c"]).targets == ["a", "b", "c"]
+    assert options.parse(["train", "--target", "a", "--target", "b"]).targets == ["a", "b"]
+    assert options.parse(["inspect", "x.safetensors", "--prompt", "a cat"]).prompts == [
+        "a cat"
+    ]  # as it was said before
+    assert options.parse(["generate"]).prompts == []
+
+
+def test_an_error_of_the_system_without_a_file_is_not_blamed_on_standard_output(run, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("cli.list.metadata_of", fail)
+    Path("gates").mkdir()
+    Path("gates/x.safetensors").touch()
+    code, said = run("list")
+    assert code == 2
+    assert "the system refused something: Resource temporarily unavailable" in said
+    assert "standard output" not in said
+    assert told_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_too_little_memory_says_what_to_try(run, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cli.generate.open_model", fail)
+    code, said = run("generate", "a cat", "a dog")
+    assert code == 2
+    assert "out of memory on cpu. Try: close other programs, --dtype bfloat16 (half the memory), fewer prompts" in said
+    assert "--device cpu" in memory_advice(Namespace(device="cuda"))
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_another_error_is_a_traceback(run, monkeypatch):
+    monkeypatch.setattr("cli.generate.open_model", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("generate", "a cat")
+
+
+def test_an_interruption_while_torch_is_imported_is_no_traceback(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def interrupted(name, *rest):
+        if name.startswith("loading"):
+            raise KeyboardInterrupt
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    assert main(["list"]) == 130
+    assert "interrupted; nothing half-written is left" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
+@pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
+def test_output_that_nobody_can_read_is_no_traceback(tiny_original, tmp_path, to):
+    command = [sys.executable, ROOT / "cpe.py", "list"]
+    if to == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(to, os.O_WRONLY)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cpe.py: standard output cannot be written")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_says_what_is(run, device):
+    code, said = run("generate", "a cat", "--device", device)
+    assert (code, f"the device {device} cannot be used" in said, "available here: cpu" in said) == (2, True, True)
+
+
+def test_a_model_that_is_not_there_says_which_there_are(run):
+    code, said = run("train", "x", "--model", "nowhere")
+    assert (code, "there is no model nowhere" in said) == (2, True)
+    (code, said) = run("generate", "x", "--model", "model.ckpt")
+    assert (code, "pickle" in said) == (2, True)
+
+
+def test_a_picture_is_drawn_by_the_shared_arguments(run, tiny_original, tmp_path):
+    assert run(*generate(tiny_original, tmp_path / "x.png"))[0] == 0
+    assert (tmp_path / "x.png").exists()
+
+
+# --- The page of a training --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(run) -> Path:
+    """The report of a short training."""
+    code, said = run("train", "red heart", "--preset", "emoji", "--steps-scale", "0.004", "--report", "--seed", "3")
+    assert code == 0, said
+    assert "wrote   gates/red-heart.html" in said
+    return Path("gates/red-heart.html").absolute()
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    assert "http" not in text.replace("data:image", "")
+    assert text.count("data:image/png;base64,") == 1 + 3
+    for words in (
+        "<h1>red heart, erased from",
+        "of the change that erases it",
+        "<td>seed</td><td>3</td>",
+        "my red heart",
+    ):
+        assert words in text
+    assert "$" not in text.split("base64", 1)[0]
+    assert report.table([("<b>", "&")]) == "<tr><td>&lt;b&gt;</td><td>&amp;</td></tr>\n"
+
+
+def test_a_browser_shows_the_report(page):
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no headless Chromium: none of " + ", ".join(names))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 'id="pictures"' in done.stdout

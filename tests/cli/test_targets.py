@@ -1,0 +1,139 @@
+"""Which targets a person meant, what files are called after them, and what the embedded model knows."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+from cli import common, options, targets
+from loading import prompts
+from loading.files import UserError
+
+
+@pytest.fixture(autouse=True)
+def all_prompts(monkeypatch, few_prompts):
+    """Here it is the embedded model's own prompts that matter."""
+    monkeypatch.setattr(targets, "read_prompts", prompts.read_prompts)
+    common.is_emoji.cache_clear()
+
+
+def target(*names: str, model: str = "emoji", **options_given: str) -> targets.Target:
+    """The target that arguments of `train` mean."""
+    args = options.parse(["train"])
+    vars(args).update(model=model, **options_given)
+    return targets.target_of(names, args)
+
+
+@pytest.mark.parametrize("text", ["red heart, umbrella, dog face", "red heart; umbrella and dog face"])
+def test_several_things_that_the_model_knows_are_several_targets(text, capsys):
+    assert targets.split([text], "emoji") == ["red heart", "umbrella", "dog face"]
+    assert "names 3 things, each gets a gate of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["Martin Luther King, Jr.", "Simon and Garfunkel", "salt & pepper"])
+def test_what_may_be_one_name_or_two_is_refused_with_both_ways_to_say_it(text):
+    with pytest.raises(UserError, match=r"may be one name or 2. Several: .* One: .*--one-name"):
+        targets.split([text], "sd14")
+    assert targets.split([text], "sd14", one_name=True) == [text]
+
+
+def test_the_same_target_twice_is_one():
+    assert targets.split(["Crab", "crab", "red  heart"], "emoji") == ["Crab", "red heart"]
+    assert targets.split(["!!!", "???"], "sd14") == ["!!!", "???"]
+
+
+@pytest.mark.parametrize("name", ["blob style", "Blob Style", "blob"])
+def test_a_style_gets_the_preset_for_styles_and_that_is_said(name, capsys):
+    assert target(name) == targets.Target(["blob style"], "emoji-style", "noto style")
+    assert "preset  emoji-style, as 'blob style' is a style" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "words"),
+    [
+        (["blob style"], {"preset": "emoji"}, "is a style: leave --preset out"),
+        (["red heart"], {"preset": "emoji-style"}, "and 'red heart' is none: leave --preset out"),
+        (["  "], {"model": "sd14"}, "the target is empty"),
+        (["An  Object"], {"model": "sd14", "preset": "object"}, "is both target and surrogate"),
+        (["x"], {"model": "sd14", "surrogate": " \t"}, "the surrogate is empty"),
+        (["red heart"], {"preset": "celebrity"}, "--preset celebrity is for Stable Diffusion"),
+        (["red heart", "Brad"], {}, "cannot draw 'Brad'"),
+        (["red heart"], {"surrogate": "a person of note"}, "cannot draw 'a person of note'"),
+    ],
+)
+def test_what_cannot_be_erased_is_said(names, given, words):
+    with pytest.raises(UserError, match=words):
+        target(*names, **given)
+
+
+@pytest.mark.parametrize("name", ["♥", "!!!", "C++", "日本", "é"])
+def test_signs_and_other_scripts_are_targets_of_stable_diffusion(name):
+    assert target(name, model="sd14").names == [name]
+
+
+def test_what_is_offered_instead_is_near_in_meaning_not_in_spelling():
+    assert targets.nearest("red heart", "emoji", 4)[0] == "red heart"
+    assert any("heart" in name for name in targets.nearest("red heart", "emoji", 4)[1:])
+    with pytest.raises(UserError, match=r"cannot draw 'trophy'. Nearest in meaning: .*python cpe.py list") as refused:
+        target("trophy")
+    assert "top hat, tropical fish" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["emoji", "copy"])
+def test_a_copy_of_the_embedded_model_is_known_as_one_and_has_its_defaults(tmp_path, monkeypatch, model):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for part in ("tokenizer", "unet"):
+        shutil.copytree(ROOT / "emoji" / part, tmp_path / "copy" / part)
+    name = "~/copy" if model == "copy" else "emoji"
+    assert common.is_emoji(name)
+    assert common.defaults_of(name) == json.loads((ROOT / "emoji/defaults.json").read_text())
+    assert common.defaults_of("sd14") == common.SD_DEFAULTS
+    assert not common.is_emoji("~/other")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "x" * 5000, "..", "Brad  Pitt!", "日本", "😀", "con"])
+def test_a_name_cannot_leave_its_folder(name):
+    file = common.slug(name)
+    assert file
+    assert len(file.encode()) <= 80
+    assert not set(file) & set("/\\\0.")
+    assert file not in ("con", "nul")
+
+
+def test_no_two_names_make_one_file():
+    names = [
+        "♥",
+        "♦",
+        "!!!",
+        "???",
+        "C",
+        "C++",
+        "C#",
+        "é",
+        "e",
+        "日本",
+        "日木",
+        "कि",
+        "का",
+        "#cat",
+        "cat",
+        "x" * 90,
+        "x" * 91,
+    ]
+    assert len({common.slug(name) for name in names}) == len(names)
+    assert common.slug("Brad Pitt") == "brad-pitt"
+    assert common.slug(unicodedata.normalize("NFD", "é")) == common.slug("é")
+
+
+def test_list_says_what_there_is(run, gates):
+    Path("gates").mkdir()
+    shutil.copy(gates, "gates")
+    code, said = run("list")
+    assert code == 0
+    for words in ("models  --model sd14", "preset  celebrity", "gates   gates/red-heart.safetensors: erases red heart"):
+        assert words in said
+    assert "tropical fish" in said
+    assert "blob style" in said
