@@ -458,7 +458,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
     "cpe, hard": {"lam": 100.0},
     "cpe, mlp": {"lam": 100.0},
     "uce": {"padding": True, "templates": "pairs", "s_p": 10.0},
-    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "start": (0.1, 10.0), "s_p": 10.0, "eta": 0.3},
+    "rece": {"rounds": 1, "templates": "pairs", "padding": True, "s_p": 10.0, "eta": 0.3},
     "speed": {"threshold": 1.0, "templates": "all", "augment": 10},
     "mace": {"lr": 1e-5, "keep": 3.0, "lam": 0.1, "templates": "kept", "images": 4, "sampling_steps": 20},
     "esd": {"lr": 2e-4, "negative": 5.0, "images": 8, "sampling_steps": 20},
@@ -467,7 +467,7 @@ TUNED = {  # by method: what benchmarks/tune.py found best; of CPE the recipe is
 
 MANY: dict[str, dict] = {  # and what differs for several targets at once, of linear erasers; CPE's gates are merged
     "uce": {"s_p": 30.0, "eta": 0.3},
-    "rece": {"start": (0.1, 30.0), "s_p": 30.0},
+    "rece": {"s_p": 30.0},
     "speed": {"threshold": 0.01, "templates": ""},
     "mace": {"keep": 10.0, "eta": 0.3},
     "esd": {"steps": 400},
@@ -476,7 +476,7 @@ MANY: dict[str, dict] = {  # and what differs for several targets at once, of li
 
 CROWD: dict[str, dict] = {  # and for more than thirty, nearer to fifty than to ten: found on fifty
     "uce": {"s_p": 200.0},
-    "rece": {"start": (0.1, 100.0), "s_p": 100.0},
+    "rece": {"s_p": 100.0},
     "speed": {"threshold": 1.0},
     "mace": {"keep": 30.0},
 }
@@ -484,7 +484,7 @@ CROWD: dict[str, dict] = {  # and for more than thirty, nearer to fifty than to 
 STYLE: dict[str, dict] = {  # and for a style; CPE's gates have a preset of their own, whose lambda this repeats
     "cpe, context gate": {"lam": 100.0},
     "uce": {"eta": 1.0},
-    "rece": {"start": (0.1, 3.0), "s_p": 3.0, "eta": 1.0},
+    "rece": {"s_p": 3.0, "eta": 1.0},
     "speed": {"threshold": 3.0, "eta": 0.0},
     "mace": {"keep": 1.0, "eta": 1.0},
     "esd": {"lr": 5e-4, "steps": 200},

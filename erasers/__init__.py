@@ -32,7 +32,7 @@ PUBLISHED: dict[str, dict] = {  # settings of the authors' code, by eraser and w
     "uce": {},
     "uce, 2023": {"first": True},
     "rece": {},
-    "rece, style": {"rho": 1e-3, "rounds": 1},
+    "rece, style": {"rho": 1e-3, "rounds": 1, "start": (0.5, 0.1)},  # beside 1,734 other artists
     "rece, object": {"rounds": 1},
     "speed": {},
     "speed, many": {"rho": 0.05, "prefilter": False},

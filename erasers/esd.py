@@ -6,13 +6,13 @@ eps_0 - negative (eps_c - eps_0), with negative = n - 1 = 1. Steps, rate and gui
 sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over. Built on common.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from erasers.common import Weights, finished, predict, trajectories
+from erasers.common import Weights, finished, precision, predict, trajectories
 from weights import Model
 
 
@@ -45,15 +45,11 @@ def esd_steps(
 
 
 def esd(
-    model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0,
-    **training: Any,
-) -> Weights:  # fmt: skip
-    """Cross-attention learns the opposite of the target; `training`: of `esd_steps`.
-
-    There is no surrogate and no preservation: both are ignored.
-    """
-    named, dtype = model.unet.state_dict().items(), torch.promote_types(model.dtype, torch.float32)
-    weights = {key: W.detach().to(dtype, copy=True) for key, W in named if ".attn2." in key}
+    model: Model, targets: list[str], surrogate: Any = None, preserved: Any = None, seed: int = 0, **training: Any
+) -> Weights:
+    """`training`: of `esd_steps`. There is no surrogate and no preservation: both are ignored."""
+    named = model.unet.state_dict().items()
+    weights = {key: W.detach().to(precision(model), copy=True) for key, W in named if ".attn2." in key}
     for _ in esd_steps(model, targets, weights, seed, **training):
         pass
     return finished(model, weights)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cpe
 import token_space
-from erasers.common import Weights, contexts, encode, filled, finished, one_each, projections
+from erasers.common import Weights, contexts, filled, finished, one_each, projections
 from weights import Model
 
 TEMPLATES = ("a photo of {}", "{}", "a {}", "a photo of a {}", "a picture of {}", "an image of a {}")
@@ -43,8 +43,8 @@ def lora_trainer(
 
     Its rank stops at the width of the context, where a LoRA can be any matrix.
     """
-    empty, surrogates = encode(model, [""]).float(), one_each(surrogate, targets)
-    named, becoming = (encode(model, filled(templates, names)).float() for names in (targets, surrogates))
+    prompts = [filled(templates, names) for names in (targets, one_each(surrogate, targets))]
+    named, becoming, empty = (model.encode(part).cpu().float() for part in (*prompts, [""]))
     anchors = torch.cat([E.half() for _, E in contexts(model, preserved or [""])])
     layers = cpe.Layers.of({key: W.cpu() for key, W in model.cross_attention().items()}, token_space.spectral_norm)
     losses = token_space.Losses(layers, cpe.Data(named, becoming, anchors, empty), recipe.eta)

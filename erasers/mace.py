@@ -16,21 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers import beyond
-from erasers.common import (
-    Weights,
-    encode,
-    filled,
-    finished,
-    moment,
-    one_each,
-    predict,
-    projections,
-    refit,
-    trajectories,
-)
+from erasers import beyond, common
+from erasers.common import Weights, filled, finished, moment, one_each, projections, refit, tokens, trajectories
 from unet import Attention, UNet
 from weights import Model
+
+Change = dict[str, tuple[Tensor, Tensor]]  # a LoRA of rank 1, by checkpoint key: up [d_l, 1], down [1, d]
 
 STYLE_PHOTO = "a photo in the style of {}"
 TEMPLATES = (
@@ -62,11 +53,10 @@ def shared(old: Sequence[int], new: Sequence[int], length: int) -> tuple[list[in
 
 def around(model: Model, templates: Sequence[str], target: str, surrogate: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens around a concept in each template: with the target [n, d], and those words with the surrogate [n, d]."""
-    prompts = filled(templates, [target]), filled(templates, [surrogate])
-    for old, new, E_old, E_new in zip(*prompts, *(encode(model, part) for part in prompts), strict=True):
-        T, words = len(E_old), model.tokenizer
-        places, others = shared(*([words.bos, *words.ids(p)[: T - 2], words.eos] for p in (old, new)), T)
-        yield E_old[places], E_new[others]
+    prompts, words = [filled(templates, [name]) for name in (target, surrogate)], model.tokenizer
+    for old, new, E, G in zip(*prompts, *(tokens(model, part, "all") for part in prompts), strict=True):
+        i, j = shared(*([words.bos, *words.ids(prompt)[: len(E) - 2], words.eos] for prompt in (old, new)), len(E))
+        yield E[i], G[j]
 
 
 def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
@@ -80,7 +70,7 @@ def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tens
 
     hooks = [layer.register_forward_pre_hook(record) for layer in unet.cross_attentions().values()]
     try:
-        predict(unet, weights, latents, timestep, context)
+        common.predict(unet, weights, latents, timestep, context)
     finally:
         for hook in hooks:
             hook.remove()
@@ -133,14 +123,14 @@ def focal_weights(length: int, early: int = 200, late: int = 400, slope: float =
     return torch.sigmoid(slope * (t - early)) - torch.sigmoid(slope * (t - late))
 
 
-def new_change(weights: Weights, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+def new_change(weights: Weights, generator: torch.Generator) -> Change:
     """Rank-1 changes that start at zero: up [d_l, 1] of zeros, down [1, d] normal."""
     down = {key: torch.randn(1, W.shape[1], generator=generator).to(W) for key, W in weights.items()}
     return {key: (W.new_zeros(len(W), 1).requires_grad_(), down[key].requires_grad_()) for key, W in weights.items()}
 
 
 def unseeing_steps(
-    model: Model, target: str, templates: Sequence[str], refined: Weights, change: dict[str, tuple[Tensor, Tensor]],
+    model: Model, target: str, templates: Sequence[str], refined: Weights, change: Change,
     generator: torch.Generator, *, steps: int = 50, lr: float = 1e-5, focal: bool = True, masked: bool = True,
     images: int = 8, sampling_steps: int = 30, photo: str = "a photo of the {}",
 ) -> Iterator[float]:  # fmt: skip
@@ -151,9 +141,8 @@ def unseeing_steps(
     """
     drawn, learned = filled([photo], [target])[0], [W for pair in change.values() for W in pair]
     finals = trajectories(model, drawn, images, sampling_steps, 7.5, generator, "dpm")[-1]
-    masks = torch.ones_like(finals[:, 0])
-    if masked:
-        masks = own_masks(model, finals, drawn, target, (200, 300, 400), generator)
+    everywhere, noisy = torch.ones_like(finals[:, 0]), (200, 300, 400)
+    masks = own_masks(model, finals, drawn, target, noisy, generator) if masked else everywhere
     optimizer, length = torch.optim.AdamW(learned, lr=lr), model.schedule.length
     weights, order = focal_weights(length) if focal else torch.ones(length), []
     for _ in range(steps):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erasers import beyond
-from erasers.common import Weights, chosen, encode, finished, one_each, pairs, projections, tokens
+from erasers.common import Weights, finished, one_each, pairs, projections, tokens
 from weights import Model
 
 CHUNK = 128  # preserved tokens that are varied together: their copies are compared with the mean of the chunk
@@ -84,15 +84,14 @@ def speed(
     preserved prompts the tokens of '' stay. Chance: the copies' noise, and where k-means starts.
     """
     generator, surrogates = torch.Generator().manual_seed(seed), one_each(surrogate, targets)
-    which = "words" if targets == ["nudity"] else "last"
-    C, G = pairs(model, targets, surrogates, beyond.with_padding(which, padding))
+    which = "tail" if padding else "words" if targets == ["nudity"] else "last"
+    C, G = pairs(model, targets, surrogates, which)
     # means over targets, or over all tokens where padding moves
     n, G = len(C) if padding else len(targets), beyond.further(C, G, eta)
     T, A = C.T @ C / n, G.T @ C / n
-    empty = encode(model, [""])[0]
+    empty = next(tokens(model, [""], "all"))
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
-    tails = tokens(model, preserved, beyond.with_padding("last", padding))
-    kept = torch.cat(list(tails)) if preserved else chosen(model, "", empty, "words")
+    kept = torch.cat([*tokens(model, preserved, "tail" if padding else "last")]) if preserved else empty[1:]
     kept = kept[torch.randperm(len(kept), generator=generator)]
     edited = {}
     for key, W in projections(model, ["to_v"]).items():
