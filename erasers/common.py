@@ -42,21 +42,15 @@ def one_each(surrogate: str | Sequence[str], targets: Sequence[str]) -> list[str
     return names
 
 
-def contexts(model: Model, prompts: Sequence[str], chunk: int = 256) -> Iterator[tuple[list[str], Tensor]]:
-    """Prompts and their contexts [<= chunk, T, d], float64, a chunk at a time: thousands would not fit in memory."""
-    for start in range(0, len(prompts), chunk):
-        part = list(prompts[start : start + chunk])
-        yield part, model.encode(part).cpu().double()
-
-
-def tokens(model: Model, prompts: Sequence[str], which: str) -> Iterator[Tensor]:
+def tokens(model: Model, prompts: Sequence[str], which: str, chunk: int = 256) -> Iterator[Tensor]:
     """Some tokens of every prompt, [n, d] each, float64.
 
     "last": the last one before EOS (of '' it is BOS); "tail": from there to the end of the padding, all of which has
     seen the whole prompt, because the text encoder is causal; "words": all but BOS; "all": all T. KeyError otherwise.
     """
-    for part, contexts_of_part in contexts(model, prompts):
-        for prompt, E in zip(part, contexts_of_part, strict=True):
+    for start in range(0, len(prompts), chunk):  # thousands would not fit in memory
+        part = list(prompts[start : start + chunk])
+        for prompt, E in zip(part, model.encode(part).cpu().double(), strict=True):
             last = min(len(model.tokenizer.ids(prompt)), len(E) - 2)
             first, end = {"last": (last, last + 1), "tail": (last, None), "words": (1, None), "all": (0, None)}[which]
             yield E[first:end]

@@ -20,11 +20,7 @@ def esd_steps(
     model: Model, targets: list[str], weights: Weights, seed: int, *, steps: int = 200, lr: float = 5e-5,
     guidance: float = 3.0, negative: float = 1.0, images: int = 16, sampling_steps: int = 50,
 ) -> Iterator[float]:  # fmt: skip
-    """Train `weights` in place, one loss per step.
-
-    x_t is drawn from `images` whole trajectories of the frozen model per target, made beforehand, not from a new one
-    every step: the same distribution, less work.
-    """
+    """Train `weights` in place, one loss per step. x_t is of `images` trajectories per target, drawn beforehand."""
     generator = torch.Generator().manual_seed(seed)
     unet, times = model.unet, model.schedule.timesteps(sampling_steps)
     paths = [trajectories(model, name, images, sampling_steps, guidance, generator) for name in targets]
@@ -50,6 +46,5 @@ def esd(
     """`training`: of `esd_steps`. There is no surrogate and no preservation: both are ignored."""
     named = model.unet.state_dict().items()
     weights = {key: W.detach().to(precision(model), copy=True) for key, W in named if ".attn2." in key}
-    for _ in esd_steps(model, targets, weights, seed, **training):
-        pass
+    list(esd_steps(model, targets, weights, seed, **training))
     return finished(model, weights)

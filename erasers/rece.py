@@ -1,8 +1,7 @@
 """RECE: Reliable and Efficient Concept Erasure (Gong et al., ECCV 2024, arXiv 2407.12383).
 
-UCE leaves embeddings that still mean the target. RECE finds them in closed form, erases them as UCE erases a name, and
-repeats. By default it is the authors' code for explicit words; for art styles and hard objects they take rho = 1e-3
-and one round, for easy objects one round. Their own surrogate is ' '. Built on common.
+UCE leaves embeddings that still mean the target. RECE finds them in closed form, erases them, and repeats. The defaults
+are the authors' for explicit words, with ' ' as the surrogate; `erasers.PUBLISHED` has others. Built on common.
 """
 
 from collections.abc import Sequence
