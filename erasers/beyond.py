@@ -1,31 +1,16 @@
-"""What linear erasers can be given that is in none of their papers. All of it is off by default. Built on common.
+"""What linear erasers can be given that is in none of their papers. All of it is off by default.
 
-eta        erase past the surrogate, as CPE's erase loss does
-padding    move EOS and padding of a name too, not its last token alone, and preserve as much of what stays
-sentences  put the names into the templates that CPE's gates are trained with
+    eta        erase past the surrogate, as CPE's erase loss does: `further`
+    padding    move and preserve the tail of a name, EOS and padding with it, not the last token alone: see common.py
+    sentences  targets, and perhaps surrogates, in the templates of CPE's gates: pass `common.filled(templates, names)`
+
+Built on torch.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
-
-from erasers.common import filled
 
 
 def further(C: Tensor, G: Tensor, eta: float) -> Tensor:
     """What tokens C [n, d] become: those of the surrogate G [n, d], and eta times the way past them."""
     # C + (1 + eta) (G - C)
     return G + eta * (G - C) if eta else G
-
-
-def with_padding(which: str, padding: bool) -> str:
-    """Which tokens of a prompt count (see `common.chosen`): `which`, or with `padding` the tail of the name."""
-    return "tail" if padding else which
-
-
-def sentences(
-    templates: Sequence[str], targets: Sequence[str], surrogates: Sequence[str], together: bool = True
-) -> tuple[list[str], list[str]]:
-    """Targets in all templates, and the surrogate of each in the same ones; bare if not `together`."""
-    bare = [surrogate for surrogate in surrogates for _ in templates]
-    return filled(templates, targets), filled(templates, surrogates) if together else bare

@@ -1,12 +1,8 @@
 """What all erasers share: tokens of prompts, the closed form, and the U-Net with some of its weights replaced.
 
-    C, G = pairs(model, ["cat"], ["a dog"], "last")     # tokens to erase, and what they become, [n, d]
-    kept = moment(model, ["a horse"], "all")            # sum p p^T over tokens that stay, [d, d]
-    edited = move(projections(model), C, G, kept, lam=0.5)
-
-Closed forms are solved in float64: second moments of tokens are badly conditioned.
-Letters: W [d_l, d] a projection of the context; E [B, T, d] contexts; C and G [n, d] tokens to erase and what they
-become; p a token that stays. Built on unet and sampler.
+Letters: W [d_l, d] a projection of the context; E [T, d] the context of a prompt; C and G [n, d] tokens to erase and
+what they become; p a token that stays. Closed forms are solved in float64: second moments of tokens are badly
+conditioned. Built on unet, sampler and weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +18,20 @@ from weights import Model
 Weights = dict[str, Tensor]  # by checkpoint key, such as "down_blocks.0....attn2.to_k.weight"
 
 
+def precision(model: Model) -> torch.dtype:
+    """The model's, but at least float32: what is trained and returned."""
+    return torch.promote_types(model.dtype, torch.float32)
+
+
 def projections(model: Model, kinds: Sequence[str] = ("to_k", "to_v")) -> Weights:
     """The matrices W [d_l, d] through which cross-attention reads the prompt, float64 on the CPU."""
-    ends = tuple(f".{kind}.weight" for kind in kinds)
-    return {key: W.cpu().double() for key, W in model.cross_attention(torch.float64).items() if key.endswith(ends)}
+    ends, found = tuple(f".{kind}.weight" for kind in kinds), model.cross_attention(precision(model))
+    return {key: W.cpu().double() for key, W in found.items() if key.endswith(ends)}
 
 
 def finished(model: Model, weights: Weights) -> Weights:
-    """Edited weights as erasers return them: on the CPU, in the model's precision, but at least float32."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    return {key: W.detach().to("cpu", dtype).contiguous() for key, W in weights.items()}
+    """Edited weights as erasers return them: on the CPU, in the `precision` of the model."""
+    return {key: W.detach().to("cpu", precision(model)).contiguous() for key, W in weights.items()}
 
 
 def one_each(surrogate: str | Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -42,47 +42,31 @@ def one_each(surrogate: str | Sequence[str], targets: Sequence[str]) -> list[str
     return names
 
 
-def contexts(model: Model, prompts: Sequence[str], chunk: int = 256) -> Iterator[tuple[list[str], Tensor]]:
-    """Prompts and their contexts [<= chunk, T, d], float64, a chunk at a time: thousands would not fit in memory."""
-    for start in range(0, len(prompts), chunk):
-        part = list(prompts[start : start + chunk])
-        yield part, model.encode(part).cpu().double()
-
-
-def encode(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Contexts of a few prompts, [B, T, d], float64."""
-    return next(contexts(model, prompts, chunk=len(prompts)))[1]
-
-
-def chosen(model: Model, prompt: str, E: Tensor, which: str) -> Tensor:
-    """Some tokens [n, d] of the context E [T, d] of a prompt.
+def tokens(model: Model, prompts: Sequence[str], which: str, chunk: int = 256) -> Iterator[Tensor]:
+    """Some tokens of every prompt, [n, d] each, float64.
 
     "last": the last one before EOS (of '' it is BOS); "tail": from there to the end of the padding, all of which has
     seen the whole prompt, because the text encoder is causal; "words": all but BOS; "all": all T. KeyError otherwise.
     """
-    last = min(len(model.tokenizer.ids(prompt)), len(E) - 2)
-    first, end = {"last": (last, last + 1), "tail": (last, None), "words": (1, None), "all": (0, None)}[which]
-    return E[first:end]
-
-
-def tokens(model: Model, prompts: Sequence[str], which: str) -> Iterator[Tensor]:
-    """The `chosen` tokens [n, d] of every prompt, float64."""
-    for part, E in contexts(model, prompts):
-        yield from (chosen(model, prompt, context, which) for prompt, context in zip(part, E, strict=True))
+    for start in range(0, len(prompts), chunk):  # thousands would not fit in memory
+        part = list(prompts[start : start + chunk])
+        for prompt, E in zip(part, model.encode(part).cpu().double(), strict=True):
+            last = min(len(model.tokenizer.ids(prompt)), len(E) - 2)
+            first, end = {"last": (last, last + 1), "tail": (last, None), "words": (1, None), "all": (0, None)}[which]
+            yield E[first:end]
 
 
 def moment(model: Model, prompts: Sequence[str], which: str) -> Tensor:
-    """sum p p^T [d, d] over the `chosen` tokens of prompts, float64."""
+    """sum p p^T [d, d] over `tokens` of prompts, float64."""
     d = model.part("unet").config["cross_attention_dim"]
     total = torch.zeros(d, d, dtype=torch.float64)
-    for part, E in contexts(model, prompts):
-        rows = torch.cat([chosen(model, prompt, context, which) for prompt, context in zip(part, E, strict=True)])
-        total += rows.T @ rows
+    for rows in tokens(model, prompts, which):
+        total.addmm_(rows.T, rows)
     return total
 
 
 def pairs(model: Model, targets: Sequence[str], surrogates: Sequence[str], which: str) -> tuple[Tensor, Tensor]:
-    """The `chosen` tokens C of targets, and the surrogates' G at the same places counted from the first, [n, d]."""
+    """`tokens` C of targets, and G of their surrogates at the same places counted from the first, [n, d]."""
     once = list(dict.fromkeys(surrogates))
     known = dict(zip(once, tokens(model, once, which), strict=True))
     both = zip(tokens(model, targets, which), (known[name] for name in surrogates), strict=True)

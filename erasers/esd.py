@@ -6,13 +6,13 @@ eps_0 - negative (eps_c - eps_0), with negative = n - 1 = 1. Steps, rate and gui
 sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over. Built on common.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from erasers.common import Weights, finished, predict, trajectories
+from erasers.common import Weights, finished, precision, predict, trajectories
 from weights import Model
 
 
@@ -20,11 +20,7 @@ def esd_steps(
     model: Model, targets: list[str], weights: Weights, seed: int, *, steps: int = 200, lr: float = 5e-5,
     guidance: float = 3.0, negative: float = 1.0, images: int = 16, sampling_steps: int = 50,
 ) -> Iterator[float]:  # fmt: skip
-    """Train `weights` in place, one loss per step.
-
-    x_t is drawn from `images` whole trajectories of the frozen model per target, made beforehand, not from a new one
-    every step: the same distribution, less work.
-    """
+    """Train `weights` in place, one loss per step. x_t is of `images` trajectories per target, drawn beforehand."""
     generator = torch.Generator().manual_seed(seed)
     unet, times = model.unet, model.schedule.timesteps(sampling_steps)
     paths = [trajectories(model, name, images, sampling_steps, guidance, generator) for name in targets]
@@ -45,15 +41,10 @@ def esd_steps(
 
 
 def esd(
-    model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0,
-    **training: Any,
-) -> Weights:  # fmt: skip
-    """Cross-attention learns the opposite of the target; `training`: of `esd_steps`.
-
-    There is no surrogate and no preservation: both are ignored.
-    """
-    named, dtype = model.unet.state_dict().items(), torch.promote_types(model.dtype, torch.float32)
-    weights = {key: W.detach().to(dtype, copy=True) for key, W in named if ".attn2." in key}
-    for _ in esd_steps(model, targets, weights, seed, **training):
-        pass
+    model: Model, targets: list[str], surrogate: Any = None, preserved: Any = None, seed: int = 0, **training: Any
+) -> Weights:
+    """`training`: of `esd_steps`. There is no surrogate and no preservation: both are ignored."""
+    named = model.unet.state_dict().items()
+    weights = {key: W.detach().to(precision(model), copy=True) for key, W in named if ".attn2." in key}
+    list(esd_steps(model, targets, weights, seed, **training))
     return finished(model, weights)

@@ -1,7 +1,7 @@
 """LoRA with CPE's own losses (Hu et al., ICLR 2022, arXiv 2106.09685): what CPE would be without its gates.
 
-The same losses, anchors, attacks and stages; but R_l(E) = s E D_l U_l, linear in the context, so that the correction
-folds into W_l. What it cannot do that CPE can is due to the missing nonlinearity. Built on cpe, token_space and common.
+The same losses, anchors, attacks and stages; but R_l(E) = s E D_l U_l is linear, and folds into W_l. What it cannot do
+that CPE can is due to the missing nonlinearity. Built on cpe, token_space and common.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cpe
 import token_space
-from erasers.common import Weights, contexts, encode, filled, finished, one_each, projections
+from erasers.common import Weights, filled, finished, one_each, projections, tokens
 from weights import Model
 
 TEMPLATES = ("a photo of {}", "{}", "a {}", "a photo of a {}", "a picture of {}", "an image of a {}")
@@ -39,13 +39,10 @@ def lora_trainer(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int,
     recipe: cpe.Recipe, templates: Sequence[str],
 ) -> cpe.Trainer:  # fmt: skip
-    """CPE's trainer with a LoRA in place of the gates; one LoRA, of rank k per target, learns all targets together.
-
-    Its rank stops at the width of the context, where a LoRA can be any matrix.
-    """
-    empty, surrogates = encode(model, [""]).float(), one_each(surrogate, targets)
-    named, becoming = (encode(model, filled(templates, names)).float() for names in (targets, surrogates))
-    anchors = torch.cat([E.half() for _, E in contexts(model, preserved or [""])])
+    """CPE's trainer with one LoRA of all targets in place of gates: its rank is k per target, but at most d."""
+    prompts = [filled(templates, names) for names in (targets, one_each(surrogate, targets))]
+    named, becoming, empty = (model.encode(part).cpu().float() for part in (*prompts, [""]))
+    anchors = torch.stack([E.half() for E in tokens(model, preserved or [""], "all")])
     layers = cpe.Layers.of({key: W.cpu() for key, W in model.cross_attention().items()}, token_space.spectral_norm)
     losses = token_space.Losses(layers, cpe.Data(named, becoming, anchors, empty), recipe.eta)
     generator, d = torch.Generator().manual_seed(seed), empty.shape[2]
@@ -60,6 +57,5 @@ def lora(
 ) -> Weights:  # fmt: skip
     """A LoRA trained as CPE trains its gates, folded into the weights. The anchors are mixed from `preserved`."""
     trainer = lora_trainer(model, targets, surrogate, preserved, seed, recipe, templates)
-    for _ in trainer:
-        pass
+    list(trainer)
     return finished(model, trainer.gates.fold(projections(model)))

@@ -10,28 +10,19 @@ as they were sampled, not after a JPEG file and the VAE; the thirty templates ar
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers import beyond
-from erasers.common import (
-    Weights,
-    encode,
-    filled,
-    finished,
-    moment,
-    one_each,
-    predict,
-    projections,
-    refit,
-    trajectories,
-)
+from erasers import beyond, common
+from erasers.common import Weights, filled, finished, moment, one_each, projections, refit, tokens, trajectories
 from unet import Attention, UNet
 from weights import Model
 
+Change = dict[str, tuple[Tensor, Tensor]]  # a LoRA of rank 1, by checkpoint key: up [d_l, 1], down [1, d]
 STYLE_PHOTO = "a photo in the style of {}"
 TEMPLATES = (
     *(f"{look} {medium} of {{}}" for look in ("a", "a good", "a bright", "a big", "a strange")
@@ -39,34 +30,27 @@ TEMPLATES = (
     "{} in a photo", "{} on a poster", "{} at night", "{} seen from afar", "{} in a magazine",
 )  # fmt: skip
 SETTINGS: dict[str, dict] = {  # by what is erased; keep = 8 is for ten (one: 0.8, five: 5, a hundred people: 20)
-    "bird": {},
-    "automobile": {"lam": 100.0},
-    "ship": {"lam": 1000.0},
+    "bird": {}, "automobile": {"lam": 100.0}, "ship": {"lam": 1000.0},
     "person": {"lam": 0.0, "keep": 8.0, "caption_weight": 1e-4, "lr": 1e-4},
     "style": {"lam": 0.0, "keep": 8.0, "caption_weight": 1e-4, "lr": 1e-4, "masked": False, "photo": STYLE_PHOTO},
     "explicit": {"lam": 0.0, "caption_weight": 7e-7, "steps": 120, "focal": False},
-}
+}  # fmt: skip
 
 
 def shared(old: Sequence[int], new: Sequence[int], length: int) -> tuple[list[int], list[int]]:
-    """Places in two prompts that read alike, in pairs: common prefix, common suffix, and the padding that both have.
-
-    Of ids from BOS to EOS; padding fills them up to `length`.
-    """
+    """Places in two prompts (ids from BOS to EOS) that read alike: common prefix, suffix, and padding to `length`."""
     shorter, padding = min(len(old), len(new)), length - max(len(old), len(new))
     prefix = next((i for i in range(shorter) if old[i] != new[i]), shorter)
     suffix = next((i for i in range(shorter - prefix) if old[-1 - i] != new[-1 - i]), shorter - prefix)
-    places = [[*range(prefix), *range(len(ids) - suffix, len(ids) + padding)] for ids in (old, new)]
-    return places[0], places[1]
+    return tuple([*range(prefix), *range(len(ids) - suffix, len(ids) + padding)] for ids in (old, new))
 
 
 def around(model: Model, templates: Sequence[str], target: str, surrogate: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens around a concept in each template: with the target [n, d], and those words with the surrogate [n, d]."""
-    prompts = filled(templates, [target]), filled(templates, [surrogate])
-    for old, new, E_old, E_new in zip(*prompts, *(encode(model, part) for part in prompts), strict=True):
-        T, words = len(E_old), model.tokenizer
-        places, others = shared(*([words.bos, *words.ids(p)[: T - 2], words.eos] for p in (old, new)), T)
-        yield E_old[places], E_new[others]
+    prompts, words = [filled(templates, [name]) for name in (target, surrogate)], model.tokenizer
+    for old, new, E, G in zip(*prompts, *(tokens(model, part, "all") for part in prompts), strict=True):
+        i, j = shared(*([words.bos, *words.ids(prompt)[: len(E) - 2], words.eos] for prompt in (old, new)), len(E))
+        yield E[i], G[j]
 
 
 def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor, context: Tensor) -> list[Tensor]:
@@ -78,12 +62,10 @@ def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tens
         # softmax(q k^T / sqrt(C / heads))
         maps.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1))
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in unet.cross_attentions().values()]
-    try:
-        predict(unet, weights, latents, timestep, context)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for layer in unet.cross_attentions().values():
+            hooks.callback(layer.register_forward_pre_hook(record).remove)
+        common.predict(unet, weights, latents, timestep, context)
     return maps
 
 
@@ -126,36 +108,28 @@ def attention_loss(maps: Sequence[Tensor], found: Tensor, mask: Tensor) -> Tenso
     return loss
 
 
-def focal_weights(length: int, early: int = 200, late: int = 400, slope: float = 0.05) -> Tensor:
-    """Sampling weights of timesteps [length]: those between `early` and `late`, where concepts take shape."""
-    t = torch.arange(length)
-    # sigmoid(gamma (t - t_1)) - sigmoid(gamma (t - t_2))
-    return torch.sigmoid(slope * (t - early)) - torch.sigmoid(slope * (t - late))
-
-
-def new_change(weights: Weights, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+def new_change(weights: Weights, generator: torch.Generator) -> Change:
     """Rank-1 changes that start at zero: up [d_l, 1] of zeros, down [1, d] normal."""
     down = {key: torch.randn(1, W.shape[1], generator=generator).to(W) for key, W in weights.items()}
     return {key: (W.new_zeros(len(W), 1).requires_grad_(), down[key].requires_grad_()) for key, W in weights.items()}
 
 
 def unseeing_steps(
-    model: Model, target: str, templates: Sequence[str], refined: Weights, change: dict[str, tuple[Tensor, Tensor]],
+    model: Model, target: str, templates: Sequence[str], refined: Weights, change: Change,
     generator: torch.Generator, *, steps: int = 50, lr: float = 1e-5, focal: bool = True, masked: bool = True,
     images: int = 8, sampling_steps: int = 30, photo: str = "a photo of the {}",
 ) -> Iterator[float]:  # fmt: skip
     """Train one concept's rank-1 changes in place on top of `refined`; one loss per step.
 
-    Every step takes the next of `images` pictures of the prompt `photo`, a random template, and a random timestep,
-    from the `focal_weights` or from all. Without `masked` all pixels count. Gradients are clipped to a norm of 1.
+    Every step takes the next of `images` pictures of the prompt `photo`, a random template, and a random timestep: if
+    `focal`, from about 200 to 400, where concepts take shape. Without `masked` all pixels count.
     """
     drawn, learned = filled([photo], [target])[0], [W for pair in change.values() for W in pair]
     finals = trajectories(model, drawn, images, sampling_steps, 7.5, generator, "dpm")[-1]
-    masks = torch.ones_like(finals[:, 0])
-    if masked:
-        masks = own_masks(model, finals, drawn, target, (200, 300, 400), generator)
-    optimizer, length = torch.optim.AdamW(learned, lr=lr), model.schedule.length
-    weights, order = focal_weights(length) if focal else torch.ones(length), []
+    everywhere, noisy = torch.ones_like(finals[:, 0]), (200, 300, 400)
+    masks = own_masks(model, finals, drawn, target, noisy, generator) if masked else everywhere
+    optimizer, order, t = torch.optim.AdamW(learned, lr=lr), [], torch.arange(model.schedule.length)
+    weights = torch.sigmoid(0.05 * (t - 200)) - torch.sigmoid(0.05 * (t - 400)) if focal else torch.ones(len(t))
     for _ in range(steps):
         order = order or torch.randperm(images, generator=generator).tolist()
         i, j = order.pop(), torch.randint(len(templates), (1,), generator=generator).item()
@@ -208,8 +182,7 @@ def mace(
     def trained() -> Iterator[tuple[Weights, Tensor]]:
         for name in targets:
             change = new_change(base, generator)
-            for _ in unseeing_steps(model, name, templates, base, change, generator, **training):
-                pass
+            list(unseeing_steps(model, name, templates, base, change, generator, **training))
             tuned = {key: refined[key] + (up @ down).detach().cpu().double() for key, (up, down) in change.items()}
             yield tuned, moment(model, filled(templates, [name]), "all")
 

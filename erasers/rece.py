@@ -1,8 +1,7 @@
 """RECE: Reliable and Efficient Concept Erasure (Gong et al., ECCV 2024, arXiv 2407.12383).
 
-UCE leaves embeddings that still mean the target. RECE finds them in closed form, erases them as UCE erases a name, and
-repeats. By default it is the authors' code for explicit words; for art styles and hard objects they take rho = 1e-3
-and one round, for easy objects one round. Their own surrogate is ' '. Built on common.
+UCE leaves embeddings that still mean the target. RECE finds them in closed form, erases them, and repeats. The defaults
+are the authors' for explicit words, with ' ' as the surrogate; `erasers.PUBLISHED` has others. Built on common.
 """
 
 from collections.abc import Sequence
@@ -28,17 +27,19 @@ def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
 
 def rece(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
-    rounds: int = 3, rho: float = 0.1, lam: float = 0.1, s_p: float = 0.1, start: tuple[float, float] = (0.5, 1.0),
+    rounds: int = 3, rho: float = 0.1, lam: float = 0.1, s_p: float = 0.1, start: tuple[float, float] | None = None,
     padding: bool = False, eta: float = 0.0,
 ) -> Weights:  # fmt: skip
     """UCE's code of 2023, then rounds of finding what revives the targets and erasing that. No chance in it.
 
-    `start`: lam and s_p of the UCE. A round moves all T tokens of each target to the surrogate's, as the model edited
-    so far reads them. What stays are all tokens of `preserved` (with `padding`, which is ours, the tails of their
-    names) and of ''; without `preserved` the rounds count '' once per target, as the authors' train.py does.
+    `start`: lam and s_p of the UCE, (0.5, 1). A round moves all T tokens of each target to the surrogate's, as the
+    model edited so far reads them. What stays are all tokens of `preserved` and of ''; without `preserved` the rounds
+    count '' once per target, as the authors' train.py does. With `padding`, which is ours, tails of names stay instead
+    of all tokens, and UCE has lam and s_p of the rounds.
     """
+    start = start or ((lam, s_p) if padding else (0.5, 1.0))
     original, surrogates = projections(model), one_each(surrogate, targets)
-    named, empty = moment(model, preserved, beyond.with_padding("all", padding)), moment(model, [""], "all")
+    named, empty = moment(model, preserved, "tail" if padding else "all"), moment(model, [""], "all")
     C, G = pairs(model, targets, surrogates, "tail")
     edited = move(original, C, beyond.further(C, G, eta), named + empty, start[0], 1.0, start[1])
     C, G = pairs(model, targets, surrogates, "all")

@@ -1,9 +1,8 @@
 """SPEED: Scalable, Precise, and Efficient Concept Erasure (Li et al., ICLR 2026, arXiv 2503.07392).
 
-Values only, changed in the null space of what must stay: the edit cannot touch preserved tokens, BOS, or three
-directions of the empty prompt. Which preserved tokens matter is decided per layer, and they are varied by noise that
-the layer hardly reads. By default it is the authors' code for a few concepts; for ten celebrities and more they take
-rho = 0.05 and prefilter = False. Built on common.
+Values only, changed in the null space of what must stay: preserved tokens that matter in the layer, copies of them with
+noise that it hardly reads, BOS, and three directions of the empty prompt. The defaults are the authors' for a few
+concepts; for ten celebrities and more they take rho = 0.05 and prefilter = False. Built on common.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor
 
 from erasers import beyond
-from erasers.common import Weights, chosen, encode, finished, one_each, pairs, projections, tokens
+from erasers.common import Weights, finished, one_each, pairs, projections, tokens
 from weights import Model
-
-CHUNK = 128  # preserved tokens that are varied together: their copies are compared with the mean of the chunk
 
 
 def centroids(x: Tensor, count: int, generator: torch.Generator, rounds: int = 100) -> Tensor:
@@ -37,8 +34,8 @@ def above_mean(x: Tensor, edit: Tensor) -> Tensor:
 
 
 def influential(
-    W: Tensor, kept: Tensor, edit: Tensor, copies: int, generator: torch.Generator, prefilter: bool = True,
-) -> Tensor:  # fmt: skip
+    W: Tensor, kept: Tensor, edit: Tensor, copies: int, generator: torch.Generator, prefilter: bool = True
+) -> Tensor:
     """The kept tokens [n, d] that an unconstrained `edit` [d_l, d] would move most, and noisy copies of them.
 
     Noise goes along the input direction that W reads least, so that a copy means the same. That is the last right
@@ -47,7 +44,7 @@ def influential(
     kept = kept[above_mean(kept, edit)] if prefilter else kept
     weakest = torch.linalg.svd(W, full_matrices=False)[2][-1:]  # v_min^T [1, d]
     rows = []
-    for chunk in kept.split(CHUNK):
+    for chunk in kept.split(128):  # copies are compared with the mean of those in their chunk
         # n v v^T of a Gaussian n is a number times v^T
         noise = torch.randn(copies * len(chunk), 1, generator=generator, dtype=kept.dtype) @ weakest
         noisy = chunk.repeat(copies, 1) + noise
@@ -56,9 +53,8 @@ def influential(
 
 
 def null_edit(
-    W: Tensor, A: Tensor, T: Tensor, R: Tensor, C2: Tensor, rho: float = 1.0, mu: float = 0.0,
-    threshold: float = 0.1,
-) -> Tensor:  # fmt: skip
+    W: Tensor, A: Tensor, T: Tensor, R: Tensor, C2: Tensor, rho: float = 1.0, mu: float = 0.0, threshold: float = 0.1
+) -> Tensor:
     """W' [d_l, d] = W + Delta with Delta blind to the kept tokens R [n, d] and to the rows of C2 [m, d].
 
     T = mean c c^T, A = mean g c^T [d, d]. Delta = Delta P, P the projector on the eigenvectors of mean r r^T with
@@ -84,15 +80,14 @@ def speed(
     preserved prompts the tokens of '' stay. Chance: the copies' noise, and where k-means starts.
     """
     generator, surrogates = torch.Generator().manual_seed(seed), one_each(surrogate, targets)
-    which = "words" if targets == ["nudity"] else "last"
-    C, G = pairs(model, targets, surrogates, beyond.with_padding(which, padding))
+    which = "tail" if padding else "words" if targets == ["nudity"] else "last"
+    C, G = pairs(model, targets, surrogates, which)
     # means over targets, or over all tokens where padding moves
     n, G = len(C) if padding else len(targets), beyond.further(C, G, eta)
     T, A = C.T @ C / n, G.T @ C / n
-    empty = encode(model, [""])[0]
+    empty = next(tokens(model, [""], "all"))
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
-    tails = tokens(model, preserved, beyond.with_padding("last", padding))
-    kept = torch.cat(list(tails)) if preserved else chosen(model, "", empty, "words")
+    kept = torch.cat([*tokens(model, preserved, "tail" if padding else "last")]) if preserved else empty[1:]
     kept = kept[torch.randperm(len(kept), generator=generator)]
     edited = {}
     for key, W in projections(model, ["to_v"]).items():

@@ -22,7 +22,7 @@ def uce(
     With `first`, so are EOS and all padding after it, and what stays are all tokens of '' and of `preserved`. That code
     took s_p = max(0.1, 1 / n) for n prompts that stay, '' among them: 1 where nothing else is preserved.
     """
-    which = beyond.with_padding("last", padding)
+    which = "tail" if padding else "last"
     kept = moment(model, ["", *preserved], "all") if first else moment(model, preserved, which)
     C, G = pairs(model, targets, one_each(surrogate, targets), "tail" if first else which)
     return finished(model, move(projections(model), C, beyond.further(C, G, eta), kept, lam, s_e, s_p))

@@ -61,9 +61,9 @@ def uce_2023(model, targets, surrogates, preserved, lam=0.5, s_p=1.0) -> dict[st
     return edited
 
 
-def rece(model, targets, surrogates, preserved, rounds=3, rho=0.1, lam=0.1, s_p=0.1) -> dict[str, Tensor]:
+def rece(model, targets, surrogates, preserved, rounds=3, rho=0.1, lam=0.1, s_p=0.1, start=1.0) -> dict[str, Tensor]:
     """RECE on top of UCE of 2023. What stays: '' per target (train.py), or '' and the preserved (train_artists.py)."""
-    original, edited = weights_of(model), uce_2023(model, targets, surrogates, preserved)
+    original, edited = weights_of(model), uce_2023(model, targets, surrogates, preserved, s_p=start)
     stays = ["", *preserved] if preserved else [""] * len(targets)
     d = next(iter(original.values())).shape[1]
     for _ in range(rounds):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cpe
-from erasers import ERASERS, beyond, common
+from erasers import ERASERS, common
 from weights import Model, load_model, save_model
 
 TARGETS, SURROGATE, KEPT = ["cat"], "an object", ["a dog", "red apple", "picture of a heart"]
@@ -102,9 +102,3 @@ def test_padding_moves_all_that_has_seen_the_name(name: str, exact: Model) -> No
         W = common.projections(exact)[key]
         missed = [(C @ edited[key].T - G @ W.T).norm() for edited in edits]
         assert missed[1] <= missed[0] * (1 + 1e-9)
-
-
-def test_sentences() -> None:
-    targets, surrogates = beyond.sentences(["{}", "a {}"], ["cat", "dog"], ["x", "y"])
-    assert (targets, surrogates) == (["cat", "a cat", "dog", "a dog"], ["x", "a x", "y", "a y"])
-    assert beyond.sentences(["{}", "a {}"], ["cat"], ["x"], together=False)[1] == ["x", "x"]

@@ -123,7 +123,7 @@ def test_tokens_of_prompts(exact: Model) -> None:
 
 
 def test_rece_leaves_less_to_revive_than_uce(exact: Model) -> None:
-    original, C = common.projections(exact), common.encode(exact, ["cat"])[0]
+    original, C = common.projections(exact), exact.encode(["cat"])[0]
 
     def left(edited: dict[str, Tensor]) -> float:
         """How near the best revival comes to what the target was."""

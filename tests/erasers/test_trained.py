@@ -76,12 +76,9 @@ def test_mace_says_when_its_equations_have_no_solution(model: Model) -> None:
         erase("mace", model, lam=0.0, keep=0.0)
 
 
-def test_mace_templates_and_timesteps() -> None:
+def test_mace_has_thirty_templates() -> None:
     assert len(set(mace.TEMPLATES)) == 30
-    p = mace.focal_weights(1000)
-    assert p.argmax().item() == 300
-    assert (p >= 0).all()
-    assert p[200:401].sum() > 0.8 * p.sum()
+    assert all(template.count("{}") == 1 for template in mace.TEMPLATES)
 
 
 # --- LoRA --------------------------------------------------------------------------------------------------------
