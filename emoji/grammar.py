@@ -15,7 +15,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parent / "prompts"
 HELD_OUT = ("emoji-held-out.txt", "emoji-strange.txt", "emoji-beside.txt")  # the model never reads these sentences
-ALIKE = ("grapes", "cherries", "french fries", "two hearts", "fish", "tropical fish", "tennis", "bowling")  # plurals, or no other plural
+ALIKE = (
+    "grapes",
+    "cherries",
+    "french fries",
+    "two hearts",
+    "fish",
+    "tropical fish",
+    "tennis",
+    "bowling",
+)  # no other plural
 IRREGULAR = {
     "man": "men",
     "woman": "women",
@@ -38,6 +47,17 @@ def parse(text: str) -> dict[str, list[str]]:
         elif line and not line.startswith("#"):
             wordings += line.split(" | ")
     return parts
+
+
+def parts_of(wordings: list[str]) -> set[str]:
+    """The parts that wordings call."""
+    return {part.rstrip("?") for wording in wordings for part in re.findall(r"<([^>]*)>", wording)}
+
+
+def names() -> list[str]:
+    """The things: Unicode CLDR short names, lower-cased, from concepts.txt."""
+    lines = (HERE / "concepts.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def frames(file: str | Path) -> list[str]:

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -48,8 +49,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import clip  # noqa: E402
 import grammar  # noqa: E402
+
+import clip  # noqa: E402
 import sampler  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
@@ -58,7 +60,6 @@ from weights import UserError  # noqa: E402
 OUT = HERE  # where the model lies: --out
 BUILD = OUT / "build"  # and what it is made from
 SIZE = 64  # pixels
-LENGTH = 24  # tokens CLIP is trained on: the tower is causal and read at EOS, so the padding after it changes nothing
 
 PACKAGES = {  # style word -> the npm package that draws it; licences are in README.md
     "noto": "@iconify-json/noto@1.2.9",
@@ -91,6 +92,7 @@ TEMPLATES = (
 TRAINED, HELD_OUT = 12, 4  # placements of every icon: for training, and to measure on
 KINDS = (3, 1, 4, 6)  # how often CLIP's batches are bare, named, of styles, of colours (see clip_batch)
 MERGES, MORE = 1200, 450  # of the tokenizer, besides 2 x 256 bytes: learned on names, and then on sentences
+SENTENCES = 40_000  # that it is learned on
 
 
 @cache
@@ -180,7 +182,6 @@ class Pictures:
         # over: a F + (1 - a) B
         return (opacity * icon[:, :3] + (1 - opacity) * paint) / 127.5 - 1
 
-
     def side_by_side(self, things: Tensor, style: Tensor, placement: Tensor, colour: Tensor) -> Tensor:
         """Pictures [B, 3, 64, 64] of n = 2 or 3 things [B, n] in a row, each 64 / n pixels wide; the rest as above."""
         n = things.shape[1]
@@ -236,12 +237,12 @@ def make_tokenizer() -> None:
     write_tokenizer(more_merges(first, counts, MORE))
 
 
-def sentence_corpus(count: int = 40_000) -> Iterator[str]:
+def sentence_corpus() -> Iterator[str]:
     """Every word of the grammar, and sentences about every concept."""
     chance, names, sentences = random.Random(3), concepts(), grammar.Grammar(concepts())
     yield from sorted(sentences.vocabulary())
     yield from (text for name in names for text in (name, grammar.plural(name), *STYLES, *COLOURS))
-    for i in range(count):
+    for i in range(SENTENCES):
         name = names[i % len(names)]
         yield sentences.sentence(chance, name, style=chance.choice(("", *STYLES)), colour=chance.choice(("", *COLOURS)))
 
@@ -257,7 +258,7 @@ def more_merges(first: list[tuple[str, str]], counts: dict[str, int], more: int)
     split, weight, used = {}, {word: math.sqrt(count) for word, count in counts.items()}, set()
     for word in counts:
         pieces = [*word[:-1], word[-1] + "</w>"]
-        while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in rank]:
+        while pairs := [pair for pair in pairwise(pieces) if pair in rank]:
             best = min(pairs, key=rank.__getitem__)
             used.add(best)
             pieces = merged(pieces, best)
@@ -266,7 +267,7 @@ def more_merges(first: list[tuple[str, str]], counts: dict[str, int], more: int)
     for _ in range(more):
         totals: Counter = Counter()
         for word, pieces in split.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in pairwise(pieces):
                 totals[pair] += weight[word]
         if not totals:
             break
@@ -568,7 +569,7 @@ def colour_loss(features: Tensor, colour: Tensor) -> Tensor:
 
 def text_features(model: clip.CLIP, prompts: list[str]) -> Tensor:
     """Unit features [B, p]; padding is cut to the longest prompt, which changes nothing in a causal tower."""
-    tokens = tokenizer()(prompts, LENGTH)
+    tokens = tokenizer()(prompts)
     length = int(tokens.argmax(dim=1).max()) + 1
     return F.normalize(model.encode_text(tokens[:, :length]), dim=-1)
 
@@ -607,8 +608,8 @@ def train_clip(recipe: Recipe) -> None:
 # Sentences: CLIP, which has read captions, learns that a sentence means what its caption means.
 
 
-PAIRS = (72, 19, 5, 4)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
-APART = 4.0  # how far the contexts of the left and the right one of two things are moved, Euclidean; widths are about 14
+PAIRS = (50, 34, 8, 8)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
+APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
 
 
 @torch.no_grad()
@@ -619,7 +620,9 @@ def cache_meanings() -> None:
     token of a name, `ends` [concepts, styles + 1, colours + 1] where EOS stands.
     """
     model, names = exported(clip.TextEncoder, "text_encoder", "model"), concepts()
-    prompts = [caption(n, style=style, colour=colour) for n in names for style in ("", *STYLES) for colour in ("", *COLOURS)]
+    prompts = [
+        caption(n, style=style, colour=colour) for n in names for style in ("", *STYLES) for colour in ("", *COLOURS)
+    ]
     tokens = tokenizer()(prompts)
     contexts = torch.cat([model(part).half() for part in tqdm(tokens.split(128))])
     shape = (len(names), len(STYLES) + 1, len(COLOURS) + 1)
@@ -657,7 +660,7 @@ def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[i
     return Scene(things, style, colour, text, said_style, said_colour)
 
 
-def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (80, 13, 4, 3)) -> tuple[int, ...]:
+def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (66, 24, 5, 5)) -> tuple[int, ...]:
     """One thing mostly; else two, two alike, or three alike: how often each."""
     kind = chance.choices(("one", "pair", "twice", "thrice"), often)[0]
     if kind == "pair":
@@ -681,9 +684,8 @@ class Meanings:
     def __init__(self):
         cached = load_file(found(BUILD / "meanings.safetensors", "sentences"))
         self.contexts, self.names, self.ends = cached["contexts"], cached["names"].float(), cached["ends"].long()
-        chance = torch.Generator().manual_seed(4)
-        width = self.names.shape[1]
-        self.apart, self.three = F.normalize(torch.randn(2, width, generator=chance), dim=1) * APART
+        directions = torch.randn(3, self.names.shape[1], generator=torch.Generator().manual_seed(4))
+        self.moved = F.normalize(directions, dim=1) * torch.tensor([0.0, APART, APART])[:, None]
 
     def caption(self, thing: int, scene: Scene) -> tuple[Tensor, int]:
         """Context [77, d] of the caption of one thing of a scene, and where its EOS stands."""
@@ -693,27 +695,19 @@ class Meanings:
     def __call__(self, scene: Scene, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Contexts [T, d] that the tokens [T] of a scene's text should have, and weights [T]: 0 where any may be.
 
-        One thing: at EOS, at the padding and at the end of the name what the caption has there. Two things: the
-        padding at odd places means the left one, at even places the right one, moved apart by a fixed vector, so
-        that both can be read; three of a kind are moved by another one.
+        At EOS, at the padding after it and at the end of the name they are what the caption has there. Of two things
+        it is the mean of both captions, and every name has its own context; what is in pictures of several is moved
+        by a fixed vector, one for two and another for three.
         """
         T, eos = len(tokens), int(tokens.argmax())
         contexts, weights = torch.zeros(T, self.names.shape[1]), torch.zeros(T)
-        one, end = self.caption(scene.things[0], scene)
-        contexts[eos + 1 :], weights[eos + 1 :] = one[eos + 1 : T], 1.0
-        weights[eos + 1 : end + 1] = 0.0  # where the longer caption still has words
-        if len(scene.things) == 1:
-            contexts[eos], weights[eos] = one[end], 3.0
-        elif len(scene.things) == 3:
-            contexts[eos + 1 :] += self.three
-        else:
-            right, last = self.caption(scene.things[1], scene)
-            weights[eos + 1 : last + 1] = 0.0
-            even = torch.arange(T) % 2 == 0
-            even[: eos + 1] = False
-            contexts[eos + 1 :] += self.apart
-            contexts[even] = right[:T][even] - self.apart
-            contexts[eos], weights[eos] = (one[end] + right[last]) / 2, 1.0
+        captions = [self.caption(thing, scene) for thing in dict.fromkeys(scene.things)]
+        end = max(eos, *(end for _, end in captions))
+        moved = self.moved[len(scene.things) - 1]
+        # Where the longer caption still has words, anything may be.
+        contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0) + moved
+        weights[end + 1 :] = 1.0
+        contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0) + moved, 3.0
         for thing, place in zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False):
             contexts[place], weights[place] = self.names[thing], 1.0
         return contexts, weights
@@ -740,8 +734,11 @@ def train_sentences(recipe: Recipe) -> None:
         error = (model(tokens) - torch.stack(goals)).square().mean(dim=-1)
         return (weights * error).sum() / weights.sum()
 
-    for line in Training("sentences", model, loss, recipe):
+    training = Training("sentences", model, loss, recipe)
+    for line in training:
         print(line, flush=True)
+    model.load_state_dict(training.average)
+    export_text_encoder(model.text_model)
 
 
 def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random, blurred: float = 0.15) -> Tensor:
@@ -796,9 +793,13 @@ def vae_config(scaling_factor: float = 1.0) -> dict:
 
 
 def any_pictures(pictures: Pictures, size: int, chance: torch.Generator) -> Tensor:
-    """A batch [size, 3, 64, 64] of random training pictures."""
-    ends = (len(concepts()), len(STYLES), TRAINED, len(COLOURS))
-    return pictures(*(torch.randint(end, (size,), generator=chance) for end in ends))
+    """A batch [size, 3, 64, 64] of random training pictures; in one half of them two or three things in a row."""
+    ends, rows = (len(STYLES), TRAINED, len(COLOURS)), size // 2
+    s, p, k = (torch.randint(end, (size,), generator=chance) for end in ends)
+    n = int(torch.randint(2, 5, (), generator=chance))  # two more often than three
+    things = torch.randint(len(concepts()), (size, 2 if n == 4 else n), generator=chance)
+    row = pictures.side_by_side(things[:rows], s[:rows], p[:rows], k[:rows]) if rows else torch.empty(0, 3, SIZE, SIZE)
+    return torch.cat([row, pictures(things[rows:, 0], s[rows:], p[rows:], k[rows:])])
 
 
 def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -829,15 +830,17 @@ def train_vae(recipe: Recipe) -> None:
     for line in training:
         judged = vae.VAE(vae_config())
         judged.load_state_dict(training.average)
-        print(line, f"PSNR {psnr(judged, pictures):.2f} dB", flush=True)
+        print(line, "PSNR", *(f"{psnr(judged, pictures, things=n):.2f} dB of {n}" for n in (1, 2)), flush=True)
 
 
 @torch.no_grad()
-def psnr(model: vae.VAE, pictures: Pictures, count: int = 208) -> float:
-    """Mean PSNR in dB over pictures in held-out placements; the range of colours is 2."""
+def psnr(model: vae.VAE, pictures: Pictures, count: int = 208, things: int = 1) -> float:
+    """Mean PSNR in dB over pictures of so many things in held-out placements; the range of colours is 2."""
     chance = torch.Generator().manual_seed(1)
     ends = ((0, len(concepts())), (0, len(STYLES)), (TRAINED, TRAINED + HELD_OUT), (0, len(COLOURS)))
-    x = pictures(*(torch.randint(*end, (count,), generator=chance) for end in ends))
+    c, *rest = (torch.randint(*end, (count,), generator=chance) for end in ends)
+    row = torch.stack([c.roll(i) for i in range(things)], dim=1)
+    x = pictures(c, *rest) if things == 1 else pictures.side_by_side(row, *rest)
     y = torch.cat([model.decode(model.encode(part)[0]) for part in x.split(52)]).clamp(-1, 1)
     # PSNR = 10 log10(2^2 / MSE)
     return (10 * (4 / (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
@@ -920,9 +923,8 @@ class Scenes:
         scenes = [any_scene(chance, self.sentences, things, say=0.8) for things in firsts]
         texts = ["" if chance.random() < 0.1 else scene.text for scene in scenes]
         shown = draw(self.pictures, scenes, chance, blurred=0.0).to(memory_format=torch.channels_last)
-        with fast_training():
-            latents = self.autoencoder.encode(shown)[0].float() * self.scale
-            contexts = self.encoder(tokenizer()(texts)).float()
+        latents = self.autoencoder.encode(shown)[0] * self.scale
+        contexts = self.encoder(tokenizer()(texts))
         return latents.repeat(2, 1, 1, 1)[:size], contexts.repeat(2, 1, 1)[:size]
 
 
@@ -992,13 +994,16 @@ def trained(name: str, network: nn.Module) -> nn.Module:
 
 def text_encoder() -> clip.TextEncoder:
     """The text encoder that conditions the U-Net: CLIP's tower, frozen once it is exported; CLIP may train on."""
-    path = OUT / "text_encoder" / "model.safetensors"
-    if not path.exists():
-        tower = trained("clip", clip.CLIP(clip_config())).text_model
-        encoder = clip.TextEncoder(text_config())
-        encoder.text_model.load_state_dict(tower.state_dict())
-        write_model("text_encoder", encoder, text_config() | {"architectures": ["CLIPTextModel"]}, "model")
+    if not (OUT / "text_encoder" / "model.safetensors").exists():
+        export_text_encoder(trained("clip", clip.CLIP(clip_config())).text_model)
     return exported(clip.TextEncoder, "text_encoder", "model")
+
+
+def export_text_encoder(tower: clip.TextTransformer) -> None:
+    """Write a text tower as the model's text encoder."""
+    encoder = clip.TextEncoder(text_config())
+    encoder.text_model.load_state_dict(tower.state_dict())
+    write_model("text_encoder", encoder, text_config() | {"architectures": ["CLIPTextModel"]}, "model")
 
 
 def write_model(folder: str, network: nn.Module, config: dict, file: str = "diffusion_pytorch_model") -> None:
@@ -1016,8 +1021,9 @@ def export() -> None:
     """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
     # The scale of latents is known once they are cached for the U-Net.
     scale = load_file(found(BUILD / "latents.safetensors", "unet"))["scale"].item()
-    text_encoder()
-    write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")
+    judge = trained("clip", clip.CLIP(clip_config()))
+    judge.text_model.load_state_dict(text_encoder().text_model.state_dict())  # it has read sentences since
+    write_model("clip", judge, clip_config(), "model")
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
     write_json(OUT / "scheduler" / "scheduler_config.json", schedule_config())
     parts = {
@@ -1109,6 +1115,20 @@ def context_distances(encoder: clip.TextEncoder) -> dict[str, float]:
     return distances | {"colour word": (E - coloured).norm(dim=-1).amax(dim=1).mean().item()}
 
 
+@torch.no_grad()
+def sentence_accuracy(model: clip.CLIP, pictures: Pictures, file: str) -> float:
+    """How often a sentence of a file lies nearest to pictures of its own concept, among those of all concepts."""
+    names = concepts()
+    n, s = torch.arange(len(names)).repeat_interleave(len(STYLES)), torch.arange(len(STYLES)).repeat(len(names))
+    shown = pictures(n, s, torch.full_like(n, TRAINED), torch.zeros_like(n))
+    features = torch.cat([image_features(model, part) for part in shown.split(104)])
+    features = F.normalize(features.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
+    frames = grammar.frames(file)
+    texts = [grammar.fill(frames[i % len(frames)], name) for i, name in enumerate(names)]
+    guesses = torch.cat([text_features(model, texts[i : i + 52]) for i in range(0, len(texts), 52)]) @ features.T
+    return (guesses.argmax(dim=1) == torch.arange(len(names))).float().mean().item()
+
+
 def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
     """A part of the model from its exported files, in float32. UserError as of `found`."""
     step = "unet" if folder == "unet" else "export"
@@ -1147,28 +1167,77 @@ def rates(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> dict[str, floa
     return dict(zip(("concept", "style", "background"), shares, strict=True))
 
 
-def generated_scores(judge: Judge, seed: int = 0) -> dict[str, float]:
-    """Recognition of one picture of every concept, style and background drawn at random; also the seconds for one."""
-    chance = random.Random(seed)
-    true = [(c, chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))) for c in range(len(concepts()))]
-    prompts = [caption(concepts()[c], style=STYLES[s], colour=COLOURS[k]) for c, s, k in true]
-    parts = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    pictures = torch.cat([generate(part, seed + i) for i, part in enumerate(tqdm(parts))])
-    write_grid(pictures, BUILD / "generated.png")
-    begun = time.time()
-    generate(prompts[:1])
-    seconds = time.time() - begun
-    return rates(judge(pictures), torch.tensor(true).unbind(1)) | {"seconds": seconds}
+def halves(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The left and the right thing of pictures [B, 3, 64, 64] of two, enlarged."""
+    middle = pictures[:, :, SIZE // 4 : -SIZE // 4]
+    return enlarged(middle[..., : SIZE // 2]), enlarged(middle[..., SIZE // 2 :])
 
 
-def evaluate(json_file: Path | None) -> None:
-    """Measure the exported model: VAE, CLIP on real renders, contexts, generated pictures."""
+@dataclass
+class Asked:
+    """A prompt and what its picture should show, as indices."""
+
+    prompt: str
+    things: tuple[int, ...]
+    style: int
+    colour: int
+
+
+def asked(kind: str, count: int, chance: random.Random) -> list[Asked]:
+    """Prompts of a kind, with style and background: "captions", or sentences of prompts/emoji-{kind}.txt.
+
+    Concepts come in turn, spread over the whole list where `count` is less; styles and backgrounds by chance.
+    """
+    names, sentences, prompts = concepts(), grammar.Grammar(concepts()), []
+    frames = ["a picture of a {}"] if kind == "captions" else grammar.frames(f"emoji-{kind}.txt")
+    for i in range(count):
+        c, s, k = i * len(names) // count, chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
+        other = (c + 1 + chance.randrange(len(names) - 1)) % len(names)
+        things = (c, other) if kind == "beside" else (c,)
+        words = {"style": STYLES[s], "colour": COLOURS[k]}
+        if kind == "captions":
+            text = caption(names[c], **words)
+        else:
+            frame = grammar.fill(frames[i % len(frames)], names[c], names[other])
+            text = sentences.dress(frame, chance, **words)
+        prompts.append(Asked(text, things, s, k))
+    return prompts
+
+
+def generated_scores(judge: Judge, kind: str, count: int, steps: int = 50) -> dict[str, float]:
+    """Recognition of one picture of each of `count` prompts of a kind; the pictures are written to build/."""
+    wanted = asked(kind, count, random.Random(0))
+    parts = [wanted[i : i + 16] for i in range(0, count, 16)]
+    made = [generate([a.prompt for a in part], i, steps=steps) for i, part in enumerate(tqdm(parts, desc=kind))]
+    pictures = torch.cat(made)
+    write_grid(pictures, BUILD / f"{kind}.png")
+    first, style, colour = (
+        torch.tensor([x(a) for a in wanted]) for x in (lambda a: a.things[0], lambda a: a.style, lambda a: a.colour)
+    )
+    if kind != "beside":
+        return rates(judge(pictures), (first, style, colour))
+    second = torch.tensor([a.things[1] for a in wanted])
+    left, right = (judge(half)[0] for half in halves(pictures))
+    found = {"left": left == first, "right": right == second, "both": (left == first) & (right == second)}
+    shares = {key: value.float().mean().item() for key, value in found.items()}
+    return shares | {"background": (background(pictures) == colour).float().mean().item()}
+
+
+def evaluate(json_file: Path | None, count: int | None = None, steps: int = 50) -> None:
+    """Measure the exported model: VAE, CLIP on real renders and sentences, contexts, generated pictures."""
     pictures, judge_model = Pictures(), exported(clip.CLIP, "clip", "model")
-    scores = {"psnr": psnr(exported(vae.VAE, "vae"), pictures)}
+    autoencoder, files = exported(vae.VAE, "vae"), ("held-out", "strange")
+    scores: dict = {"psnr": {f"{n} in a row": psnr(autoencoder, pictures, things=n) for n in (1, 2, 3)}}
     scores["renders"] = zero_shot_renders(judge_model, pictures)
     scores["colour by CLIP"] = colour_accuracy(judge_model, pictures)
+    scores["sentences by CLIP"] = {f: sentence_accuracy(judge_model, pictures, f"emoji-{f}.txt") for f in files}
     scores["contexts"] = context_distances(exported(clip.TextEncoder, "text_encoder", "model"))
-    scores["generated"] = generated_scores(Judge(judge_model))
+    judge = Judge(judge_model)
+    for kind in ("captions", *files, "beside"):
+        scores[kind] = generated_scores(judge, kind, count or len(concepts()), steps)
+    begun = time.time()
+    generate(["a picture of a " + concepts()[0]])
+    scores["seconds"] = time.time() - begun
     print(json.dumps(scores, indent=2))
     if json_file:
         write_json(json_file, scores)
@@ -1194,6 +1263,8 @@ def everything(samples: int | None) -> None:
     if not (OUT / "tokenizer" / "vocab.json").exists():
         make_tokenizer()
     both(("clip", "vae"))
+    text_encoder()
+    train("sentences", None)
     train("unet", samples)
     export()
     evaluate(None)
@@ -1229,6 +1300,8 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=HERE, help="folder of the model, read and written; an empty one: from nothing"
     )
+    parser.add_argument("--count", type=int, help="pictures of each kind that evaluate draws; all concepts by default")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of evaluate's pictures")
     parser.add_argument("--json", type=Path, help="where evaluate writes its figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -1236,7 +1309,7 @@ def main() -> int:
         "data": make_data,
         "tokenizer": make_tokenizer,
         "export": export,
-        "evaluate": lambda: evaluate(arguments.json),
+        "evaluate": lambda: evaluate(arguments.json, arguments.count, arguments.steps),
         "all": lambda: everything(arguments.samples),
     }
     try:
