@@ -27,10 +27,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -45,7 +47,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import grammar  # noqa: E402
 
 import clip  # noqa: E402
 import sampler  # noqa: E402
@@ -56,7 +60,6 @@ from loading.files import UserError  # noqa: E402
 OUT = HERE  # where the model lies: --out
 BUILD = OUT / "build"  # and what it is made from
 SIZE = 64  # pixels
-LENGTH = 24  # tokens CLIP is trained on: the tower is causal and read at EOS, so the padding after it changes nothing
 
 PACKAGES = {  # style word -> the npm package that draws it; licences are in README.md
     "noto": "@iconify-json/noto@1.2.9",
@@ -87,10 +90,9 @@ TEMPLATES = (
     "an image of a {}",
 )
 TRAINED, HELD_OUT = 12, 4  # placements of every icon: for training, and to measure on
-CACHED = 2  # placements whose latents the U-Net learns from
-UNET_TEMPLATES = ("a picture of a {}", "{} emoji", "a {}")  # every caption's context is cached: 30 kB each
 KINDS = (3, 1, 4, 6)  # how often CLIP's batches are bare, named, of styles, of colours (see clip_batch)
-MERGES = 1200  # of the tokenizer, besides 2 x 256 bytes
+MERGES, MORE = 1200, 450  # of the tokenizer, besides 2 x 256 bytes: learned on names, and then on sentences
+SENTENCES = 40_000  # that it is learned on
 
 
 @cache
@@ -180,6 +182,20 @@ class Pictures:
         # over: a F + (1 - a) B
         return (opacity * icon[:, :3] + (1 - opacity) * paint) / 127.5 - 1
 
+    def side_by_side(self, things: Tensor, style: Tensor, placement: Tensor, colour: Tensor) -> Tensor:
+        """Pictures [B, 3, 64, 64] of n = 2 or 3 things [B, n] in a row, each 64 / n pixels wide; the rest as above."""
+        n = things.shape[1]
+        side, icons = SIZE // n, self.icons[things, style[:, None], placement[:, None]].float()
+        icons = icons.permute(0, 1, 4, 2, 3) / 255
+        # Opacity times colour may be averaged over pixels, colour alone may not.
+        icons = torch.cat([icons[:, :, :3] * icons[:, :, 3:], icons[:, :, 3:]], dim=2).flatten(0, 1)
+        icons = F.interpolate(icons, (side, side), mode="bilinear", antialias=True).unflatten(0, (-1, n))
+        row = torch.cat(list(icons.unbind(1)), dim=-1)
+        top, left = (SIZE - side) // 2, (SIZE - n * side) // 2
+        row = F.pad(row, (left, SIZE - n * side - left, top, SIZE - side - top))
+        paint = self.colours[colour][:, :, None, None] / 255
+        return (row[:, :3] + (1 - row[:, 3:]) * paint) * 2 - 1
+
 
 # Tokenizer.
 
@@ -201,7 +217,7 @@ def corpus() -> Iterator[str]:
 
 
 def make_tokenizer() -> None:
-    """Train byte-level BPE on the corpus and write it in CLIP's file format."""
+    """Train byte-level BPE on names and captions, go on with sentences, and write it in CLIP's file format."""
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -212,7 +228,68 @@ def make_tokenizer() -> None:
     )
     trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(corpus(), trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"][:MERGES]
+    first = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"][:MERGES]]
+    counts = Counter(
+        symbols
+        for text in sentence_corpus()
+        for symbols, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))
+    )
+    write_tokenizer(more_merges(first, counts, MORE))
+
+
+def sentence_corpus() -> Iterator[str]:
+    """Every word of the grammar, and sentences about every concept."""
+    chance, names, sentences = random.Random(3), concepts(), grammar.Grammar(concepts())
+    yield from sorted(sentences.vocabulary())
+    yield from (text for name in names for text in (name, grammar.plural(name), *STYLES, *COLOURS))
+    for i in range(SENTENCES):
+        name = names[i % len(names)]
+        yield sentences.sentence(chance, name, style=chance.choice(("", *STYLES)), colour=chance.choice(("", *COLOURS)))
+
+
+def more_merges(first: list[tuple[str, str]], counts: dict[str, int], more: int) -> list[tuple[str, str]]:
+    """Merges of BPE for words of given counts: those of `first` that any word needs, and `more` learned on top.
+
+    Since new merges come last, a word whose pieces `first` had made splits as before unless it is now one piece more
+    often; what none of the words needs would be dead weight in the vocabulary. A word counts as the square root of
+    its count: all of them shall be short, not only "the".
+    """
+    rank = {pair: i for i, pair in enumerate(first)}
+    split, weight, used = {}, {word: math.sqrt(count) for word, count in counts.items()}, set()
+    for word in counts:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while pairs := [pair for pair in pairwise(pieces) if pair in rank]:
+            best = min(pairs, key=rank.__getitem__)
+            used.add(best)
+            pieces = merged(pieces, best)
+        split[word] = pieces
+    merges = [pair for pair in first if pair in used]
+    for _ in range(more):
+        totals: Counter = Counter()
+        for word, pieces in split.items():
+            for pair in pairwise(pieces):
+                totals[pair] += weight[word]
+        if not totals:
+            break
+        best = max(totals, key=lambda pair: (totals[pair], pair))
+        merges.append(best)
+        split = {word: merged(pieces, best) if best[0] in pieces else pieces for word, pieces in split.items()}
+    return merges
+
+
+def merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """Pieces of a word, every occurrence of a pair made one."""
+    done: list[str] = []
+    for piece in pieces:
+        if done and (done[-1], piece) == pair:
+            done[-1] += piece
+        else:
+            done.append(piece)
+    return done
+
+
+def write_tokenizer(merges: list[tuple[str, str]]) -> None:
+    """The tokenizer's files in CLIP's format."""
     symbols = byte_symbols()
     words = [
         *symbols,
@@ -290,20 +367,28 @@ class Recipe:
     flat: float  # the part of the budget before the learning rate falls linearly to zero
     warmup: int  # steps
 
-    def rate(self, seen: int) -> float:
+    minutes: float = math.inf  # a budget by the clock instead, for cores that are shared
+
+    def done(self, seen: int, seconds: float) -> float:
+        """The part of the budget that is used up, in pictures or in time."""
+        return max(seen / self.samples, seconds / (60 * self.minutes))
+
+    def rate(self, seen: int, seconds: float = 0.0) -> float:
         """Learning rate after `seen` samples: linear warm-up, flat, linear decay."""
         rise = (seen / self.batch + 1) / self.warmup
-        fall = (self.samples - seen) / (self.samples * (1 - self.flat))
+        fall = (1 - self.done(seen, seconds)) / (1 - self.flat)
         return self.lr * max(0.0, min(1.0, rise, fall))
 
 
 RECIPES = {
     "clip": Recipe(260_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
+    "sentences": Recipe(150_000, 48, 6e-4, 0.02, (0.9, 0.98), 0.98, 0.4, 40),
     "vae": Recipe(75_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
-    "unet": Recipe(160_000, 32, 5e-4, 0.01, (0.9, 0.99), 0.998, 0.6, 200),
+    "unet": Recipe(160_000, 32, 4e-4, 0.01, (0.9, 0.99), 0.99, 0.4, 30),
 }
 EXPORTED = {
     "clip": "clip/model.safetensors",
+    "sentences": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
 }
@@ -376,7 +461,7 @@ class Training:
     def step(self) -> float:
         """One step of AdamW and of the average; returns the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.seen)
+            group["lr"] = self.recipe.rate(self.seen, self.seconds)
         value = self.loss(self.recipe.batch, self.chance)
         self.optimizer.zero_grad()
         value.backward()
@@ -394,11 +479,11 @@ class Training:
     def __iter__(self) -> Iterator[str]:
         """Train to the budget; yields a line of progress after each checkpoint."""
         begun, mark, losses = time.time() - self.seconds, time.time(), []
-        while self.seen < self.recipe.samples:
+        while self.recipe.done(self.seen, self.seconds) < 1:
             losses.append(self.step())
-            done = self.seen >= self.recipe.samples
+            self.seconds = time.time() - begun
+            done = self.recipe.done(self.seen, self.seconds) >= 1
             if done or time.time() - mark > CHECKPOINT_SECONDS:
-                self.seconds = time.time() - begun
                 self.save()
                 speed = len(losses) * self.recipe.batch / (time.time() - mark)
                 mean = sum(losses) / len(losses)
@@ -484,7 +569,7 @@ def colour_loss(features: Tensor, colour: Tensor) -> Tensor:
 
 def text_features(model: clip.CLIP, prompts: list[str]) -> Tensor:
     """Unit features [B, p]; padding is cut to the longest prompt, which changes nothing in a causal tower."""
-    tokens = tokenizer()(prompts, LENGTH)
+    tokens = tokenizer()(prompts)
     length = int(tokens.argmax(dim=1).max()) + 1
     return F.normalize(model.encode_text(tokens[:, :length]), dim=-1)
 
@@ -520,6 +605,171 @@ def train_clip(recipe: Recipe) -> None:
         print(line, zero_shot_renders(judge, pictures), flush=True)
 
 
+# Sentences: CLIP, which has read captions, learns that a sentence means what its caption means.
+
+
+PAIRS = (50, 34, 8, 8)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
+APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
+
+
+@torch.no_grad()
+def cache_meanings() -> None:
+    """Write what the U-Net reads in captions: the contexts of a text encoder that has read nothing else.
+
+    `contexts` [concepts, styles + 1, colours + 1, 77, d] with entry 0 for none, `names` [concepts, d] at the last
+    token of a name, `ends` [concepts, styles + 1, colours + 1] where EOS stands.
+    """
+    model, names = exported(clip.TextEncoder, "text_encoder", "model"), concepts()
+    prompts = [
+        caption(n, style=style, colour=colour) for n in names for style in ("", *STYLES) for colour in ("", *COLOURS)
+    ]
+    tokens = tokenizer()(prompts)
+    contexts = torch.cat([model(part).half() for part in tqdm(tokens.split(128))])
+    shape = (len(names), len(STYLES) + 1, len(COLOURS) + 1)
+    ends = tokens.argmax(dim=1).unflatten(0, shape)
+    contexts = contexts.unflatten(0, shape)
+    at_names = contexts[torch.arange(len(names)), 0, 0, ends[:, 0, 0] - 1]
+    tensors = {"contexts": contexts, "names": at_names, "ends": ends.int()}
+    save(tensors, BUILD / "meanings.safetensors")
+
+
+@dataclass
+class Scene:
+    """What a picture shows and what is said of it: things from left to right; -1 for a style or colour not said."""
+
+    things: tuple[int, ...]
+    style: int
+    colour: int
+    text: str
+    said_style: int = -1
+    said_colour: int = -1
+
+
+def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[int, ...], say: float = 0.6) -> Scene:
+    """A sentence or (as often) a caption about one thing, a sentence about several; all else at random."""
+    names = concepts()
+    style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
+    said_style, said_colour = (i if chance.random() < say else -1 for i in (style, colour))
+    words = {"style": STYLES[style] * (said_style >= 0), "colour": COLOURS[colour] * (said_colour >= 0)}
+    if len(things) == 1 and chance.random() < 0.5:
+        text = caption(names[things[0]], chance.choice(TEMPLATES), **words)
+    elif len(set(things)) == 2:
+        text = sentences.sentence(chance, names[things[0]], names[things[1]], **words)
+    else:
+        text = sentences.sentence(chance, names[things[0]], count=len(things), **words)
+    return Scene(things, style, colour, text, said_style, said_colour)
+
+
+def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (66, 24, 5, 5)) -> tuple[int, ...]:
+    """One thing mostly; else two, two alike, or three alike: how often each."""
+    kind = chance.choices(("one", "pair", "twice", "thrice"), often)[0]
+    if kind == "pair":
+        other = chance.randrange(len(concepts()) - 1)
+        return first, other + (other >= first)
+    alike = concepts()[first] in grammar.ALIKE  # "cherries" are no two
+    return (first,) * (1 if alike else {"one": 1, "twice": 2, "thrice": 3}[kind])
+
+
+def name_ends(text: str, names: tuple[str, ...]) -> list[int]:
+    """Tokens, counted from BOS = 0, that end the names of things in a text, in order."""
+    pattern, _ = grammar.finder(names)
+    encoding = tokenizer().encode(text)
+    last = {end: i + 1 for i, (_, end) in enumerate(encoding.offsets)}
+    return [last[match.end()] for match in pattern.finditer(text.lower()) if match.end() in last]
+
+
+class Meanings:
+    """What contexts of sentences should be, from the captions that `cache_meanings` wrote."""
+
+    def __init__(self):
+        cached = load_file(found(BUILD / "meanings.safetensors", "sentences"))
+        self.contexts, self.names, self.ends = cached["contexts"], cached["names"].float(), cached["ends"].long()
+        directions = torch.randn(3, self.names.shape[1], generator=torch.Generator().manual_seed(4))
+        self.moved = F.normalize(directions, dim=1) * torch.tensor([0.0, APART, APART])[:, None]
+
+    def caption(self, thing: int, scene: Scene) -> tuple[Tensor, int]:
+        """Context [77, d] of the caption of one thing of a scene, and where its EOS stands."""
+        place = (thing, scene.said_style + 1, scene.said_colour + 1)
+        return self.contexts[place].float(), int(self.ends[place])
+
+    def __call__(self, scene: Scene, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Contexts [T, d] that the tokens [T] of a scene's text should have, and weights [T]: 0 where any may be.
+
+        At EOS, at the padding after it and at the end of the name they are what the caption has there. Of two things
+        it is the mean of both captions, and every name has its own context; what is in pictures of several is moved
+        by a fixed vector, one for two and another for three.
+        """
+        T, eos = len(tokens), int(tokens.argmax())
+        contexts, weights = torch.zeros(T, self.names.shape[1]), torch.zeros(T)
+        captions = [self.caption(thing, scene) for thing in dict.fromkeys(scene.things)]
+        end = max(eos, *(end for _, end in captions))
+        moved = self.moved[len(scene.things) - 1]
+        # Where the longer caption still has words, anything may be.
+        contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0) + moved
+        weights[end + 1 :] = 1.0
+        contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0) + moved, 3.0
+        for thing, place in zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False):
+            contexts[place], weights[place] = self.names[thing], 1.0
+        return contexts, weights
+
+
+def train_sentences(recipe: Recipe) -> None:
+    """Teach the text encoder that sentences have the contexts of captions, which captions keep."""
+    torch.manual_seed(0)
+    if not (BUILD / "meanings.safetensors").exists():
+        cache_meanings()
+    model, meanings, sentences = clip.TextEncoder(text_config()), Meanings(), grammar.Grammar(concepts())
+
+    def loss(size: int, seeds: torch.Generator) -> Tensor:
+        """Of a batch of `size` texts: mean squared distance from the contexts that they should have."""
+        chance = random.Random(int(torch.randint(2**62, (), generator=seeds)))
+        things = (some_things(chance, chance.randrange(len(concepts()))) for _ in range(size))
+        scenes = [any_scene(chance, sentences, each) for each in things]
+        tokens = tokenizer()([scene.text for scene in scenes])
+        # The tower is causal: cutting the padding changes nothing before it, but all of it must be learned at times.
+        longest = int(tokens.argmax(dim=1).max()) + 1
+        tokens = tokens[:, : 77 if chance.random() < 0.2 else longest + chance.randrange(4, 12)]
+        goals, weights = zip(*(meanings(scene, row) for scene, row in zip(scenes, tokens, strict=True)), strict=True)
+        weights = torch.stack(weights)
+        error = (model(tokens) - torch.stack(goals)).square().mean(dim=-1)
+        return (weights * error).sum() / weights.sum()
+
+    training = Training("sentences", model, loss, recipe)
+    for line in training:
+        print(line, flush=True)
+    model.load_state_dict(training.average)
+    export_text_encoder(model.text_model)
+
+
+def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random, blurred: float = 0.15) -> Tensor:
+    """Pictures [B, 3, 64, 64] of scenes in random placements; some of one thing at half the resolution.
+
+    The judge also has to recognise one half of a picture of two things, enlarged.
+    """
+    drawn: list[Tensor | None] = [None] * len(scenes)
+    for n in (1, 2, 3):
+        rows = [i for i, scene in enumerate(scenes) if len(scene.things) == n]
+        if not rows:
+            continue
+        things = torch.tensor([scenes[i].things for i in rows])
+        style, colour = (torch.tensor([getattr(scenes[i], key) for i in rows]) for key in ("style", "colour"))
+        place = torch.tensor([chance.randrange(TRAINED) for _ in rows])
+        if n == 1:
+            some = pictures(things[:, 0], style, place, colour)
+        else:
+            some = pictures.side_by_side(things, style, place, colour)
+        for i, picture in zip(rows, some, strict=True):
+            if n == 1 and chance.random() < blurred:
+                picture = enlarged(F.avg_pool2d(picture[None], 2))[0]
+            drawn[i] = picture
+    return torch.stack(drawn)
+
+
+def enlarged(pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, s, s] at 64 x 64 pixels."""
+    return F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 # VAE: pictures to latents of an eighth of their side, and back.
 
 
@@ -543,9 +793,13 @@ def vae_config(scaling_factor: float = 1.0) -> dict:
 
 
 def any_pictures(pictures: Pictures, size: int, chance: torch.Generator) -> Tensor:
-    """A batch [size, 3, 64, 64] of random training pictures."""
-    ends = (len(concepts()), len(STYLES), TRAINED, len(COLOURS))
-    return pictures(*(torch.randint(end, (size,), generator=chance) for end in ends))
+    """A batch [size, 3, 64, 64] of random training pictures; in one half of them two or three things in a row."""
+    ends, rows = (len(STYLES), TRAINED, len(COLOURS)), size // 2
+    s, p, k = (torch.randint(end, (size,), generator=chance) for end in ends)
+    n = int(torch.randint(2, 5, (), generator=chance))  # two more often than three
+    things = torch.randint(len(concepts()), (size, 2 if n == 4 else n), generator=chance)
+    row = pictures.side_by_side(things[:rows], s[:rows], p[:rows], k[:rows]) if rows else torch.empty(0, 3, SIZE, SIZE)
+    return torch.cat([row, pictures(things[rows:, 0], s[rows:], p[rows:], k[rows:])])
 
 
 def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -576,15 +830,17 @@ def train_vae(recipe: Recipe) -> None:
     for line in training:
         judged = vae.VAE(vae_config())
         judged.load_state_dict(training.average)
-        print(line, f"PSNR {psnr(judged, pictures):.2f} dB", flush=True)
+        print(line, "PSNR", *(f"{psnr(judged, pictures, things=n):.2f} dB of {n}" for n in (1, 2)), flush=True)
 
 
 @torch.no_grad()
-def psnr(model: vae.VAE, pictures: Pictures, count: int = 208) -> float:
-    """Mean PSNR in dB over pictures in held-out placements; the range of colours is 2."""
+def psnr(model: vae.VAE, pictures: Pictures, count: int = 208, things: int = 1) -> float:
+    """Mean PSNR in dB over pictures of so many things in held-out placements; the range of colours is 2."""
     chance = torch.Generator().manual_seed(1)
     ends = ((0, len(concepts())), (0, len(STYLES)), (TRAINED, TRAINED + HELD_OUT), (0, len(COLOURS)))
-    x = pictures(*(torch.randint(*end, (count,), generator=chance) for end in ends))
+    c, *rest = (torch.randint(*end, (count,), generator=chance) for end in ends)
+    row = torch.stack([c.roll(i) for i in range(things)], dim=1)
+    x = pictures(c, *rest) if things == 1 else pictures.side_by_side(row, *rest)
     y = torch.cat([model.decode(model.encode(part)[0]) for part in x.split(52)]).clamp(-1, 1)
     # PSNR = 10 log10(2^2 / MSE)
     return (10 * (4 / (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
@@ -633,63 +889,43 @@ def schedule_config() -> dict:
 
 
 @torch.no_grad()
-def cache_latents() -> None:
-    """Write scaled latents of every icon over every colour: [concepts, styles, CACHED, colours, 16, 8, 8]."""
-    pictures, model = Pictures(), trained("vae", vae.VAE(vae_config())).to(memory_format=torch.channels_last)
-    shape = (len(concepts()), len(STYLES), CACHED, len(COLOURS))
-    c, s, p, k = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
-    parts = zip(*(x.flatten().split(128) for x in (c, s, p, k)), strict=True)
-    means = [model.encode(pictures(*part).to(memory_format=torch.channels_last))[0] for part in tqdm(list(parts))]
-    latents = torch.cat(means)
-    # The U-Net sees latents of unit variance.
-    scale = 1 / latents.std()
-    save(
-        {"latents": (latents * scale).half().unflatten(0, shape), "scale": scale},
-        BUILD / "latents.safetensors",
-    )
+def measure_latents(count: int = 512) -> None:
+    """Write the scale at which latents have unit variance; that of the exported VAE where there is one."""
+    config = OUT / "vae" / "config.json"
+    if config.exists() and not (BUILD / "vae.safetensors").exists():
+        scale = torch.tensor(json.loads(config.read_text())["scaling_factor"])
+    else:
+        pictures, model = Pictures(), trained("vae", vae.VAE(vae_config()))
+        shown = any_pictures(pictures, count, torch.Generator().manual_seed(5))
+        scale = 1 / torch.cat([model.encode(part)[0] for part in shown.split(64)]).std()
+    save({"scale": scale}, BUILD / "latents.safetensors")
 
 
-@torch.no_grad()
-def cache_contexts() -> None:
-    """Write contexts of all captions [concepts, templates, styles + 1, colours + 1, 77, d]; entry 0 names none."""
-    model = text_encoder()
-    prompts = [
-        caption(name, template, style, colour)
-        for name in concepts()
-        for template in UNET_TEMPLATES
-        for style in ("", *STYLES)
-        for colour in ("", *COLOURS)
-    ]
-    tokens = tokenizer()(prompts)
-    contexts = torch.cat([model(part).half() for part in tqdm(tokens.split(128))])
-    shape = (len(concepts()), len(UNET_TEMPLATES), len(STYLES) + 1, len(COLOURS) + 1)
-    empty = model(tokenizer()([""])).half()
-    save({"contexts": contexts.unflatten(0, shape), "empty": empty}, BUILD / "contexts.safetensors")
-
-
-class Latents:
-    """Random training batches for the U-Net, from the two caches."""
+class Scenes:
+    """Training batches for the U-Net: latents of scenes and contexts of what is said of them, made as they are used."""
 
     def __init__(self):
-        encoder = OUT / "text_encoder" / "model.safetensors"
-        caches = {"latents": (cache_latents, None), "contexts": (cache_contexts, encoder)}
-        for name, (make, source) in caches.items():
-            path = BUILD / f"{name}.safetensors"
-            # contexts of an earlier text encoder would teach the U-Net another language
-            if not path.exists() or (source and source.exists() and source.stat().st_mtime > path.stat().st_mtime):
-                make()
-        self.latents = load_file(BUILD / "latents.safetensors")["latents"]
-        cached = load_file(BUILD / "contexts.safetensors")
-        self.contexts, self.empty = cached["contexts"], cached["empty"]
+        if not (BUILD / "latents.safetensors").exists():
+            measure_latents()
+        self.scale = load_file(BUILD / "latents.safetensors")["scale"].item()
+        self.pictures, self.sentences = Pictures(), grammar.Grammar(concepts())
+        self.encoder, self.autoencoder = text_encoder(), trained("vae", vae.VAE(vae_config()))
+        self.autoencoder.to(memory_format=torch.channels_last)
 
-    def __call__(self, size: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Scaled latents [B, 16, 8, 8] and contexts [B, 77, d]; one caption in ten is empty, for guidance."""
-        ends = (*self.latents.shape[:4], self.contexts.shape[1])
-        c, s, p, k, template = (torch.randint(end, (size,), generator=chance) for end in ends)
-        say_style, say_colour = torch.rand(2, size, generator=chance) < 0.8
-        context = self.contexts[c, template, (s + 1) * say_style, (k + 1) * say_colour]
-        context = torch.where(torch.rand(size, 1, 1, generator=chance) < 0.1, self.empty, context)
-        return self.latents[c, s, p, k].float(), context.float()
+    @torch.no_grad()
+    def __call__(self, size: int, seeds: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Scaled latents [B, 16, 8, 8] and contexts [B, 77, d]; one text in ten is empty, for guidance.
+
+        Each scene comes twice: reading it and encoding its picture costs as much as a step of the U-Net.
+        """
+        chance = random.Random(int(torch.randint(2**62, (), generator=seeds)))
+        firsts = [some_things(chance, chance.randrange(len(concepts())), PAIRS) for _ in range((size + 1) // 2)]
+        scenes = [any_scene(chance, self.sentences, things, say=0.8) for things in firsts]
+        texts = ["" if chance.random() < 0.1 else scene.text for scene in scenes]
+        shown = draw(self.pictures, scenes, chance, blurred=0.0).to(memory_format=torch.channels_last)
+        latents = self.autoencoder.encode(shown)[0] * self.scale
+        contexts = self.encoder(tokenizer()(texts))
+        return latents.repeat(2, 1, 1, 1)[:size], contexts.repeat(2, 1, 1)[:size]
 
 
 def has_bfloat16() -> bool:
@@ -714,7 +950,7 @@ def fast_training() -> Iterator[None]:
 def train_unet(recipe: Recipe) -> None:
     """Predict the noise; min-SNR weights (Hang et al. 2023, gamma = 5) keep easy timesteps from dominating."""
     torch.manual_seed(0)
-    data, schedule = Latents(), sampler.Schedule(schedule_config())
+    data, schedule = Scenes(), sampler.Schedule(schedule_config())
     model = unet.UNet(unet_config()).to(memory_format=torch.channels_last)
     # SNR_t = a_t / (1 - a_t);   weight of the squared error in eps = min(SNR_t, 5) / SNR_t
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
@@ -758,13 +994,16 @@ def trained(name: str, network: nn.Module) -> nn.Module:
 
 def text_encoder() -> clip.TextEncoder:
     """The text encoder that conditions the U-Net: CLIP's tower, frozen once it is exported; CLIP may train on."""
-    path = OUT / "text_encoder" / "model.safetensors"
-    if not path.exists():
-        tower = trained("clip", clip.CLIP(clip_config())).text_model
-        encoder = clip.TextEncoder(text_config())
-        encoder.text_model.load_state_dict(tower.state_dict())
-        write_model("text_encoder", encoder, text_config() | {"architectures": ["CLIPTextModel"]}, "model")
+    if not (OUT / "text_encoder" / "model.safetensors").exists():
+        export_text_encoder(trained("clip", clip.CLIP(clip_config())).text_model)
     return exported(clip.TextEncoder, "text_encoder", "model")
+
+
+def export_text_encoder(tower: clip.TextTransformer) -> None:
+    """Write a text tower as the model's text encoder."""
+    encoder = clip.TextEncoder(text_config())
+    encoder.text_model.load_state_dict(tower.state_dict())
+    write_model("text_encoder", encoder, text_config() | {"architectures": ["CLIPTextModel"]}, "model")
 
 
 def write_model(folder: str, network: nn.Module, config: dict, file: str = "diffusion_pytorch_model") -> None:
@@ -782,8 +1021,9 @@ def export() -> None:
     """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
     # The scale of latents is known once they are cached for the U-Net.
     scale = load_file(found(BUILD / "latents.safetensors", "unet"))["scale"].item()
-    text_encoder()
-    write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")
+    judge = trained("clip", clip.CLIP(clip_config()))
+    judge.text_model.load_state_dict(text_encoder().text_model.state_dict())  # it has read sentences since
+    write_model("clip", judge, clip_config(), "model")
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
     write_json(OUT / "scheduler" / "scheduler_config.json", schedule_config())
     parts = {
@@ -875,6 +1115,20 @@ def context_distances(encoder: clip.TextEncoder) -> dict[str, float]:
     return distances | {"colour word": (E - coloured).norm(dim=-1).amax(dim=1).mean().item()}
 
 
+@torch.no_grad()
+def sentence_accuracy(model: clip.CLIP, pictures: Pictures, file: str) -> float:
+    """How often a sentence of a file lies nearest to pictures of its own concept, among those of all concepts."""
+    names = concepts()
+    n, s = torch.arange(len(names)).repeat_interleave(len(STYLES)), torch.arange(len(STYLES)).repeat(len(names))
+    shown = pictures(n, s, torch.full_like(n, TRAINED), torch.zeros_like(n))
+    features = torch.cat([image_features(model, part) for part in shown.split(104)])
+    features = F.normalize(features.unflatten(0, (len(names), -1)).mean(dim=1), dim=-1)
+    frames = grammar.frames(file)
+    texts = [grammar.fill(frames[i % len(frames)], name) for i, name in enumerate(names)]
+    guesses = torch.cat([text_features(model, texts[i : i + 52]) for i in range(0, len(texts), 52)]) @ features.T
+    return (guesses.argmax(dim=1) == torch.arange(len(names))).float().mean().item()
+
+
 def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
     """A part of the model from its exported files, in float32. UserError as of `found`."""
     step = "unet" if folder == "unet" else "export"
@@ -913,28 +1167,77 @@ def rates(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> dict[str, floa
     return dict(zip(("concept", "style", "background"), shares, strict=True))
 
 
-def generated_scores(judge: Judge, seed: int = 0) -> dict[str, float]:
-    """Recognition of one picture of every concept, style and background drawn at random; also the seconds for one."""
-    chance = random.Random(seed)
-    true = [(c, chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))) for c in range(len(concepts()))]
-    prompts = [caption(concepts()[c], style=STYLES[s], colour=COLOURS[k]) for c, s, k in true]
-    parts = [prompts[i : i + 16] for i in range(0, len(prompts), 16)]
-    pictures = torch.cat([generate(part, seed + i) for i, part in enumerate(tqdm(parts))])
-    write_grid(pictures, BUILD / "generated.png")
-    begun = time.time()
-    generate(prompts[:1])
-    seconds = time.time() - begun
-    return rates(judge(pictures), torch.tensor(true).unbind(1)) | {"seconds": seconds}
+def halves(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """The left and the right thing of pictures [B, 3, 64, 64] of two, enlarged."""
+    middle = pictures[:, :, SIZE // 4 : -SIZE // 4]
+    return enlarged(middle[..., : SIZE // 2]), enlarged(middle[..., SIZE // 2 :])
 
 
-def evaluate(json_file: Path | None) -> None:
-    """Measure the exported model: VAE, CLIP on real renders, contexts, generated pictures."""
+@dataclass
+class Asked:
+    """A prompt and what its picture should show, as indices."""
+
+    prompt: str
+    things: tuple[int, ...]
+    style: int
+    colour: int
+
+
+def asked(kind: str, count: int, chance: random.Random) -> list[Asked]:
+    """Prompts of a kind, with style and background: "captions", or sentences of prompts/emoji-{kind}.txt.
+
+    Concepts come in turn, spread over the whole list where `count` is less; styles and backgrounds by chance.
+    """
+    names, sentences, prompts = concepts(), grammar.Grammar(concepts()), []
+    frames = ["a picture of a {}"] if kind == "captions" else grammar.frames(f"emoji-{kind}.txt")
+    for i in range(count):
+        c, s, k = i * len(names) // count, chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
+        other = (c + 1 + chance.randrange(len(names) - 1)) % len(names)
+        things = (c, other) if kind == "beside" else (c,)
+        words = {"style": STYLES[s], "colour": COLOURS[k]}
+        if kind == "captions":
+            text = caption(names[c], **words)
+        else:
+            frame = grammar.fill(frames[i % len(frames)], names[c], names[other])
+            text = sentences.dress(frame, chance, **words)
+        prompts.append(Asked(text, things, s, k))
+    return prompts
+
+
+def generated_scores(judge: Judge, kind: str, count: int, steps: int = 50) -> dict[str, float]:
+    """Recognition of one picture of each of `count` prompts of a kind; the pictures are written to build/."""
+    wanted = asked(kind, count, random.Random(0))
+    parts = [wanted[i : i + 16] for i in range(0, count, 16)]
+    made = [generate([a.prompt for a in part], i, steps=steps) for i, part in enumerate(tqdm(parts, desc=kind))]
+    pictures = torch.cat(made)
+    write_grid(pictures, BUILD / f"{kind}.png")
+    first, style, colour = (
+        torch.tensor([x(a) for a in wanted]) for x in (lambda a: a.things[0], lambda a: a.style, lambda a: a.colour)
+    )
+    if kind != "beside":
+        return rates(judge(pictures), (first, style, colour))
+    second = torch.tensor([a.things[1] for a in wanted])
+    left, right = (judge(half)[0] for half in halves(pictures))
+    found = {"left": left == first, "right": right == second, "both": (left == first) & (right == second)}
+    shares = {key: value.float().mean().item() for key, value in found.items()}
+    return shares | {"background": (background(pictures) == colour).float().mean().item()}
+
+
+def evaluate(json_file: Path | None, count: int | None = None, steps: int = 50) -> None:
+    """Measure the exported model: VAE, CLIP on real renders and sentences, contexts, generated pictures."""
     pictures, judge_model = Pictures(), exported(clip.CLIP, "clip", "model")
-    scores = {"psnr": psnr(exported(vae.VAE, "vae"), pictures)}
+    autoencoder, files = exported(vae.VAE, "vae"), ("held-out", "strange")
+    scores: dict = {"psnr": {f"{n} in a row": psnr(autoencoder, pictures, things=n) for n in (1, 2, 3)}}
     scores["renders"] = zero_shot_renders(judge_model, pictures)
     scores["colour by CLIP"] = colour_accuracy(judge_model, pictures)
+    scores["sentences by CLIP"] = {f: sentence_accuracy(judge_model, pictures, f"emoji-{f}.txt") for f in files}
     scores["contexts"] = context_distances(exported(clip.TextEncoder, "text_encoder", "model"))
-    scores["generated"] = generated_scores(Judge(judge_model))
+    judge = Judge(judge_model)
+    for kind in ("captions", *files, "beside"):
+        scores[kind] = generated_scores(judge, kind, count or len(concepts()), steps)
+    begun = time.time()
+    generate(["a picture of a " + concepts()[0]])
+    scores["seconds"] = time.time() - begun
     print(json.dumps(scores, indent=2))
     if json_file:
         write_json(json_file, scores)
@@ -960,15 +1263,18 @@ def everything(samples: int | None) -> None:
     if not (OUT / "tokenizer" / "vocab.json").exists():
         make_tokenizer()
     both(("clip", "vae"))
+    text_encoder()
+    train("sentences", None)
     train("unet", samples)
     export()
     evaluate(None)
 
 
-def train(name: str, samples: int | None) -> None:
-    """Train one network to its budget, or on to `samples`."""
-    recipe = RECIPES[name] if samples is None else replace(RECIPES[name], samples=samples)
-    {"clip": train_clip, "vae": train_vae, "unet": train_unet}[name](recipe)
+def train(name: str, samples: int | None, minutes: float = math.inf) -> None:
+    """Train one network to its budget, or on to `samples`, but not longer than `minutes`."""
+    recipe = replace(RECIPES[name], minutes=minutes)
+    recipe = recipe if samples is None else replace(recipe, samples=samples)
+    {"clip": train_clip, "sentences": train_sentences, "vae": train_vae, "unet": train_unet}[name](recipe)
 
 
 def work_in(out: Path) -> None:
@@ -984,15 +1290,18 @@ def work_in(out: Path) -> None:
 def main() -> int:
     """Read the command line; exit code 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description="Build the embedded model.")
-    commands = ("data", "tokenizer", "clip", "vae", "unet", "export", "evaluate", "all")
+    commands = ("data", "tokenizer", "clip", "sentences", "vae", "unet", "export", "evaluate", "all")
     parser.add_argument("command", choices=commands, help="a step, or all of them in this order")
     parser.add_argument("--samples", type=int, help="budget of clip, vae or unet (in `all`: unet), in pictures")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop a training after this time in all")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="cores to use (other work on the same ones: give 1)"
     )
     parser.add_argument(
         "--out", type=Path, default=HERE, help="folder of the model, read and written; an empty one: from nothing"
     )
+    parser.add_argument("--count", type=int, help="pictures of each kind that evaluate draws; all concepts by default")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of evaluate's pictures")
     parser.add_argument("--json", type=Path, help="where evaluate writes its figures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -1000,12 +1309,12 @@ def main() -> int:
         "data": make_data,
         "tokenizer": make_tokenizer,
         "export": export,
-        "evaluate": lambda: evaluate(arguments.json),
+        "evaluate": lambda: evaluate(arguments.json, arguments.count, arguments.steps),
         "all": lambda: everything(arguments.samples),
     }
     try:
         work_in(arguments.out.resolve())
-        steps.get(arguments.command, lambda: train(arguments.command, arguments.samples))()
+        steps.get(arguments.command, lambda: train(arguments.command, arguments.samples, arguments.minutes))()
     except UserError as error:
         print(f"make.py: {error}", file=sys.stderr)
         return 2

@@ -33,10 +33,10 @@ def make(tmp_path, monkeypatch):
 def data(make, monkeypatch):
     """Noise for icons, a tokenizer of eight names, little to measure on; recipes whose rate depends on no budget."""
     monkeypatch.setattr(make, "package_file", lambda *_: {})
-    monkeypatch.setattr(make, "UNET_TEMPLATES", ("{}",))
-    monkeypatch.setattr(make, "CACHED", 1)
+    monkeypatch.setattr(make, "SENTENCES", 100)
+    monkeypatch.setattr(make, "MORE", 20)
     monkeypatch.setattr(make, "psnr", partial(make.psnr, count=4))
-    batches, rest = {"clip": 8, "vae": 2, "unet": 4}, (1e-3, 0.01, (0.9, 0.99), 0.9, 1.0 - 1e-9, 1)
+    batches, rest = {"clip": 8, "sentences": 4, "vae": 2, "unet": 4}, (1e-3, 0.01, (0.9, 0.99), 0.9, 1.0 - 1e-9, 1)
     recipes = {name: make.Recipe(2 * size, size, *rest) for name, size in batches.items()}
     monkeypatch.setattr(make, "RECIPES", recipes)
 
@@ -53,11 +53,11 @@ def ready(make, data):
     """Everything that the trainings need, the U-Net's caches too."""
     make.make_data()
     make.make_tokenizer()
-    latents = torch.randn(len(NAMES), len(make.STYLES), make.CACHED, len(make.COLOURS), 16, 8, 8)
-    contexts = torch.randn(len(NAMES), 1, len(make.STYLES) + 1, len(make.COLOURS) + 1, 77, 192)
-    caches = {"contexts": contexts.half(), "empty": contexts[0, 0, 0, :1].half()}
-    make.save(caches, make.BUILD / "contexts.safetensors")
-    make.save({"latents": latents.half(), "scale": torch.tensor(1.0)}, make.BUILD / "latents.safetensors")
+    make.save({"scale": torch.tensor(1.0)}, make.BUILD / "latents.safetensors")
+    torch.manual_seed(0)
+    make.export_text_encoder(make.clip.CLIP(make.clip_config()).text_model)
+    make.write_model("vae", make.vae.VAE(make.vae_config()), make.vae_config(1.0))
+    make.cache_meanings()
 
 
 def training(make, samples: int):
@@ -90,10 +90,11 @@ def test_a_stopped_training_goes_on_to_the_same_weights(make):
     assert [path.name for path in make.BUILD.iterdir()] == ["small.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["clip", "vae", "unet"])
+@pytest.mark.parametrize("name", ["clip", "sentences", "vae", "unet"])
 def test_every_network_goes_on_to_the_same_weights(make, ready, name):
     path = make.BUILD / f"{name}.safetensors"
     size = make.RECIPES[name].batch
+    (make.OUT / make.EXPORTED[name]).unlink(missing_ok=True)  # from random weights
     make.train(name, 3 * size)
     whole = load_file(path)
     for file in (path, make.OUT / make.EXPORTED[name]):
@@ -186,7 +187,7 @@ def test_from_nothing_the_whole_model_is_made_in_a_folder_of_its_own(
 ):
     before = {"concepts.txt": "\n".join(NAMES).encode()}
     monkeypatch.setattr(make.subprocess, "Popen", lambda command, env: InThisProcess(make, command, env))
-    monkeypatch.setattr(make, "generate", lambda prompts, *_: torch.zeros(len(prompts), 3, make.SIZE, make.SIZE))
+    monkeypatch.setattr(make, "generate", lambda prompts, *_, **__: torch.zeros(len(prompts), 3, 64, 64))
     new = tmp_path / "new"
     assert run(make, monkeypatch, "all", "--out", str(new), "--threads", threads) == 0
     assert files(make.HERE) == before
@@ -237,3 +238,68 @@ def test_the_loss_of_colours_is_least_where_features_point_at_their_colour(make)
     assert make.colour_loss(right, colours.roll(1)) > 9
     blind = torch.eye(12)[-1].expand(len(colours), -1)
     torch.testing.assert_close(make.colour_loss(blind, colours).exp(), torch.tensor(float(len(colours))))
+
+
+def test_a_training_ends_by_the_clock(make, monkeypatch):
+    clock = iter(range(0, 10_000, 6))  # every look at the clock six seconds later
+    monkeypatch.setattr(make.time, "time", lambda: next(clock))
+    short = training(make, 4_000_000)
+    short.recipe = make.replace(short.recipe, minutes=2, flat=0.5, lr=1.0)
+    assert short.recipe.rate(4, 30) == 1.0
+    assert short.recipe.rate(4, 90) == pytest.approx(0.5)
+    list(short)
+    assert 120 <= short.seconds < 135
+    assert 0 < short.seen < 200
+
+
+def test_two_things_stand_side_by_side(make, data):
+    make.make_data()
+    pictures = make.Pictures()
+    icons = torch.zeros_like(pictures.icons)
+    for c, (red, opacity) in enumerate([(255, 255), (0, 255), (255, 0)]):
+        icons[c, ..., 0], icons[c, ..., 3] = red, opacity
+    pictures.icons = icons
+    first = torch.zeros(1, dtype=torch.long)
+    left, right = pictures.side_by_side(torch.tensor([[0, 1]]), first, first, first)[0, 0, 16:48].chunk(2, dim=1)
+    torch.testing.assert_close(left, torch.ones(32, 32))
+    torch.testing.assert_close(right, -torch.ones(32, 32))
+    white = pictures.side_by_side(torch.tensor([[0, 2, 1]]), first, first, first)[0, 1]
+    torch.testing.assert_close(white[:21], torch.ones(21, 64))  # background above
+    torch.testing.assert_close(white[22:42, 22:42], torch.ones(20, 20))  # and through what is transparent
+    torch.testing.assert_close(white[22:42, 1:21], -torch.ones(20, 20))
+
+
+def test_what_a_sentence_should_mean_is_what_its_caption_means(make, ready):
+    meanings, tokenizer = make.Meanings(), make.tokenizer()
+    encoder = make.exported(make.clip.TextEncoder, "text_encoder", "model")
+    scene = make.Scene((3,), 1, 2, "my very old ghost is sleeping, twemoji style", 1, -1)
+    tokens = tokenizer([scene.text])[0]
+    with torch.no_grad():
+        caption = encoder(tokenizer([make.caption("ghost", style="twemoji")]))[0]
+        bare = encoder(tokenizer([make.caption("ghost")]))[0]
+    goals, weights = meanings(scene, tokens)
+    after = int(tokenizer([make.caption("ghost", style="twemoji")]).argmax())
+    eos = int(tokens.argmax())
+    late = max(eos, after) + 1
+    torch.testing.assert_close(goals[late:], caption[late:], atol=5e-3, rtol=0)
+    torch.testing.assert_close(goals[eos], caption[after], atol=5e-3, rtol=0)
+    (name,) = make.name_ends(scene.text, tuple(NAMES))
+    assert tokenizer.tokens(scene.text)[name - 1] in "ghost"
+    length = len(tokenizer.ids(make.caption("ghost")))
+    torch.testing.assert_close(goals[name], bare[length], atol=5e-3, rtol=0)
+    assert set(weights.nonzero().flatten().tolist()) == {name, eos, *range(late, 77)}
+    pair = make.Scene((3, 0), 1, 2, "a ghost and two bananas", -1, -1)
+    two, _ = meanings(pair, tokenizer([pair.text])[0])
+    one, other = (meanings(make.Scene((c,), 1, 2, pair.text), tokenizer([pair.text])[0])[0] for c in (3, 0))
+    torch.testing.assert_close(two[60], (one + other)[60] / 2 + meanings.moved[1])
+    assert len(make.name_ends(pair.text, tuple(NAMES))) == 2
+
+
+def test_merges_go_on_from_older_ones(make):
+    words = {"cat": 9, "cats": 4, "hat": 1}
+    first = [("a", "t</w>"), ("x", "y"), ("c", "at</w>"), ("a", "t")]
+    merges = make.more_merges(first, words, 2)
+    assert merges[:3] == [("a", "t</w>"), ("c", "at</w>"), ("a", "t")]  # "xy" is in no word
+    assert merges[3] == ("at", "s</w>")
+    assert merges[4] == ("c", "ats</w>")
+    assert make.merged(["a", "b", "a", "b", "b"], ("a", "b")) == ["ab", "ab", "b"]
