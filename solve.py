@@ -122,6 +122,10 @@ class Solver:
 
     def gates(self, E: Tensor, x: Tensor) -> cpe.ResAG:
         """The gate that moves contexts E [P, T, d] by x [P, T, d]."""
+        return self.context_gate(E, x).expand(self.space.layers).requires_grad_(False)
+
+    def context_gate(self, E: Tensor, x: Tensor) -> ContextGate:
+        """The same as one change of the context. ValueError where nothing is asked for."""
         energy = self.space.energy(x)
         if not energy.sum() > 0:
             raise ValueError("target and surrogate are the same to this text encoder: choose another surrogate")
@@ -183,7 +187,7 @@ class Solver:
         G = (weights * wanted).flatten(0, 1).T @ wanted.flatten(0, 1) + s.lam * spared
         return G + 1e-6 * G.trace() / len(G) * torch.eye(len(G)).to(G), C
 
-    def assemble(self, scaler: Tensor, G: Tensor, C: Tensor) -> cpe.ResAG:
+    def assemble(self, scaler: Tensor, G: Tensor, C: Tensor) -> ContextGate:
         """The gate of rank k nearest to B = G^-1 C, in the metrics G of its tokens and M of the layers.
 
         G^1/2 B M^1/2 = G^-1/2 C M^1/2 = Y,    Y^T Y = V S^2 V^T,    D = G^-1/2 Y V_k,    U_c = V_k^T M^-1/2
@@ -195,7 +199,7 @@ class Solver:
         state = {"w_qs": self.w_qs[None], "scaler": scaler[None, :, None], "scale": gate.inner.scale}
         state |= {"lora_down.0": (G_inverse @ Y @ V)[None], "lora_up.0": (V.T @ self.M_inverse)[None]}
         gate.inner.load_state_dict(state)
-        return gate.expand(self.space.layers).requires_grad_(False)
+        return gate
 
 
 def check_finite(contexts: Tensor, what: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import evaluate
 from cli import options, train
 from cli.check import of_file
 from cli.common import check_out, command, defaults_of, free, is_emoji, merge_gates, numbered, read_gates, slug
@@ -17,6 +16,7 @@ from cli.pictures import change, check_picture, grid
 from cli.targets import nearest, split, target_of
 from loading.files import UserError
 from loading.prompts import normalised, read_prompts
+from study import evaluate
 
 SEEDS = 4  # pictures of every prompt that are judged
 SENTENCES = ["my favourite {}", "draw me a big {}", "two {}s side by side"]  # where there is no file of them

@@ -20,12 +20,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import old_cpe as cpe  # noqa: E402
+import cpe  # noqa: E402
+import sampler  # noqa: E402
+import token_space  # noqa: E402
 import weights  # noqa: E402
+from loading.prompts import PRESETS  # noqa: E402
 
 # Training steps, as a share of what a notebook asks for: the tests run with fewer, and all that is asserted must hold.
 BUDGET = float(os.environ.get("CPE_THEORY_BUDGET", "1"))
 
+STEPS = ("first_steps", "later_steps", "attack_steps")
 TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")
 
 Eraser = Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]]  # (context, kv) -> kv: gates, or a function
@@ -57,9 +61,14 @@ class Lab:
         return self.model.encode([self.surrogate])[0]
 
     @cached_property
-    def objective(self) -> cpe.Objective:
-        """The frozen side of training."""
-        return cpe.Objective(self.model.cross_attention())
+    def layers(self) -> cpe.Layers:
+        """The frozen projections that training looks through."""
+        return cpe.Layers.of(self.model.cross_attention(), token_space.spectral_norm, self.model.tokens)
+
+    @cached_property
+    def space(self) -> token_space.TokenSpace:
+        """The same as seen from the context."""
+        return token_space.TokenSpace(self.layers)
 
     @property
     def listed(self) -> Tensor:
@@ -79,19 +88,23 @@ class Lab:
         """x = (1 + eta) (E_sur - E_tar) [T, d]: what erasing asks of the bare target's tokens."""
         return (1 + self.recipe.eta) * (self.E_surrogate - self.E_target)
 
-    def trainer(
-        self, kind: str = "resag", seed: int = 0, objective: cpe.Objective | None = None, **recipe: float
-    ) -> cpe.Trainer:
-        """CPE's own trainer on four templates; `recipe` changes entries of the preset (stages, first_steps, ...).
+    @cached_property
+    def data(self) -> cpe.Data:
+        """The target and its surrogate in four templates; every other concept is an anchor."""
+        named = [[f.format(name) for f in TEMPLATES] for name in (self.target, self.surrogate)]
+        targets, surrogates = map(self.model.encode, named)
+        return cpe.Data(targets, surrogates, self.listed.half(), self.model.encode([""]))
+
+    def trainer(self, seed: int = 0, layers: cpe.Layers | None = None, **recipe: float) -> cpe.Trainer:
+        """CPE's own trainer on `data`; `recipe` changes entries of the preset (stages, first_steps, ...).
 
         TypeError for an entry that no recipe has.
         """
-        named = [[f.format(name) for f in TEMPLATES] for name in (self.target, self.surrogate)]
-        targets, surrogates = map(self.model.encode, named)
-        data = cpe.Data(targets, surrogates, self.listed.half(), self.model.encode([""]))
-        # no margin: what is studied here is the paper's gate, as it was trained
-        changed = replace(self.recipe, **{"anchors": 8, "margin": 0.0, **recipe}).scaled(BUDGET)
-        return cpe.Trainer(objective or self.objective, data, changed, seed, kind)
+        changed = replace(self.recipe, **{"anchors": 8, **recipe})
+        steps = {name: max(1, round(BUDGET * getattr(changed, name))) for name in STEPS}
+        changed, layers, chance = replace(changed, **steps), layers or self.layers, torch.Generator().manual_seed(seed)
+        gates = cpe.ResAG(layers.widths, self.E.shape[-1], changed.r, changed.k, generator=chance)
+        return cpe.Trainer(gates, token_space.Losses(layers, self.data, changed.eta), changed, chance)
 
     def pictures(
         self, contexts: Tensor, seeds: Sequence[int], gates: Eraser | None = None, steps: int = 10, batch: int = 32
@@ -99,28 +112,26 @@ class Lab:
         """Images [B, 3, H, W] in [-1, 1] of contexts [B, T, d] by few steps of DPM-Solver++, guidance 4."""
         images = []
         for i in range(0, len(contexts), batch):
-            run = cpe.denoise_context(
-                self.model, contexts[i : i + batch], seeds[i : i + batch], gates, steps, 4.0, "dpm"
-            )
-            *_, latents = run
-            images.append(cpe.decode(self.model, latents))
+            part = contexts[i : i + batch], seeds[i : i + batch]
+            *_, latents = sampler.denoise_context(self.model, *part, gates, steps, 4.0, "dpm")
+            images.append(sampler.decode(self.model, latents))
         return torch.cat(images)
 
 
 def open_lab(model: str, target: str = "red heart", surrogate: str | None = None) -> Lab:
     """The laboratory on "emoji", "sd14" or a folder; the embedded model's concepts are names that SD knows too.
 
-    Without a surrogate it is the preset's. UserError as of `weights.load_model`.
+    Without a surrogate it is the preset's. UserError as for `weights.load_model`.
     """
     lines = (ROOT / "emoji" / "concepts.txt").read_text(encoding="utf-8").splitlines()
     concepts = [line for line in lines if line and not line.startswith("#") and line != target]
-    recipe = cpe.PRESETS["emoji" if model == "emoji" else "object"]
+    recipe = PRESETS["emoji" if model == "emoji" else "object"]
     recipe = replace(recipe, surrogate=surrogate or recipe.surrogate)
     return Lab(weights.load_model(model), target, recipe.surrogate, concepts, recipe)
 
 
 def train(trainer: cpe.Trainer) -> cpe.Trainer:
     """Run a trainer to its end."""
-    for _ in trainer.steps():
+    for _ in trainer:
         pass
     return trainer
