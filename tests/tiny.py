@@ -140,7 +140,7 @@ def write_model(folder: Path) -> Path:
         tensors = build(config).state_dict()
         if part == "text_encoder":
             # A bias, as trained ones have: without it there is no `cpe.constant_direction`. Of the size: at 0.003 and
-            # 0.01 MACE's fusion with lam = 1e-9 (test_baselines.py) is too ill-conditioned for its tolerance.
+            # 0.01 MACE's fusion with lam = 1e-9 is too ill-conditioned for its tolerance.
             tensors["text_model.final_layer_norm.bias"] = 0.02 * draw("bias", config["hidden_size"])
         files.save_tensors(folder / part / f"{stem}.safetensors", tensors)
     files.write_text(folder / weights.SCHEDULER, json.dumps(configs.SD14_CONFIGS["scheduler"]))
