@@ -42,6 +42,7 @@ import old_cpe as cpe
 import weights
 from loading import files, tokens
 from loading.files import UserError
+from loading.prompts import parse_prompts
 
 CASES = int(os.environ.get("CPE_FUZZ", "200"))
 TRIED: Counter[str] = Counter()  # cases by test
@@ -310,11 +311,11 @@ def test_any_tokenizer(spoilt, tiny_original, data):
 
 @cases(0.10)
 @given(
-    st.lists(st.sampled_from(["[templates]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
+    st.lists(st.sampled_from(["[templates]", "[frames]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
 )
 def test_any_file_of_prompts(lines):
     with ends_well(ValueError):
-        prompts = cpe.parse_prompts("\n".join(lines))
+        prompts = parse_prompts("\n".join(lines))
         for template in prompts.templates:
             assert template.format("x") == template.replace("{}", "x")
 
