@@ -5,7 +5,7 @@
 torch gives float32 products to MKL, which on AMD's Zen 5, where this was measured, runs at half its speed. oneDNN,
 which torch carries as well and gives convolutions to, does not: here its products are asked for by name. torch's
 attention takes longer over many pixels than these products and a softmax do. And doubling an image before a convolution
-is 9/4 of the work that is needed. benchmarks/ has the figures. Without this file everything works, more slowly.
+is 9/4 of the work that is needed. benchmarks/ has the figures. Everything works without this file.
 """
 
 from itertools import product as pairs
@@ -27,9 +27,10 @@ CHUNK = 256  # queries at a time: their scores stay in the cache
 
 def speed_up(network: nn.Module) -> nn.Module:
     """The network itself, its layers computed by what is below: parameters, names and results stay as they are."""
-    swaps = {nn.Linear: Linear, unet.Attention: UNetAttention, vae.Attention: VAEAttention, vae.Upsample: Upsample}
     for module in network.modules():
-        module.__class__ = swaps.get(type(module), type(module))
+        module.__class__ = {nn.Linear: Linear, vae.Upsample: Upsample}.get(type(module), type(module))
+        if isinstance(module, (unet.Attention, vae.Attention)):
+            module.attend = attention
     return network
 
 
@@ -93,18 +94,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b, [..., n] -> [..., m]."""
         return linear(x, self.weight, self.bias)
-
-
-class UNetAttention(unet.Attention):
-    """The U-Net's, by `attention`."""
-
-    attend = staticmethod(attention)
-
-
-class VAEAttention(vae.Attention):
-    """The autoencoder's, by `attention`."""
-
-    attend = staticmethod(attention)
 
 
 class Upsample(vae.Upsample):

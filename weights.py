@@ -5,17 +5,15 @@
     weights = model.cross_attention()      # all that training needs of the U-Net; never builds one
 
 A model is a folder in the diffusers layout (`tokenizer/`, `text_encoder/`, `unet/`, `vae/`, `scheduler/`, sometimes
-`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). Every tensor of its config must be there with
-its shape, and no other. Tensors are memory maps. What stands behind this file is in loading/; whatever a user can mend
-raises `UserError`.
+`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). What stands behind
+this file is in loading/; whatever a user can mend raises `UserError`.
 """
 
 import difflib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,38 +23,17 @@ import torch
 from torch import Tensor
 
 from clip import CLIP, TextEncoder, Tokenizer
+from loading import files
 from loading.configs import SD14_CONFIGS, SETTINGS, check_agreement, check_schedule
-from loading.files import (
-    Unwritten,
-    UserError,
-    read_json,
-    refuse_pickles,
-    save_tensors,
-    shipped,
-    temporary_name,
-    write_text,
-)
+from loading.files import Unwritten, UserError, read_json, shipped
 from loading.hub import SD14, fetch, is_repository, snapshot
-from loading.parts import PARTS, SCHEDULER, Part, folder_part, ldm_part, variants, wanted_files
+from loading.parts import PARTS, SCHEDULER, Part, fingerprint_of, folder_part, ldm_part, variants, wanted_files
 from loading.tokens import TOKENIZER, read_tokenizer, tokenizer_files
 from sampler import Schedule
 from unet import UNet
 from vae import VAE
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
-
-
-def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hexadecimal digits of SHA-256 over named tensors: names, shapes, and values rounded to half precision.
-
-    So files in any layout and both precisions of one model agree, and no edit escapes, as it would a sample.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.to("cpu", torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:16]
-
 
 # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +214,7 @@ def find_model(name: str) -> tuple[Path | None, str | None]:
     if short := nickname(name):
         return (shipped("emoji"), None) if short == "emoji" else (None, SD14)
     path = Path(os.path.expanduser(name))
-    refuse_pickles(path)
+    files.refuse_pickles(path)
     if os.path.isdir(path):
         return snapshot(path), None
     if os.path.isfile(path) and path.suffix == ".safetensors":
@@ -321,19 +298,19 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
     folder = Path(folder)
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already: choose another name")
-    temporary = temporary_name(folder)
+    temporary = files.temporary_name(folder)
     try:
         for part in ("text_encoder", "unet", "vae", *["clip"] * model.has_clip):
             write_part(model, part, temporary / part, changed.get(part))
         (temporary / "tokenizer").mkdir()
         for path in tokenizer_files(model.tokenizer_folder):
-            copy_file(path, temporary / "tokenizer" / path.name)
+            files.copy_file(path, temporary / "tokenizer" / path.name)
         for file, config in (
             ("tokenizer/tokenizer_config.json", SETTINGS["tokenizer_config"] | {"model_max_length": model.tokens}),
             (SCHEDULER, {**model.schedule.config, "_class_name": "DDIMScheduler"}),
             ("model_index.json", SETTINGS["model_index"]),
         ):
-            write_text(temporary / file, json.dumps(config, indent=2))
+            files.write_text(temporary / file, json.dumps(config, indent=2))
         os.replace(temporary, folder)
     except Unwritten as error:  # a file in it, under a name that the user never gave
         raise Unwritten(folder, error.error) from error
@@ -344,15 +321,6 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file. UserError when the source cannot be read, OSError when the target cannot be written."""
-    try:
-        source.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): check the folder of the model") from error
-    shutil.copyfile(source, target)
 
 
 def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
@@ -366,7 +334,7 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
     folder.mkdir(parents=True)
     target = folder / f"{PARTS[name][1]}.safetensors"
     if state is None and model.path.is_dir():
-        copy_file(part.path, target)
+        files.copy_file(part.path, target)
     else:
         expected = part.empty().state_dict()
         if state is None:
@@ -374,5 +342,5 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
             state = dict(part.stream(expected, model.dtype, torch.device("cpu")))
         if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in expected.items()}:
             raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
-        save_tensors(target, state)
-    write_text(folder / "config.json", json.dumps(part.config, indent=2))
+        files.save_tensors(target, state)
+    files.write_text(folder / "config.json", json.dumps(part.config, indent=2))

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -158,6 +159,15 @@ def sort_metadata(path: Path) -> None:
         if len(text) <= size:  # as long as before, but for the spaces that fill it up; the tensors stay where they are
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file. UserError when the source cannot be read, OSError when the target cannot be written."""
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}): check the folder of the model") from error
+    shutil.copyfile(source, target)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ import signal
 import socket
 import struct
 import sys
+import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
-import compare
 import pytest
 import torch
 from huggingface_hub import constants
@@ -32,20 +33,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save
+from tiny import FEW
 
-import bake
 import clip
-import commands
-import many
-import old_cpe as cpe
+import cpe
 import weights
+from cli import check, common, demo, main, options, runs, targets
+from cli import generate as drawing
+from cli import train as training
 from loading import files, tokens
 from loading.files import UserError
+from loading.prompts import parse_prompts
 
 CASES = int(os.environ.get("CPE_FUZZ", "200"))
 TRIED: Counter[str] = Counter()  # cases by test
-SECONDS = 600  # until one case is said to hang, on the busiest machine
-MEGABYTES = 400  # what a test may add to the memory in use
+SECONDS, MEGABYTES = 60, 400  # one case, on a busy machine; what a test may add to the memory in use
 
 
 def cases(share: float) -> settings:
@@ -94,17 +96,13 @@ def ends_well(*errors: type[Exception]):
     [
         ("safetensors.safe_open", lambda: files.load_tensors(__file__)),
         ("loading.tokens.Tokenizer", lambda: tokens.read_tokenizer(Path())),
-        ("commands.inspect", lambda: commands.main(["inspect", "x", "--prompt", "y"])),
+        ("cli.inspect.run", lambda: main(["inspect", "x.safetensors", "y"])),
     ],
 )
 def test_a_hang_is_noticed(hanging, call, monkeypatch):
     """Whoever catches errors of any kind does not catch this one."""
-
-    def hang(*_, **__) -> None:
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= SECONDS  # the alarm is set, and here it goes off
-        signal.raise_signal(signal.SIGALRM)
-
-    monkeypatch.setattr(hanging, hang)
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
+    monkeypatch.setattr(hanging, lambda *_, **__: time.sleep(10))
     with pytest.raises(Hang), ends_well(UserError):
         call()
 
@@ -161,7 +159,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_"
 def gate_file() -> dict[str, torch.Tensor]:
     """The tensors of a small gate file."""
     widths = {f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{x}": 6 for x in "kv"}
-    return cpe.to_tensors(cpe.ResAG(widths, d=4, r=2).initialise(torch.Generator().manual_seed(0)))
+    return cpe.to_tensors(cpe.ResAG(widths, d=4, r=2))
 
 
 @st.composite
@@ -240,7 +238,7 @@ def test_any_safetensors_file(tmp_path_factory, content):
 def test_any_gate_file(content):
     with ends_well(ValueError):
         gates = cpe.from_tensors(content)
-        kv = {name: torch.zeros(1, 5, width) for name, width in zip(gates.names, gates.widths, strict=True)}
+        kv = {name: torch.zeros(1, 5, width) for name, width in gates.widths.items()}
         assert set(gates(torch.ones(1, 5, gates.w_qs.shape[1]), kv)) == set(gates.names)
 
 
@@ -314,73 +312,45 @@ def test_any_tokenizer(spoilt, tiny_original, data):
 
 @cases(0.10)
 @given(
-    st.lists(st.sampled_from(["[templates]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
+    st.lists(st.sampled_from(["[templates]", "[frames]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
 )
 def test_any_file_of_prompts(lines):
     with ends_well(ValueError):
-        prompts = cpe.parse_prompts("\n".join(lines))
+        prompts = parse_prompts("\n".join(lines))
         for template in prompts.templates:
             assert template.format("x") == template.replace("{}", "x")
 
 
 def trainer() -> cpe.Trainer:
-    """A trainer of the smallest gates, some steps into an attack."""
+    """A trainer of the smallest gates."""
     draw = torch.Generator().manual_seed(0)
     layers = {f"mid.{x}.weight": torch.randn(4, 4, generator=draw) for x in ("to_q", "to_k", "to_v", "to_out.0")}
     contexts = [torch.randn(n, 3, 4, generator=draw) for n in (2, 2, 5, 1)]
     recipe = cpe.Recipe(
         "x", eta=0.3, lam=1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=4, deltas=2, anchors=2
     )
-    return cpe.Trainer(cpe.Objective(layers), cpe.Data(*contexts), recipe)
+    layers = cpe.Layers.of(layers)
+    return cpe.Trainer(
+        cpe.ResAG(layers.widths, 4, 2, generator=draw), cpe.Losses(layers, cpe.Data(*contexts), 0.3), recipe, draw
+    )
 
 
 def state() -> dict[str, torch.Tensor]:
-    run = trainer()
-    for step, _ in enumerate(run.steps()):
-        if step == 3:
-            break
-    return run.state()
+    """The state of a trainer some steps into an attack."""
+    made = trainer()
+    for _ in zip(range(4), made):  # noqa: B905 the shorter one ends it
+        pass
+    return runs.state_of(made)
 
 
 @cases(0.05)
 @given(changed(state(), tensors()))
 @example(state() | {"position": torch.tensor([math.inf, 0])})
 def test_any_state_to_go_on_from(content):
-    run = trainer()
-    with ends_well(ValueError, cpe.Diverged):
-        run.load_state(content)
-        assert sum(1 for _ in run.steps()) <= 8
-
-
-@pytest.fixture(scope="module")
-def new_baker(tiny_original):
-    """A function that makes a baker of the tiny model, before its first step."""
-    model = weights.load_model(tiny_original)
-    objective = cpe.Objective(model.cross_attention())
-    gates = objective.new_gates("context", 2, 1, torch.Generator().manual_seed(0)).requires_grad_(False)
-    gates.inner.lora_up += 0.3
-    tokens = model.tokenizer(["a red heart"]), model.tokenizer(["", "a dog", "a cat"])
-    recipe = bake.Recipe(steps=4, targets=1, others=2)
-    return lambda: bake.Baker(model.text_encoder, gates, objective, *tokens, recipe)
-
-
-def test_a_state_of_a_bake_that_is_nowhere(new_baker):
-    baker = new_baker()
-    next(baker.steps())
-    for done in (math.inf, math.nan):
-        with pytest.raises(ValueError, match="another run"):
-            baker.load_state(baker.state() | {"done": torch.tensor(done)})
-
-
-@cases(0.05)
-@given(st.data())
-def test_any_state_of_a_bake_to_go_on_from(new_baker, data):
-    baker = new_baker()
-    next(baker.steps())
-    content = data.draw(changed(baker.state(), tensors()))
-    with ends_well(ValueError, cpe.Diverged):
-        baker.load_state(content)
-        assert sum(1 for _ in baker.steps()) <= 4
+    made = trainer()
+    with ends_well(ValueError, FloatingPointError):
+        runs.restore(made, content)
+        assert sum(1 for _ in made) <= 8
 
 
 # --- Words -------------------------------------------------------------------------------------------------------
@@ -404,46 +374,34 @@ def test_any_prompt(tokenizer, prompt):
 
 @cases(0.10)
 @given(
-    st.lists(
-        TEXT | LONG | st.sampled_from(["# x", "a, b", ",", "red heart", "Red-Heart", "con", "con target"]), max_size=5
-    )
+    TEXT | LONG | st.sampled_from(["red heart, dog", "a;b", "A and B", "con", "#", "♥"]),
+    st.sampled_from(["emoji", "x"]),
 )
-def test_any_file_of_targets(tmp_path, lines):
-    path = tmp_path / "targets.txt"
-    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
-    shared = commands.Training(commands.parser().parse_args(["train", "--targets", str(path)]))
+def test_any_target(text, model):
     with ends_well(UserError):
-        targets = many.read_targets(path, tmp_path, shared)
-        assert {target.out.parent for target in targets} == {tmp_path}
-        assert len({target.out.name for target in targets}) == len(targets)
-
-
-CONCEPT = {"target": "red heart", "surrogate": "an object", "eta": "0.3", "aliases": '["love"]', "prompts": "red heart"}
-
-
-@cases(0.05)
-@given(changed(CONCEPT, TEXT | JSON.map(json.dumps)))
-def test_any_metadata_of_a_gate_file(content):
-    with ends_well(ValueError):
-        concept = bake.read_concept(content, cpe.PRESETS["emoji"])
-        assert all(isinstance(name, str) for name in concept.names)
+        for name in targets.split([text], model):
+            assert 0 < len(common.slug(name).encode()) <= 80
 
 
 PATHS = st.sampled_from(["x", "", ".", "..", "../..", "~", "~nobody/x", "a/b", "x" * 300, "x/" * 3000, "tiny", "\0"])
 OPTIONS = {
-    "train": ("--target", "--targets", "--alias", "--surrogate", "--preset", "--steps-scale", "--gate"),
-    "generate": ("--prompts", "--steps", "--guidance", "--sampler", "--dtype", "--gates"),
-    "inspect": ("--prompt", "--dtype"),
-    "bake": ("--gates", "--preset", "--steps-scale", "--images", "--steps", "--guidance", "--sampler"),
-    "compare": ("--target", "--preset", "--scenario", "--eraser", "--clip"),
-    "demo": ("--target", "--images", "--steps", "--guidance", "--sampler"),
+    "train": (
+        "--target",
+        "--targets",
+        "--alias",
+        "--surrogate",
+        "--preset",
+        "--steps-scale",
+        "--how",
+        "--eta",
+        "--rank",
+    ),
+    "generate": ("--prompts", "--steps", "--guidance", "--sampler", "--dtype", "--gates", "--negative"),
+    "inspect": ("--prompt", "--dtype", "--gates"),
+    "check": ("--sentences", "--worst", "--json", "--gates"),
+    "demo": ("--target", "--steps", "--guidance", "--sampler"),
 }
-FLAGS = {
-    "train": ("--resume",),
-    "generate": ("--before-after",),
-    "bake": ("--resume",),
-    "compare": ("--quick", "--ablations"),
-}
+FLAGS = {"train": ("--resume", "--literal", "--one-name"), "generate": ("--before-after",)}
 VALUES = (
     st.sampled_from(["emoji", "context", "dpm", "float16", "bfloat16", "1e400", "nan", "-1", "١", "9" * 5000])
     | st.sampled_from(
@@ -460,7 +418,7 @@ VALUES = (
             "Brad Pitt",
         ]
     )
-    | st.sampled_from([*commands.PRESET_NAMES, *compare.SCENARIOS, *compare.METHODS, "1", "0.5"])
+    | st.sampled_from([*options.PRESETS, "solve", "1", "0.5"])
     | TEXT
     | PATHS
     | st.integers(-2, 2000).map(str)
@@ -474,49 +432,15 @@ MODELS = PATHS | st.sampled_from(["emoji", "sd14"])
 def command_lines(draw) -> list[str]:
     """A command with options that exist and values that need not make sense."""
     name = draw(st.sampled_from(list(OPTIONS)))
-    first = {
-        "train": ["--target", draw(VALUES)],
-        "generate": [draw(TEXT)],
-        "inspect": [
-            gates := draw(st.sampled_from(["gate.safetensors", "large.safetensors"])),
-            "--prompt",
-            draw(st.just("a cat") | TEXT),
-        ],
-        "bake": ["--gates", gates, "--out", "baked"],
-    }.get(name, [])
-    everywhere = ["--seed", *(["--device"] if name != "demo" else [])]
-    options = st.tuples(st.sampled_from([*OPTIONS[name], *everywhere]), VALUES)
-    files = {"inspect": [], "compare": ["--out", "--markdown"]}.get(name, ["--out"])
-    places = st.tuples(st.sampled_from(["--json", *files]), PATHS)
-    if name != "demo":
-        places |= st.tuples(st.just("--model"), MODELS)
+    gates = draw(st.sampled_from(["gate.safetensors", "large.safetensors"]))
+    first = {"train": [draw(VALUES)], "generate": [draw(TEXT)], "inspect": [gates, draw(st.just("a cat") | TEXT)]}
+    first |= {"check": [gates], "demo": []}
+    options = st.tuples(st.sampled_from([*OPTIONS[name], "--seed", "--device"]), VALUES)
+    places = st.tuples(st.just("--model"), MODELS)
+    places |= st.tuples(st.just("--out"), PATHS) if name != "check" else st.nothing()
     flags = st.sampled_from(FLAGS[name]).map(lambda flag: (flag,)) if name in FLAGS else st.nothing()
     drawn = draw(st.lists(options | places | flags, max_size=4))
-    model = ["--model", "tiny"] if name != "demo" else []
-    return [name, *model, *first, *(word for pair in drawn for word in pair)]
-
-
-def cell(world, scenario, method, budget, *_) -> tuple[dict, torch.Tensor]:
-    """Stands in for compare.measure: the figures of a cell, with no image recognised."""
-    drawn = compare.cases(world, scenario, budget)
-    groups = {case.group: {"images": 1, "hits": 0, "change": 0.0} for case in drawn}
-    figures = {"groups": groups, "style": {"images": 0, "hits": 0}, "clip_score": 0.0, "cmmd": 0.0, "H": 0.0}
-    figures |= {"attacks": {}, "seconds": 0.0, "parameters": 0, "bytes": 0}
-    return figures, torch.zeros(len(drawn), 3, 8, 8, dtype=torch.uint8)
-
-
-class Trained:
-    """A trainer that has come to its end."""
-
-    objective, finished = None, True
-
-    def steps(self) -> tuple[()]:
-        """None are left."""
-        return ()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """There is nothing to go on with."""
-        return {}
+    return [name, *["--model", "tiny"] * (name != "demo"), *first[name], *(word for pair in drawn for word in pair)]
 
 
 @pytest.fixture
@@ -534,37 +458,31 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
         monkeypatch.setattr(socket.socket, name, lambda *_: pytest.fail("something was connected to"))
     unets = {"emoji": weights.load_model(tiny_original).part("unet").empty(), "sd14": weights.expected_unet("sd14")}
     monkeypatch.setattr(weights, "expected_unet", unets.__getitem__)
-    d, widths = commands.wanted_sizes(unets["sd14"])
-    large = cpe.to_tensors(cpe.ResAG(widths, d, r=1).initialise(torch.Generator().manual_seed(0)))
-    files.save_tensors(home / "large.safetensors", large, {"target": "red heart"})
-    objective = cpe.Objective(weights.load_model(tiny_original).cross_attention())
-    gates = objective.new_gates("resag", 2, 1, torch.Generator())
-    files.save_tensors(home / "gate.safetensors", cpe.to_tensors(gates), {"target": "red heart"})
+    for name, (d, widths) in {n: common.sizes_of(unet) for n, unet in unets.items()}.items():
+        tensors = cpe.to_tensors(cpe.ResAG(widths, d, r=1))
+        path = home / {"emoji": "gate.safetensors", "sd14": "large.safetensors"}[name]
+        files.save_tensors(path, tensors, {"target": "red heart"})
+    monkeypatch.setattr(common, "expected_unet", unets.__getitem__)
     monkeypatch.chdir(home)
-    monkeypatch.setattr(commands, "build_trainer", lambda *_: Trained())
-    monkeypatch.setattr(commands, "watch", lambda *_: None)
-    monkeypatch.setattr(commands.Run, "begin", lambda *_, **__: None)
-    monkeypatch.setattr(commands, "finished_gates", lambda *_: gates)
-    monkeypatch.setattr(commands, "check_reached", lambda *_: 1.0)
-    monkeypatch.setattr(commands, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
-    monkeypatch.setattr(compare, "measure", cell)
-    monkeypatch.setattr(compare, "side_by_side", lambda *_: ())  # other processes would know none of this
-    read = commands.read_prompts
+    layers = common.sizes_of(unets["emoji"])
+    made = SimpleNamespace(gates=cpe.ResAG(layers[1], layers[0]))
+    monkeypatch.setattr(training, "trainer_of", lambda *_: made)
+    monkeypatch.setattr(training, "solved", lambda *_: made.gates)
+    monkeypatch.setattr(runs.Run, "train", lambda *_: None)
+    monkeypatch.setattr(demo, "print_table", lambda *_: None)
+    monkeypatch.setattr(demo, "nearest", lambda *_: ["dog face", "cat", "fox", "crab"])
+    for module in (drawing, demo):
+        monkeypatch.setattr(module, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
+    for module in (check, demo, targets, training):
+        monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)
+    for module in (check, drawing, training):
+        opened = module.open_model
 
-    def few_prompts(preset: str) -> cpe.Prompts:
-        prompts = read(preset)
-        named = {*compare.FIFTY, "cat face", "red apple"}
-        domain = [word for i, word in enumerate(prompts.domain) if i % 10 == 0 or word in named]
-        return cpe.Prompts(prompts.templates[:2], prompts.general, domain)
+        def small_model(args, parts, opened=opened):
+            args.model = "tiny" if args.model == "emoji" else args.model
+            return opened(args, [part for part in parts if part != "clip"])
 
-    monkeypatch.setattr(commands, "read_prompts", few_prompts)
-    opened = commands.open_model
-
-    def small_model(args, parts, *dtype):
-        args.model = "tiny" if args.model == "emoji" else args.model
-        return opened(args, parts, *dtype)
-
-    monkeypatch.setattr(commands, "open_model", small_model)
+        monkeypatch.setattr(module, "open_model", small_model)
     return home
 
 
@@ -573,7 +491,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
 def test_any_command_line(nothing_heavy, capsys, arguments):
     with ends_well():
         try:
-            code = commands.main(arguments)
+            code = main(arguments)
         except SystemExit as stop:  # argparse's own
             code = stop.code
         assert code in (0, 2)
@@ -581,29 +499,6 @@ def test_any_command_line(nothing_heavy, capsys, arguments):
     assert "Traceback" not in streams.err
     assert streams.out if code == 0 else streams.err
     assert [path.name for path in nothing_heavy.parent.iterdir()] == ["home"]  # nothing left the folder
-    shutil.rmtree(nothing_heavy / "baked", ignore_errors=True)  # so that it can be baked again
-
-
-@cases(0.03)
-@given(
-    st.dictionaries(
-        st.sampled_from(["w_qs", "scaler", "lora_down", "lora_up"]), st.sampled_from([0.0, 1e-4, 1e4, 1e18, 1e30])
-    )
-)
-def test_any_sizes_of_gates_given_to_bake(nothing_heavy, capsys, sizes):
-    """Its encoding and fitting is done in earnest, its training is not."""
-    tensors, metadata = files.load_tensors("gate.safetensors")
-    gates, chance = cpe.from_tensors(tensors), torch.Generator().manual_seed(0)
-    for name, parameter in gates.named_parameters():
-        parameter.data = sizes.get(name, 1.0) * torch.randn(parameter.shape, generator=chance)
-    files.save_tensors(Path("x.safetensors"), cpe.to_tensors(gates), metadata)
-    with ends_well():
-        code = commands.main(["bake", "--gates", "x.safetensors", "--out", "baked", "--model", "tiny"])
-    assert code in (0, 2)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    assert said.err.strip() or code == 0
-    shutil.rmtree("baked", ignore_errors=True)
 
 
 NEWLINES = st.just("\n") | st.sampled_from(["\r\n", "\r", "\n\n", "\x0b", "\u2028", "\x85", "\0"])
@@ -632,15 +527,12 @@ def test_any_file_of_lines_given_to_a_command(nothing_heavy, capsys, content, mo
     Path("lines.txt").write_bytes(content)
     option = {"generate": "--prompts", "train": "--targets"}[command]
     with ends_well():
-        code = commands.main([command, option, "lines.txt", "--out", "out", "--json", "x.json", "--model", model])
+        code = main([command, option, "lines.txt", "--out", "out", "--model", model])
     assert code in (0, 2)
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     if code == 0:
-        figures = json.loads(Path("x.json").read_text(encoding="utf-8"))
-        done = figures["pictures"] if command == "generate" else figures["targets"].values()
-        assert sorted(path.name for path in Path("out").iterdir()) == sorted(Path(each["out"]).name for each in done)
-        assert 0 < len(done) <= len(re.split(r"\r\n|\r|\n", content.decode("utf-8-sig")))
+        assert 0 < len(list(Path("out").iterdir())) <= len(re.split(r"\r\n|\r|\n", content.decode("utf-8-sig")))
     else:
         assert said.err.strip()
     assert {path.name for path in nothing_heavy.parent.iterdir()} == {"home"}

@@ -11,7 +11,7 @@ from tiny import change
 
 import weights
 from loading import files
-from loading.configs import SD14_CONFIGS
+from loading.configs import OVERRULED, SD14_CONFIGS
 from loading.files import UserError
 from weights import load_model
 
@@ -269,7 +269,7 @@ def test_schedulers_that_diffusers_writes_open(tiny, name):
     """Made new for SD, and turned from the PNDM of SD 1.4, as most in circulation are: then they keep its settings."""
     make, pndm = reference.reference("diffusers", name, "PNDMScheduler")
     expected = load_model(tiny).schedule.alphas_cumprod
-    told = {key: False for key in ("clip_sample", "set_alpha_to_one") if key in make().config}
+    told = {key: value for key, value in OVERRULED.items() if key in make().config}
     for scheduler in (make(**reference.BETAS, **told), make.from_config(pndm.from_config(SCHEDULERS["SD 1.4"]).config)):
         scheduler.save_pretrained(tiny / "scheduler")
         assert files.read_json(tiny / weights.SCHEDULER)["_class_name"] == name
