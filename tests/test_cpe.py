@@ -445,7 +445,7 @@ def test_a_step_of_training_is_adamw_on_the_papers_total():
 def test_the_slow_losses_train_the_same_gates():
     slow, fast = trainer(losses=cpe.Losses), trainer()
     for a, b in zip(slow, fast, strict=True):
-        assert a == pytest.approx(b, rel=2e-2)
+        assert a == pytest.approx(b, rel=1e-2)
     for a, b in zip(slow.gates.parameters(), fast.gates.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0.1, atol=1e-2)
 
@@ -499,6 +499,7 @@ def test_deltas_begin_as_kaiming_by_d_squared_or_at_a_share_of_the_target():
 
 def test_anchors_are_noisy_mixtures_of_two_and_the_empty_prompt():
     t = trainer(replace(RECIPE, anchors=4000, noise=0.1))
+    t.losses.data.anchors *= torch.arange(1, 10).view(-1, 1, 1)  # each is noisy as befits its own norm
     chance = torch.Generator().manual_seed(7)
     t.generator.set_state(chance.get_state())
     drawn, again = t.draw_anchors(), torch.randint(9, (2, 4000), generator=chance)
