@@ -129,8 +129,10 @@ class Grammar:
 
     def vocabulary(self) -> set[str]:
         """Every word that a sentence can hold, without names of things, styles and colours."""
-        wordings = " ".join(wording for part in self.parts.values() for wording in part)
-        return words(re.sub(r"<[^>]*>|\{[^}]*\}", " ", wordings))
+        wordings = [wording for part in self.parts.values() for wording in part]
+        plurals = {part for wording in wordings for part in re.findall(r"<([^>?]*)>s", wording)}
+        wordings += [f"{wording}s" for part in plurals for wording in self.parts[part]]
+        return words(re.sub(r"<[^>]*>|\{[^}]*\}", " ", " ".join(wordings)))
 
     def expand(self, part: str, chance: random.Random) -> str:
         """One wording of a part, with wordings of its own parts in it."""

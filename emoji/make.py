@@ -738,7 +738,38 @@ def train_sentences(recipe: Recipe) -> None:
     for line in training:
         print(line, flush=True)
     model.load_state_dict(training.average)
+    judge = trained("clip", clip.CLIP(clip_config()))
+    join_towers(judge, model)
+    write_model("clip", judge, clip_config(), "model")
     export_text_encoder(model.text_model)
+
+
+@torch.no_grad()
+def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder, count: int = 6000) -> None:
+    """Give CLIP the text encoder for its text tower, and the projection that keeps the features its captions had.
+
+    W minimises sum |W h - f|^2 over texts: h at EOS under the new tower; f of the caption under the old one, of two
+    things the mean of both.
+    """
+    chance, sentences, names = random.Random(6), grammar.Grammar(concepts()), concepts()
+    scenes = [any_scene(chance, sentences, some_things(chance, i % len(names))) for i in range(count)]
+    goals, states = [], []
+    for i in range(0, count, 50):
+        part = scenes[i : i + 50]
+        said = [((("",) + STYLES)[s.said_style + 1], (("",) + COLOURS)[s.said_colour + 1]) for s in part]
+        ends = [
+            text_features(judge, [caption(names[s.things[at]], style=a, colour=b) for s, (a, b) in zip(part, said, strict=True)])
+            for at in (0, -1)
+        ]
+        goals.append(sum(ends) / 2)
+        tokens = tokenizer()([s.text for s in part])
+        eos = tokens.argmax(dim=1)
+        states.append(encoder(tokens[:, : int(eos.max()) + 1])[torch.arange(len(part)), eos])
+    h, f = torch.cat(states).double(), torch.cat(goals).double()
+    # W = F^T H (H^T H + r I)^-1; the ridge r only steadies the inverse
+    gram = h.T @ h + 1e-3 * count * torch.eye(h.shape[1])
+    judge.text_projection.weight.copy_(torch.linalg.solve(gram, h.T @ f).T.float())
+    judge.text_model.load_state_dict(encoder.text_model.state_dict())
 
 
 def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random, blurred: float = 0.15) -> Tensor:
@@ -1021,9 +1052,8 @@ def export() -> None:
     """Write all that is trained, in the layout of Stable Diffusion 1.4, and CLIP for evaluation."""
     # The scale of latents is known once they are cached for the U-Net.
     scale = load_file(found(BUILD / "latents.safetensors", "unet"))["scale"].item()
-    judge = trained("clip", clip.CLIP(clip_config()))
-    judge.text_model.load_state_dict(text_encoder().text_model.state_dict())  # it has read sentences since
-    write_model("clip", judge, clip_config(), "model")
+    if not (OUT / "clip" / "model.safetensors").exists() or not (BUILD / "sentences.safetensors").exists():
+        write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")  # else it has them joined
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
     write_json(OUT / "scheduler" / "scheduler_config.json", schedule_config())
     parts = {

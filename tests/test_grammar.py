@@ -107,5 +107,5 @@ def test_files_of_sentences(sentences):
 def test_the_tokenizer_has_read_these_words(sentences):
     tokenizer = Tokenizer(ROOT / "emoji" / "tokenizer" / "vocab.json", ROOT / "emoji" / "tokenizer" / "merges.txt")
     lengths = [len(tokenizer.ids(word)) for word in sentences.vocabulary()]
-    assert sum(length <= 2 for length in lengths) > 0.6 * len(lengths)
+    assert sum(length <= 2 for length in lengths) > 0.55 * len(lengths)
     assert all(len(tokenizer.ids(word)) == 1 for word in STYLES)
