@@ -54,8 +54,11 @@ def constant_direction(norm: nn.LayerNorm) -> Tensor | None:
 
 
 def roots(S: Tensor) -> tuple[Tensor, Tensor]:
-    """S^1/2 and S^-1/2 of a symmetric matrix [d, d], float64; what lies below 1e-10 of its largest is lifted to it."""
-    values, V = torch.linalg.eigh(S.double())
+    """S^1/2 and S^-1/2 of a symmetric matrix [d, d]; what lies below 1e-10 of its largest value is lifted to it.
+
+    In float64 on the CPU: Apple's graphics cards have none.
+    """
+    values, V = torch.linalg.eigh(S.cpu().double())
     values = values.clamp(min=values[-1] * 1e-10)
     return (V * values.sqrt()) @ V.T, (V / values.sqrt()) @ V.T
 
@@ -87,7 +90,8 @@ class Solver:
         anchors = anchors.to(one)
         tokens = anchors[:, self.chosen].flatten(0, 1)
         mean = tokens.mean(dim=0)
-        sizes, directions = torch.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
+        covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
+        sizes, directions = (part.to(tokens) for part in torch.linalg.eigh(covariance.cpu()))
         # Q = (E - mean) directions: without a bias, as E one = 1 at every token
         w_qs = settings.temperature * directions[:, -settings.r :] / sizes[-settings.r :].sqrt().mean()
         self.w_qs = w_qs - torch.outer(one, mean @ w_qs)
@@ -112,9 +116,9 @@ class Solver:
         """
         E, x = targets.to(self.one), (1 + self.settings.eta) * (surrogates - targets).to(self.one)
         check_finite(x, "a context of the target or its surrogate")
-        gates, chance = self.gates(E, x), torch.Generator(E.device).manual_seed(seed)
+        gates, chance = self.gates(E, x), torch.Generator().manual_seed(seed)
         for _ in range(self.settings.rounds):
-            picks = torch.randint(len(targets), (self.settings.deltas,), generator=chance, device=E.device)
+            picks = torch.randint(len(targets), (self.settings.deltas,), generator=chance).to(E.device)
             deltas = attack(self.space, gates, E[picks], self.settings.noise, chance)
             E, x = torch.cat([E, E[picks] + deltas]), torch.cat([x, x[picks] - deltas])
             gates = self.gates(E, x)
@@ -193,7 +197,7 @@ class Solver:
         G^1/2 B M^1/2 = G^-1/2 C M^1/2 = Y,    Y^T Y = V S^2 V^T,    D = G^-1/2 Y V_k,    U_c = V_k^T M^-1/2
         """
         _, G_inverse = roots(G)
-        Y = G_inverse @ C.double() @ self.M_half
+        Y = G_inverse @ C.cpu().double() @ self.M_half
         V = torch.linalg.eigh(Y.T @ Y)[1][:, -self.settings.k :]
         gate = ContextGate(len(scaler), self.w_qs.shape[1], V.shape[1]).to(self.w_qs)
         state = {"w_qs": self.w_qs[None], "scaler": scaler[None, :, None], "scale": gate.inner.scale}
@@ -217,7 +221,7 @@ def attack(
 
     min over delta_j:   sum_l w_l |W_l delta_j + R_l(E_j + delta_j)|^2
     """
-    start = torch.randn(E.shape, generator=generator, device=E.device, dtype=E.dtype)
+    start = torch.randn(E.shape, generator=generator, dtype=E.dtype).to(E.device)  # the CPU's, on every device
     deltas = (noise * E.norm(dim=(1, 2), keepdim=True) * start).requires_grad_()
     optimizer = torch.optim.LBFGS([deltas], max_iter=steps, line_search_fn="strong_wolfe")
 

@@ -10,11 +10,11 @@ embedded model, on two targets of benchmarks/tune.py: shares of images recognise
 
 import argparse
 
+import compare
 import sd14
 import torch
 import tune
 
-import compare
 import old_cpe as cpe
 import weights
 from clip import TextEncoder
