@@ -380,12 +380,12 @@ def test_figures_of_gates_and_of_what_they_become_agree_where_both_are_the_same(
 @pytest.fixture
 def gate_files(model, objective, tmp_path) -> list[Path]:
     """Two gate files of the tiny model."""
-    files = []
+    written = []
     for seed, target in enumerate(("red heart", "dog face")):
-        files.append(tmp_path / f"{seed}.safetensors")
+        written.append(tmp_path / f"{seed}.safetensors")
         metadata = {"target": target, "surrogate": "an object", "eta": "0.3", "aliases": '["love"]' if seed else "[]"}
-        files.save_tensors(files[-1], cpe.to_tensors(open_gate(16, seed).expand(objective.W)), metadata)
-    return files
+        files.save_tensors(written[-1], cpe.to_tensors(open_gate(16, seed).expand(objective.W)), metadata)
+    return written
 
 
 def arguments(tiny: Path, files: list[Path], out: Path, *more: str) -> list[str]:

@@ -311,7 +311,10 @@ def test_any_tokenizer(spoilt, tiny_original, data):
 
 @cases(0.10)
 @given(
-    st.lists(st.sampled_from(["[templates]", "[frames]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"]) | TEXT)
+    st.lists(
+        st.sampled_from(["[templates]", "[frames]", "[general]", "[domain]", "[", "# x", "a {}", "a", "{}", "{}{}"])
+        | TEXT
+    )
 )
 def test_any_file_of_prompts(lines):
     with ends_well(ValueError):
