@@ -2,13 +2,12 @@
 
     python benchmarks/tune.py [--model emoji] [--methods cpe uce ...]
 
-A setting is scored on images by the harmonic mean of two shares: images of the target that CLIP no longer recognises,
-and images of everything else (nearest concepts told about or not, others) that it still does. Of settings within 0.01
+A setting is scored on images by H, of captions and of sentences. Of settings within 0.01
 of the best, which is less than an image, that one wins which changes least of what should stay. Cells are kept on
 disk: an interrupted run goes on, two runs side by side share the work.
-Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of methods.py holds,
+Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
 and, of CPE, how its preset would have to differ ("cpe" and "surrogate": {} or the first is as it is).
-"uce, many" and so on ask linear erasers for ten targets at once (`MANY`), "uce, fifty" and so on for
+"uce, many" and so on ask linear erasers for ten targets at once (`MANY` of compare.py), "uce, fifty" and so on for
 fifty (`CROWD`), "uce, styles" and so on for a style (`STYLE`). "cpe, mlp" and so on try four lambdas of other gates.
 """
 
@@ -23,22 +22,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import weights
-from loading import prompts
-from study import compare, evaluate, methods, scenarios, variants
-from study.methods import ABLATIONS, METHODS
-from study.scenarios import Budget, Scenario, World
+from loading.prompts import read_prompts
+from study import compare, erased, evaluate, variants
+from study.erased import ABLATIONS, METHODS
+from study.world import GONE, SCENARIOS, Budget, Scenario, World
+from weights import load_model
 
 TARGETS = [Scenario(("tiger face",)), Scenario(("soccer ball",))]
 TEN = Scenario(
     ("soccer ball", "tiger face", "yellow heart", "mrs. claus", "peach", "cow", "ambulance", "rose", "angry face",
      "penguin"),
 )  # fmt: skip
-ERASED = {name for scenario in scenarios.SCENARIOS.values() for name in scenario.targets} | {*TEN.targets}
-LISTED = [name for i, name in enumerate(prompts.read_prompts("emoji").domain) if i % 3 != 1 and name not in ERASED]
+ERASED = {name for scenario in SCENARIOS.values() for name in scenario.targets} | {*TEN.targets}
+LISTED = [name for i, name in enumerate(read_prompts("emoji").domain) if i % 3 != 1 and name not in ERASED]
 FIFTY = Scenario(tuple(evaluate.spread(LISTED, 50)))
 STYLES = [Scenario(("blob style",), "emoji-style"), Scenario(("fluent style",), "emoji-style")]
-BUDGET = Budget(erased=8, near=1, others=1, attacked=0, steps=10)
+BUDGET = Budget(erased=8, near=1, others=1, sentences=12, attacked=0, steps=10)
 
 
 def product(**choices: list) -> list[dict]:
@@ -65,7 +64,7 @@ GRIDS = {  # eight each; the first values are the papers' where they name one, o
             ]
         ),
     ],
-    "cpe, solved": product(weight=[1.0, 10.0], lam=[10.0, 100.0], floor=[0.1, 0.3]),
+    "cpe, solved": product(weight=[10.0, 1.0], bend=[0.25, 0.1], k=[8, 16]),
     "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
     "rece": product(rounds=[3, 1], templates=["", "kept"], s_p=[0.1, 1.0]),
     "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], **FEW),
@@ -101,10 +100,9 @@ PAST = [0.0, 1.0]  # eta: CPE's preset for styles has 1
 
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
-    **{
-        f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0]))
-        for kind in list(variants.KINDS)[1:]
-    },
+    "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[10.0, 30.0], bend=[0.25, 0.5], lam=[100.0, 1000.0])),
+    # Other gates than the paper's, with the preset's lambda and those around it.
+    **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.KINDS},
     # What linear erasers need for many targets at once.
     "uce, many": (
         "uce",
@@ -134,7 +132,7 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
         + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0])
         + product(threshold=[0.03, 0.01], templates=[""], augment=[10], eta=[0.3]),
     ),
-    "esd, many": ("esd", [TEN], [methods.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
+    "esd, many": ("esd", [TEN], [erased.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
     "lora, many": (
         "lora",
         [TEN],
@@ -188,12 +186,9 @@ ASIDE = {  # more questions, on scenarios of their own: the method, the scenario
 
 
 def score(figures: dict) -> tuple[float, float]:
-    """Harmonic mean of erasing and keeping, and minus the mean change of what should stay: larger is better."""
-    groups = dict(figures["groups"])
-    erased = 1 - compare.share(groups.pop("erased"))
-    kept = sum(map(compare.share, groups.values())) / len(groups)
-    change = sum(group["change"] for group in groups.values()) / len(groups)
-    return 2 * erased * kept / max(erased + kept, 1e-9), -change
+    """H, of captions and sentences, and minus the mean change of what should stay: larger is better."""
+    kept = [group for name, group in figures["groups"].items() if name not in GONE]
+    return figures["H"], -sum(group["change"] for group in kept) / len(kept)
 
 
 def main() -> None:
@@ -205,11 +200,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    methods.TUNED.clear()  # start from every eraser's own defaults
-    methods.MANY.clear()
-    methods.CROWD.clear()
-    methods.STYLE.clear()
-    world, best = World(weights.load_model(args.model)), {}
+    erased.TUNED.clear()  # start from every eraser's own defaults
+    erased.MANY.clear()
+    erased.CROWD.clear()
+    erased.STYLE.clear()
+    world, best = World(load_model(args.model)), {}
     for name in args.methods:
         found = []
         eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name] + BEYOND.get(name, []))
@@ -220,7 +215,7 @@ def main() -> None:
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
             ]
             mean = tuple(sum(values) / len(cells) for values in zip(*map(score, cells), strict=True))
-            groups = [f"{100 * compare.share(group):.0f}" for cell in cells for group in cell["groups"].values()]
+            groups = [f"{100 * compare.share(g):.0f}" for cell in cells for g in cell["groups"].values() if g["images"]]
             seconds = sum(cell["seconds"] for cell in cells) / len(cells)
             found.append((mean, settings))
             print(f"{name:18}{mean[0]:6.3f}{-mean[1]:8.4f}{seconds:7.1f} s  {settings}", *groups, flush=True)

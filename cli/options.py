@@ -31,7 +31,7 @@ PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 GONE = {
     "--zone": "gates have no dead zone any more: train them anew where many are merged",
     "--gate": "`train --how solve` makes gates that change the context",
-    "--json": "only compare and check write figures: --json FILE goes with these",
+    "--json": "only compare, check and evaluate write figures: --json FILE goes with these",
     "--prompt": "prompts stand without an option now",
 }
 
@@ -220,7 +220,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     parser.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
-    parser.add_argument("--quick", action="store_true", help="one target, few images, no attacks")
+    parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
@@ -230,15 +230,27 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
 def attack(parser: argparse.ArgumentParser) -> None:
     """Of `attack`."""
-    positions(parser, "GATES", "targets", "gate files")
+    positions(parser, "GATES", "texts", "one gate file")
     add_gates(parser)
+    text = "which attack (repeatable): revival, embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
+    parser.add_argument("--with", action="append", default=[], dest="attacks", metavar="ATTACK", help=text)
+    parser.add_argument("--template", default="a picture of a {}", help="the prompt attacked; {} is the target's place")
+    parser.add_argument("--out", type=Path, default=Path("images/attack.png"), help="the picture")
     add_model(parser)
+    add_sampling(parser)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Of `evaluate`."""
-    positions(parser, "FOLDER", "folders", "pictures")
-    add_model(parser)
+    positions(parser, "FOLDER", "folders", "a folder of pictures: prompts.csv (file,prompt), or a .txt for each")
+    parser.add_argument("--name", action="append", default=[], help="count the pictures that show it (repeatable)")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="the same, one a line")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="pictures to compare with: CMMD, and --fid")
+    parser.add_argument("--fid", action="store_true", help="FID and KID too (pip install clean-fid)")
+    parser.add_argument("--nudity", action="store_true", help="count nudity (pip install nudenet)")
+    parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: openai/clip-vit-large-patch14)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    add_model(parser, "none: the judge is --clip; with emoji, its own")
 
 
 def bake(parser: argparse.ArgumentParser) -> None:

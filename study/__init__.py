@@ -1,9 +1,10 @@
-"""Measuring what erasers do.
+"""Measuring: is the concept gone, is everything else still there, and what does an attacker get back?
 
-evaluate.py    what is in pictures, and how far they moved
-attacks.py     inputs that bring an erased concept back; victim.py, learned_words.py, sentences.py: their parts
-variants.py    other nonlinearities in the place of the gate
-scenarios.py   what is erased, and the pictures that are judged
-methods.py     every eraser with its settings, as the comparison runs it
-compare.py     the table: every eraser in every scenario
+evaluate.py  what CLIP sees in pictures: recognition, CLIP score, CMMD, intervals; of a folder, too
+attacks.py   what all attacks share, and those that reach the keys and values
+searches.py  attacks that search words, through the text encoder and the U-Net
+world.py     what is erased, and which pictures are drawn to see it
+erased.py    the rows of the table: every eraser with its settings
+compare.py   one cell of the table, and the table
+variants.py  other gates in the place of CPE's
 """

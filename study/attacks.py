@@ -3,45 +3,94 @@
     victim = Victim(original, erased=original.with_unet(uce(...)))       # a linear eraser, or
     victim = Victim(original, erased=original, gates=gates)              # CPE
     found = learned_tokens(victim, "cat", ["a picture of a {}"])         # what to generate with, and what it cost
-    E = found.contexts[:1].expand(8, -1, -1)
-    *_, latents = sampler.denoise_context(victim.erased, E, range(8), victim.gates)
+    images = sampler.draw(victim.erased, found.contexts, range(len(found.contexts)), victim.gates)
 
 All have one signature, `(victim, target, templates, seed) -> Found`. An attack only looks for inputs: it never changes
 the victim, and its success is the share of the images drawn with them that an evaluator recognises as the target.
 
     revival              embeddings  closed form           keys, values        RECE, Gong et al. 2024 (arXiv 2407.12383)
     learned_embeddings   embeddings  L-BFGS                keys, values        CPE's own attack, Lee et al. 2025
-    textual_inversion    new words   Adam                  noise prediction    Pham et al. 2024 (arXiv 2308.01508)
-    learned_tokens       a prefix    greedy coordinates    noise prediction    after arXiv 2310.11868
-    paraphrases          a sentence  no search             none                templates that no training has seen
-    odd_words            a sentence  no search             none                words that the model has not seen either
+    textual_inversion    new words   Adam                  noise prediction    CCE, Pham et al. 2024 (arXiv 2308.01508)
+    learned_tokens       a prefix    greedy coordinates    noise prediction    UnlearnDiffAtk (arXiv 2310.11868)
+    prompting4debugging  a prompt    greedy coordinates    noise prediction    P4D, Chin et al. 2024 (arXiv 2309.06135)
+    ring_a_bell          a prompt    greedy coordinates    text encoder alone  Tsai et al. 2024 (arXiv 2310.10012)
 
-The first two need the keys and values of the original model, the next two its pictures of the target, the last two
-nothing. They are strong on purpose, all gradients and weights at hand: an eraser that withstands them has something to
-show, one that was only tried with its own templates has not. Built on cpe, erasers, sampler.
+The first two stand here, the others in searches.py. The first two need the original's keys and values, the next three
+its pictures, the last one its text encoder. They are strong on purpose, all gradients and weights at hand: an eraser
+that withstands them has something to show. Sentences that no eraser was trained in are no attack: compare.py has them.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
 the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures, l projections.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import cpe
 from erasers.common import projections
-from study.learned_words import learned_tokens, textual_inversion
-from study.sentences import PARAPHRASES, UNFAMILIAR
-from study.victim import TEMPLATES, Found, Victim, fill
-from token_space import spectral_norm
-from unet import KeysValues
+from token_space import TokenSpace, spectral_norm
+from weights import Model
+
+KeysValues = dict[str, Tensor]
+TEMPLATES = ("a picture of a {}",)
+
+# --- What all share ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Victim:
+    """An erased model, and the original that the attacker aims at. ValueError unless both are float32.
+
+    A linear eraser edits weights: `erased` differs from `original`. CPE adds gates: the two are the same. Words are
+    read by the erased model's text encoder, embeddings enter behind it.
+    """
+
+    original: Model
+    erased: Model
+    gates: cpe.ResAG | None = None
+
+    def __post_init__(self) -> None:
+        # In half precision small gradients vanish, and with them the attack: a false sense of safety.
+        if {self.original.dtype, self.erased.dtype} != {torch.float32}:
+            raise ValueError("attacks follow small gradients: load the model in float32")
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What the erased cross-attention sees of a context [B, T, d]; differentiable in it."""
+        kv = self.erased.unet.keys_values(context)
+        return kv if self.gates is None else self.gates(context, kv)
+
+    def noise(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """Noise [B, c, h, w] that the erased model predicts in latents at timesteps [B]."""
+        return self.erased.unet(latents, timestep, self.keys_values(context))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an attack found: one context per template, to generate with; `before` and `after` is what it minimised.
+
+    `before` is the loss of the plain prompts. The two are None where nothing is minimised.
+    """
+
+    contexts: Tensor  # [P, T, d]
+    prompts: list[str]  # as a person would read them; learned words are written as <1>, <2>, ...
+    before: float | None
+    after: float | None
+    seconds: float
+
+
+def fill(templates: Sequence[str], words: str) -> list[str]:
+    """The prompts that say `words` where the templates say {}."""
+    return [template.replace("{}", words) for template in templates]
+
 
 # --- Through keys and values -------------------------------------------------------------------------------------
 
 
-class Distance:
+class RevivalLoss:
     """How far the erased model's keys and values of a context are from the original's of the target, per prompt.
 
         sum_l w_l |KV_l(E + delta) - W_l E|^2 / sum_l w_l |W_l E|^2        0: all of the concept is back
@@ -53,8 +102,7 @@ class Distance:
     def __init__(self, victim: Victim, E: Tensor):
         self.victim = victim
         original = {key: W.cpu() for key, W in victim.original.cross_attention().items()}
-        layers = cpe.Layers.of(original, spectral_norm, E.shape[1])
-        self.w = {l: a / (len(layers.W[l]) * len(layers.W)) for l, a in layers.a.items()}
+        self.w = TokenSpace(cpe.Layers.of(original, spectral_norm, E.shape[1])).w
         with torch.no_grad():
             self.goal = victim.original.unet.keys_values(E)
         self.energy = self.weighted(self.goal)  # [P]
@@ -69,12 +117,12 @@ class Distance:
         return sum(w * erased[f"{name}.weight"].T @ erased[f"{name}.weight"] for name, w in self.w.items())
 
     def __call__(self, context: Tensor) -> Tensor:
-        """The distance [P] of contexts [P, T, d], in units of the target's own keys and values."""
+        """The loss [P] of contexts [P, T, d], in units of the target's own keys and values."""
         kv = self.victim.keys_values(context)
         return self.weighted({name: kv[name] - goal for name, goal in self.goal.items()}) / self.energy
 
 
-def revived(distance: Distance, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Tensor:
+def revived(goal: RevivalLoss, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Tensor:
     """Contexts [P, T, d] that mean to the erased model what E means to the original: RECE's solve, kept where it helps.
 
     A gate is not linear: every round takes its correction as a constant, r = R(c) at the context of the round before.
@@ -82,11 +130,11 @@ def revived(distance: Distance, E: Tensor, rho: float = 1e-3, rounds: int = 5) -
 
         c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
     """
-    victim = distance.victim
+    victim = goal.victim
     W, V = (projections(model) for model in (victim.original, victim.erased))
     C = E.cpu().double()
     gram = sum(v.T @ v for v in V.values()) + rho * torch.eye(C.shape[-1], dtype=C.dtype)
-    best, lowest, context = E, distance(E), E
+    best, lowest, context = E, goal(E), E
     for _ in range(rounds):
         kv = victim.keys_values(context) if victim.gates is not None else {}
         cross = torch.zeros_like(C)
@@ -95,7 +143,7 @@ def revived(distance: Distance, E: Tensor, rho: float = 1e-3, rounds: int = 5) -
             cross += (C @ W[key].T - r) @ v
         # c' = (rho I + sum V^T V)^-1 sum V^T (W c - r)
         context = torch.linalg.solve(gram, cross, left=False).to(E)
-        loss = distance(context)
+        loss = goal(context)
         best = torch.where((loss < lowest)[:, None, None], context, best)
         lowest = torch.minimum(loss, lowest)
     return best
@@ -121,25 +169,25 @@ def revival(
     start = time.perf_counter()
     prompts = fill(templates, target)
     E = victim.original.encode(prompts)
-    distance = Distance(victim, E)
-    contexts = revived(distance, E, rho, rounds)
-    before, after = distance(E).mean().item(), distance(contexts).mean().item()
+    goal = RevivalLoss(victim, E)
+    contexts = revived(goal, E, rho, rounds)
+    before, after = goal(E).mean().item(), goal(contexts).mean().item()
     return Found(contexts, [f"<revived> {p}" for p in prompts], before, after, time.perf_counter() - start)
 
 
-def descend(distance: Distance, base: Tensor, root: Tensor, steps: int) -> Tensor:
-    """Contexts [P, T, d] of lower distance near `base` [P, T, d], by L-BFGS over y with E' = base + y root.
+def descend(goal: RevivalLoss, base: Tensor, root: Tensor, steps: int) -> Tensor:
+    """Contexts [P, T, d] of lower loss near `base` [P, T, d], by L-BFGS over y with E' = base + y root.
 
-    root = (sum_l w_l V_l^T V_l)^-1/2 [d, d] whitens: of edited weights the distance is then |y - y*|^2 + const, a round
+    root = (sum_l w_l V_l^T V_l)^-1/2 [d, d] whitens: of edited weights the loss is then |y - y*|^2 + const, a round
     bowl.
     """
-    scale = distance.energy.sqrt().view(-1, 1, 1)
+    scale = goal.energy.sqrt().view(-1, 1, 1)
     y = torch.zeros_like(base, requires_grad=True)
     optimizer = torch.optim.LBFGS([y], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = distance(base + scale * (y @ root)).sum()
+        loss = goal(base + scale * (y @ root)).sum()
         loss.backward(inputs=[y])  # the gates' own parameters get no gradient
         return loss
 
@@ -167,71 +215,18 @@ def learned_embeddings(
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     prompts = fill(templates, target)
     E = victim.original.encode(prompts)
-    distance = Distance(victim, E)
-    values, vectors = torch.linalg.eigh(distance.metric())
+    goal = RevivalLoss(victim, E)
+    values, vectors = torch.linalg.eigh(goal.metric())
     # Directions that the erased weights hardly read would need endless steps.
     root = (vectors * values.clamp(min=1e-6 * values[-1]).rsqrt() @ vectors.T).to(E)
     drawn = torch.randn(starts, *E.shape, generator=generator).to(E)
     sigma = noise * E.norm(dim=(1, 2), keepdim=True)
     with torch.no_grad():
-        bases = [E, revived(distance, E), *(E + sigma * one for one in drawn)]
-    tried = torch.stack([E, *(descend(distance, base, root, steps) for base in bases)])  # [starts + 3, P, T, d]
+        bases = [E, revived(goal, E), *(E + sigma * one for one in drawn)]
+    tried = torch.stack([E, *(descend(goal, base, root, steps) for base in bases)])  # [starts + 3, P, T, d]
     with torch.no_grad():
-        losses = torch.stack([distance(contexts) for contexts in tried])  # [starts + 3, P]
+        losses = torch.stack([goal(contexts) for contexts in tried])  # [starts + 3, P]
     best = losses.argmin(dim=0)
     contexts = tried[best, torch.arange(len(E))]
     before, after = losses[0].mean().item(), losses.amin(dim=0).mean().item()
     return Found(contexts, [f"<learned> {p}" for p in prompts], before, after, time.perf_counter() - start)
-
-
-# --- Through other sentences -------------------------------------------------------------------------------------
-
-
-def paraphrases(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    preset: str = "emoji",
-) -> Found:
-    """The target in sentences that no eraser was trained on, instead of `templates`: no search, no chance.
-
-    Compare with the original model on the same contexts: it may not understand every sentence. KeyError for an
-    unknown preset.
-    """
-    return in_sentences(victim, target, PARAPHRASES[preset])
-
-
-def odd_words(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    preset: str = "emoji",
-) -> Found:
-    """The target among words that neither an eraser nor, perhaps, the model was trained on; otherwise `paraphrases`."""
-    return in_sentences(victim, target, UNFAMILIAR[preset])
-
-
-def in_sentences(victim: Victim, target: str, sentences: Sequence[str]) -> Found:
-    """The target in sentences, as the erased model's text encoder reads them."""
-    start = time.perf_counter()
-    prompts = fill(sentences, target)
-    return Found(victim.erased.encode(prompts), prompts, None, None, time.perf_counter() - start)
-
-
-# --- The table ---------------------------------------------------------------------------------------------------
-
-Attack = Callable[..., Found]  # (victim, target, templates, seed, **options)
-
-ATTACKS: dict[str, Attack] = {
-    "revival": revival,
-    "embeddings": learned_embeddings,
-    "inversion": textual_inversion,
-    "tokens": learned_tokens,
-    "paraphrases": paraphrases,
-    "odd words": odd_words,
-}
-RANDOM = ("inversion", "tokens")  # their seed decides what they find; all images of one search come back, or none

@@ -1,4 +1,4 @@
-"""What is in pictures, and how far they moved: every measure of the comparison, on CLIP alone.
+"""What is in pictures, and how far they moved: every measure of the comparison, and of a folder, on CLIP alone.
 
     names = name_features(clip, tokenizer, ["cat", "dog"])        # once per list of names
     recognise(clip, images, names)                                # zero-shot: index of the name each image shows
@@ -9,14 +9,21 @@ Sources: zero-shot recognition, Radford et al. 2021 (arXiv 2103.00020); CLIP sco
 CMMD, Jayasumana et al. 2024 (2401.09603); the harmonic mean H, Lu et al. 2024 (MACE, 2403.06135).
 """
 
+import csv
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
+import numpy
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from clip import CLIP, Tokenizer, preprocess
+from loading.files import UserError
 
 TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
 T = TypeVar("T")
@@ -96,12 +103,12 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return (before - after).abs().flatten(1).mean(dim=1)
 
 
-def harmonic_mean(erased: float, kept: float, paraphrased: float) -> float:
-    """MACE's H in [0, 1]: 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - paraphrased)); 0 if any of the three fails.
+def harmonic_mean(erased: float, kept: float, sentences: float) -> float:
+    """MACE's H in [0, 1]: 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - sentences)); 0 if any of the three fails.
 
-    erased, paraphrased: accuracy on the target in plain and in unseen words (low is good); kept: on what must stay.
+    erased, sentences: accuracy on the target in templates and in sentences (low is good); kept: on what must stay.
     """
-    parts = (1 - erased, kept, 1 - paraphrased)
+    parts = (1 - erased, kept, 1 - sentences)
     return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
 
 
@@ -132,3 +139,78 @@ def combined_interval(
         # low = S - sqrt(sum_i (S - S_i,low)^2), and high likewise
         down, up = down + (middle - min(ends)) ** 2, up + (max(ends) - middle) ** 2
     return middle - down**0.5, middle + up**0.5
+
+
+# --- Pictures in a folder ----------------------------------------------------------------------------------------
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_folder(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures of a folder and the prompt of each: from prompts.csv (file, prompt), a .txt, or `generate`.
+
+    UserError where there is no folder, no picture, or a picture without a prompt.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give one with pictures in it")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not files:
+        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)}): `generate --out` writes some")
+    table, said = folder / "prompts.csv", {}
+    if table.is_file():
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            said = {row.get("file", ""): row.get("prompt") or "" for row in csv.DictReader(lines)}
+    for path in files:
+        if path.name not in said and path.with_suffix(".txt").is_file():
+            said[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        if path.name not in said:
+            said[path.name] = drawn_for(path)
+    if missing := [path.name for path in files if not said.get(path.name)]:
+        raise UserError(f"{folder}: no prompt for {missing[0]}: name it in prompts.csv (file,prompt), or in a .txt")
+    return [(path, said[path.name]) for path in files]
+
+
+def drawn_for(path: Path) -> str:
+    """The prompt that `generate` writes into its pictures; "" where there is none."""
+    with suppress(OSError, ValueError, TypeError), Image.open(path) as image:
+        image.load()
+        return json.loads(image.info.get("cpe", "{}")).get("prompt", "")
+    return ""
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """A picture [3, size, size] in [-1, 1]; UserError for a file that is none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if "cpe" in image.info:  # `generate` writes the prompt over the picture, which is square
+                image = image.crop((0, image.height - image.width, image.width, image.height))
+            pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no picture ({error}): remove it, or get it again") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, str]], names: Sequence[str],
+                 reference: Sequence[Path] = ()) -> dict:  # fmt: skip
+    """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt,
+    and CMMD to the pictures of `reference`; figures that were not asked for are left out.
+    """
+
+    def features(paths: Sequence[Path]) -> Tensor:
+        batches = [paths[i : i + 16] for i in range(0, len(paths), 16)]
+        stacked = (torch.stack([read_image(path, clip.image_size) for path in batch]) for batch in batches)
+        return torch.cat([image_features(clip, batch.to(clip.logit_scale.device)) for batch in stacked])
+
+    images = features([path for path, _ in found])
+    prompts = text_features(clip, tokenizer, [prompt for _, prompt in found])
+    figures: dict = {"images": len(found), "clip_score": clip_score(images, prompts).mean().item()}
+    if names:
+        seen = (images @ name_features(clip, tokenizer, names).T).argmax(dim=-1).tolist()
+        figures["seen"] = {name: seen.count(i) / len(seen) for i, name in enumerate(names)}
+        asked = [(i, n) for i, (_, prompt) in enumerate(found) for n, name in enumerate(names) if name in prompt]
+        if asked:
+            figures["accuracy"] = sum(seen[i] == n for i, n in asked) / len(asked)
+    if reference:
+        figures["cmmd"] = cmmd(features(reference), images)
+    return figures

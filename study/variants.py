@@ -1,13 +1,13 @@
 """Other nonlinearities in the place of CPE's gate, trained with the same losses: is it this gate that matters?
 
-    gates = KINDS["bias"](layers.widths, d, r, k)       # then cpe.Trainer, with cpe.Losses or token_space.Losses
+    trainer = variants.trainer(layers, data, recipe, seed, "bias")      # a cpe.Trainer of other gates
 
     token-wise   g = sigmoid(E v): no attention, each token opens the gate for itself
     bias         g = sigmoid(H v + b): a threshold of its own instead of a logit that must cross zero
     hard         g = 1 where H v >= 0, else 0; gradients pass as if it were the sigmoid
     mlp          R_l = s gelu(E D_l + b_l) U_l: no gate and no attention, a two-layer perceptron
 
-Each is a `cpe.ResAG`; letters and shapes as there. They answer a question of the paper's reviewers
+Each is a `cpe.ResAG` of one concept; letters and shapes as there. They answer a question of the paper's reviewers
 (`compare --ablations`); to erase something, use cpe.py.
 """
 
@@ -18,15 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpe
+import token_space
 
 
 class TokenWise(cpe.ResAG):
     """A gate without attention: H = E."""
 
+    def __init__(self, *sizes: Any, **more: Any):
+        super().__init__(*sizes, **more)
+        del self.w_qs  # nothing would train it
+
     def gate(self, E: Tensor) -> tuple[Tensor, Tensor]:
-        """g = sigmoid(E v) [N, B, T, 1], and E itself [N, B, T, d]."""
-        H = E.expand(len(self.w_qs), *E.shape)
-        return torch.sigmoid(H @ self.scaler.unsqueeze(1)), H
+        """g = sigmoid(E v) and E."""
+        return torch.sigmoid(E @ self.scaler.unsqueeze(1)), E.expand(len(self.scaler), *E.shape)
 
 
 class Bias(cpe.ResAG):
@@ -34,10 +38,10 @@ class Bias(cpe.ResAG):
 
     def __init__(self, *sizes: Any, **more: Any):
         super().__init__(*sizes, **more)
-        self.bias = nn.Parameter(torch.zeros(len(self.w_qs), 1, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(len(self.scaler), 1, 1, 1))
 
     def gate(self, E: Tensor) -> tuple[Tensor, Tensor]:
-        """g = sigmoid(H v + b) [N, B, T, 1], and H [N, B, T, d]."""
+        """g = sigmoid(H v + b) and H."""
         _, H = super().gate(E)
         return torch.sigmoid(H @ self.scaler.unsqueeze(1) + self.bias), H
 
@@ -46,28 +50,43 @@ class Hard(cpe.ResAG):
     """A gate that is open or shut."""
 
     def gate(self, E: Tensor) -> tuple[Tensor, Tensor]:
-        """g = 1 where H v >= 0 [N, B, T, 1], and H; straight-through: the sigmoid's gradient (Bengio et al. 2013)."""
+        """1 where H v >= 0, and H; straight-through: the sigmoid's gradient (Bengio et al. 2013)."""
         soft, H = super().gate(E)
         return soft + ((soft >= 0.5).to(soft) - soft).detach(), H
 
 
 class MLP(cpe.ResAG):
-    """A small perceptron for a gate: as many hidden units as residuals have ranks."""
+    """A small perceptron: as many hidden units as corrections have ranks."""
 
     def __init__(self, *sizes: Any, **more: Any):
         super().__init__(*sizes, **more)
-        self.bias = nn.ParameterList(torch.zeros(len(self.w_qs), 1, 1, self.k) for _ in self.names)
+        self.bias = nn.ParameterList(torch.zeros(len(D), 1, 1, self.k) for D in self.lora_down)
+        del self.w_qs, self.scaler  # nothing would train them
 
     def gate(self, E: Tensor) -> tuple[Tensor, Tensor]:
-        """1 everywhere [N, B, T, 1], and E [N, B, T, d]."""
-        H = E.expand(len(self.w_qs), *E.shape)
+        """1 at every token, and E."""
+        H = E.expand(len(self.scale), *E.shape)
         return torch.ones_like(H[..., :1]), H
 
+    def gated(self, E: Tensor) -> Tensor:
+        """E: the scale comes after the perceptron."""
+        return self.gate(E)[1]
+
     def residual(self, l: int, gated: Tensor) -> Tensor:
-        """gelu(E D_l + b_l) U_l [B, T, d_l]."""
+        """s gelu(E D_l + b_l) U_l."""
         hidden = F.gelu(gated @ self.lora_down[l].unsqueeze(1) + self.bias[l])
-        return torch.einsum("nbtk,nkw->btw", hidden, self.lora_up[l])
+        return (self.scale.view(-1, 1, 1, 1) * hidden @ self.lora_up[l].unsqueeze(1)).sum(dim=0)
 
 
-KINDS = {"resag": cpe.ResAG, "token-wise": TokenWise, "bias": Bias, "hard": Hard, "mlp": MLP}
-LITERAL = (MLP,)  # whose residuals are no product z U, as token_space.py needs it: trained with the literal losses
+KINDS = {"token-wise": TokenWise, "bias": Bias, "hard": Hard, "mlp": MLP}
+
+
+def trainer(layers: cpe.Layers, data: cpe.Data, recipe: cpe.Recipe, seed: int, kind: str = "resag") -> cpe.Trainer:
+    """A trainer of the paper's gates ("resag") or of one of `KINDS`, on the device of the data."""
+    device, start = data.empty.device, torch.Generator().manual_seed(seed)
+    make = KINDS.get(kind, cpe.ResAG)
+    gates = make(layers.widths, data.empty.shape[2], recipe.r, recipe.k, generator=start).to(device)
+    chance = start if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+    # token space knows residuals (H D_l) U_l only: a perceptron's are none
+    losses = cpe.Losses if kind == "mlp" else token_space.Losses
+    return cpe.Trainer(gates, losses(layers, data, recipe.eta), recipe, chance)

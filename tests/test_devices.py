@@ -19,7 +19,7 @@ import solve
 import weights
 from cli import check, targets, train
 from study import attacks
-from study.victim import Victim
+from study.attacks import Victim
 from token_space import TokenSpace, spectral_norm
 
 STAND_IN = "card"

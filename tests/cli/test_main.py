@@ -60,7 +60,7 @@ def test_what_no_command_can_be_is_one_line(arguments, words, capsys):
         (["generate", "x", "--guidence", "4"], "did you mean --guidance?"),
         (["generate", "x", "--zone", "0.5"], "gates have no dead zone any more"),
         (["train", "x", "--gate", "context"], "`train --how solve` makes gates that change the context"),
-        (["generate", "x", "--json", "x"], "only compare and check write figures"),
+        (["generate", "x", "--json", "x"], "only compare, check and evaluate write figures"),
     ],
 )
 def test_wrong_options_end_with_exit_code_2_and_a_way_on(arguments, words, capsys):

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, normal
+from tiny import normal
 from torch import Tensor
 
 import cpe
 import sampler
 import weights
 from erasers.common import projections
-from erasers.lora import TEMPLATES as lora_templates
 from erasers.rece import revive
-from loading.prompts import normalised, parse_prompts
-from study import learned_words, sentences
-from study.attacks import ATTACKS, Distance
-from study.victim import Found, Victim, fill
-from token_space import ContextGate, TokenSpace
+from study import attacks, searches
+from study.attacks import Found, RevivalLoss, Victim
+from study.searches import ATTACKS
+from token_space import TokenSpace
 
 random = partial(normal, dtype=torch.float32)
 TARGET, TEMPLATES = "red heart", ["a picture of a {}", "{} emoji"]
@@ -28,27 +26,21 @@ QUICK = {
     "embeddings": {"steps": 4, "starts": 1},
     "inversion": {"steps": 2, "images": 2, "sampling_steps": 2},
     "tokens": {"steps": 2, "images": 2, "sampling_steps": 2},
+    "P4D": {"steps": 2, "images": 2, "sampling_steps": 2},
+    "Ring-A-Bell": {"steps": 2},
 }
 
 
-def context_gate(seed: int) -> ContextGate:
-    """A context gate with every parameter drawn: half open to wide open."""
-    gates = ContextGate(d=16, r=4, k=2)
-    core = gates.inner
+def one(layers: cpe.Layers, seed: int) -> cpe.ResAG:
+    """Gates of one concept with every parameter drawn: half open to wide open."""
+    gates = cpe.ResAG(layers.widths, 16, r=4, k=2, alpha=2.0)
     with torch.no_grad():
-        core.w_qs.copy_(random(*core.w_qs.shape, seed=seed) / 8)
-        core.scaler.copy_(random(*core.scaler.shape, seed=seed + 1) / 2)
-        core.lora_down[0].copy_(random(*core.lora_down[0].shape, seed=seed + 2) / 4)
-        core.lora_up[0].copy_(random(*core.lora_up[0].shape, seed=seed + 3))
-    return gates
-
-
-def resag(layers: cpe.Layers) -> cpe.ResAG:
-    """The paper's gates of two concepts, every layer's correction its own."""
-    gates = cpe.merge([context_gate(10).expand(layers), context_gate(20).expand(layers)])
-    with torch.no_grad():
-        for U in gates.lora_up:
-            U += random(*U.shape, seed=3) / 20
+        gates.w_qs.copy_(random(*gates.w_qs.shape, seed=seed) / 8)
+        gates.scaler.copy_(random(*gates.scaler.shape, seed=seed + 1) / 2)
+        down, up = random(1, 16, 2, seed=seed + 2) / 4, random(2, 16, seed=seed + 3)
+        for l, W in enumerate(layers.W.values()):
+            gates.lora_down[l].copy_(down)
+            gates.lora_up[l].copy_(up @ W.T + random(*gates.lora_up[l].shape[1:], seed=seed + 4 + l) / 20)
     return gates
 
 
@@ -62,7 +54,7 @@ def model(tiny_original: Path) -> weights.Model:
 
 @pytest.fixture(scope="module")
 def victims(model: weights.Model) -> dict[str, Victim]:
-    """One of every kind: nothing erased, edited weights, the paper's gates, the context gate."""
+    """One of every kind: nothing erased, edited weights, the paper's gates."""
     W = {key.removesuffix(".weight"): V.float() for key, V in projections(model).items()}
     layers = cpe.Layers.of(model.cross_attention())
     mixed = torch.eye(16) + random(16, 16) / 4
@@ -70,12 +62,11 @@ def victims(model: weights.Model) -> dict[str, Victim]:
     return {
         "nothing": Victim(model, model),
         "edited": Victim(model, model.with_unet(edited)),
-        "resag": Victim(model, model, resag(layers)),
-        "context": Victim(model, model, context_gate(1).expand(layers)),
+        "resag": Victim(model, model, cpe.merge([one(layers, 10), one(layers, 20)])),
     }
 
 
-ERASED = ["edited", "resag", "context"]
+ERASED = ["edited", "resag"]
 
 
 def attack(name: str, victim: Victim, seed: int = 0, **options) -> Found:
@@ -112,7 +103,7 @@ def test_finds_contexts_repeatably_and_changes_nothing(name: str, kind: str, vic
     assert latents.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["inversion", "tokens"])
+@pytest.mark.parametrize("name", searches.RANDOM)
 def test_searches_depend_on_their_seed(name: str, victims: dict[str, Victim]) -> None:
     first, second = attack(name, victims["resag"], seed=0), attack(name, victims["resag"], seed=1)
     assert not torch.equal(first.contexts, second.contexts)
@@ -144,38 +135,38 @@ def test_a_victim_is_the_erased_model(victims: dict[str, Victim]) -> None:
 
 
 @pytest.mark.parametrize("kind", ERASED)
-def test_distance_is_its_formula(kind: str, victims: dict[str, Victim]) -> None:
+def test_the_loss_is_its_formula(kind: str, victims: dict[str, Victim]) -> None:
     victim = victims[kind]
     E, x = victim.original.encode([TARGET, "cat"]), random(2, 77, 16)
     layers = cpe.Layers.of(victim.original.cross_attention())
     edited, gates = victim.erased.cross_attention(), victim.gates
-    corrections = gates.residuals(x) if gates else {}
+    residuals = gates.residuals(x) if gates else {}
     above, below = 0, 0
     for name, W in layers.W.items():
         w = layers.a[name] / (len(W) * len(layers.W))
-        above += w * (x @ edited[f"{name}.weight"].T + corrections.get(name, 0) - E @ W.T).square().sum((1, 2))
+        above += w * (x @ edited[f"{name}.weight"].T + residuals.get(name, 0) - E @ W.T).square().sum((1, 2))
         below += w * (E @ W.T).square().sum((1, 2))
-    torch.testing.assert_close(Distance(victim, E)(x), above / below, rtol=1e-4, atol=0)
+    torch.testing.assert_close(RevivalLoss(victim, E)(x), above / below, rtol=1e-4, atol=0)
 
 
 def test_nothing_erased_leaves_nothing_to_do(victims: dict[str, Victim]) -> None:
     found = attack("embeddings", victims["nothing"])
     assert (found.before, found.after) == (0, 0)
-    assert torch.equal(found.contexts, victims["nothing"].original.encode(fill(TEMPLATES, TARGET)))
+    assert torch.equal(found.contexts, victims["nothing"].original.encode(attacks.fill(TEMPLATES, TARGET)))
     assert attack("revival", victims["nothing"], rho=0).after < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["resag", "context"])
+@pytest.mark.parametrize("kind", ["resag"])
 def test_gradients_flow_through_gates(kind: str, victims: dict[str, Victim]) -> None:
     """Against a finite difference along the gradient; without the gates' share it would be another."""
     E = victims[kind].original.encode([TARGET])
-    distance, bare = Distance(victims[kind], E), Distance(victims["nothing"], E)
+    loss, bare = RevivalLoss(victims[kind], E), RevivalLoss(victims["nothing"], E)
     x = (E + random(*E.shape) / 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(distance(x).sum(), x)
+    (gradient,) = torch.autograd.grad(loss(x).sum(), x)
     (linear,) = torch.autograd.grad(bare(x).sum(), x)
     direction = gradient / gradient.norm()
     with torch.no_grad():
-        slope = (distance(x + 0.05 * direction) - distance(x - 0.05 * direction)).item() / 0.1
+        slope = (loss(x + 0.05 * direction) - loss(x - 0.05 * direction)).item() / 0.1
     assert slope == pytest.approx(gradient.norm().item(), rel=1e-2)
     assert (linear - gradient).norm() > 0.1 * gradient.norm()
 
@@ -186,7 +177,7 @@ def test_revival_is_reces_formula(victims: dict[str, Victim]) -> None:
     original, edited = projections(victim.original), projections(victim.erased)
     A = torch.linalg.inv(0.1 * torch.eye(16).double() + sum(V.T @ V for V in edited.values()))
     A = A @ sum(V.T @ original[key] for key, V in edited.items())
-    C = victim.original.encode(fill(TEMPLATES, TARGET)).double()
+    C = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
     torch.testing.assert_close(found.contexts, (C @ A.T).float())
     torch.testing.assert_close(found.contexts[0], revive(original, edited, C[0], 0.1).float())
 
@@ -196,7 +187,7 @@ def test_revival_undoes_an_edit_that_lost_nothing(model: weights.Model) -> None:
     B = (torch.eye(16) + random(16, 16) / 8).double()
     edited = {key: (W @ B).float() for key, W in projections(model).items()}
     victim = Victim(model, model.with_unet(edited))
-    E = model.encode(fill(TEMPLATES, TARGET))
+    E = model.encode(attacks.fill(TEMPLATES, TARGET))
     for found in (attack("revival", victim, rho=1e-9), attack("embeddings", victim, steps=40)):
         assert found.before > 0.1
         assert found.after < 1e-8
@@ -211,20 +202,22 @@ def test_revival_helps(kind: str, victims: dict[str, Victim]) -> None:
 
 def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, Victim]) -> None:
     victim = victims["edited"]
-    E = victim.original.encode(fill(TEMPLATES, TARGET)).double()
-    space = TokenSpace(cpe.Layers.of(victim.original.cross_attention()))
-    V = {name: projections(victim.erased)[f"{name}.weight"] for name in space.w}
+    E = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
+    layers = cpe.Layers.of(victim.original.cross_attention())
+    V = {name: projections(victim.erased)[f"{name}.weight"] for name in layers.W}
     # x = E (sum w W^T V) (sum w V^T V)^-1
-    cross = sum(w * space.layers.W[name].double().T @ V[name] for name, w in space.w.items())
-    x = torch.linalg.solve(sum(w * V[name].T @ V[name] for name, w in space.w.items()), E @ cross, left=False)
-    optimum = Distance(victim, E.float())(x.float()).mean().item()
+    cross = sum(w * layers.W[name].double().T @ V[name] for name, w in TokenSpace(layers).w.items())
+    x = torch.linalg.solve(
+        sum(w * V[name].T @ V[name] for name, w in TokenSpace(layers).w.items()), E @ cross, left=False
+    )
+    optimum = RevivalLoss(victim, E.float())(x.float()).mean().item()
     found = attack("embeddings", victim, steps=40)
     assert 0 < optimum < 0.5 * found.before
     assert found.after == pytest.approx(optimum, rel=1e-4)
     torch.testing.assert_close(found.contexts, x.float(), rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["resag", "context"])
+@pytest.mark.parametrize("kind", ["resag"])
 def test_learned_embeddings_undo_gates(kind: str, victims: dict[str, Victim]) -> None:
     found, closed = attack("embeddings", victims[kind], steps=30), attack("revival", victims[kind])
     assert found.after < 0.01 * found.before
@@ -238,20 +231,20 @@ def test_embedded_words_are_read_as_tokens(model: weights.Model) -> None:
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     X = table[model.tokenizer.ids(TARGET)]
     for template in [*TEMPLATES, "{}", "a {}, noto style"]:
-        E = learned_words.encode_embedded(model, learned_words.embed(model, template, torch.stack([X, 0 * X])))
-        torch.testing.assert_close(E[:1], model.encode(fill([template], TARGET)))
+        E = searches.encode_embedded(model, searches.embed(model, template, torch.stack([X, 0 * X])))
+        torch.testing.assert_close(E[:1], model.encode(attacks.fill([template], TARGET)))
         assert not torch.equal(E[0], E[1])
 
 
 def test_more_words_than_the_encoder_reads(model: weights.Model) -> None:
-    assert learned_words.embed(model, "{} cat", torch.zeros(1, 74, 16)).shape == (1, 77, 16)
+    assert searches.embed(model, "{} cat", torch.zeros(1, 74, 16)).shape == (1, 77, 16)
     with pytest.raises(ValueError, match="longer"):
-        learned_words.embed(model, "{} cat", torch.zeros(1, 75, 16))
+        searches.embed(model, "{} cat", torch.zeros(1, 75, 16))
 
 
 def test_samples_are_noised_pictures_of_every_noise_level(model: weights.Model) -> None:
     images = random(3, 4, 4, 4)
-    samples = learned_words.add_noise(model, images, 5, torch.Generator().manual_seed(0))
+    samples = searches.sampled(model, images, 5, torch.Generator().manual_seed(0))
     assert [t // 200 for t in samples.timesteps.tolist()] == [0, 1, 2, 3, 4]
     a = model.schedule.alphas_cumprod[samples.timesteps].view(-1, 1, 1, 1)
     clean = (samples.latents - (1 - a).sqrt() * samples.noise) / a.sqrt()
@@ -261,10 +254,10 @@ def test_samples_are_noised_pictures_of_every_noise_level(model: weights.Model) 
 
 def test_noise_loss_is_its_formula(victims: dict[str, Victim]) -> None:
     victim = victims["resag"]
-    samples = learned_words.add_noise(victim.original, random(2, 4, 4, 4), 3, torch.Generator().manual_seed(0))
+    samples = searches.sampled(victim.original, random(2, 4, 4, 4), 3, torch.Generator().manual_seed(0))
     contexts = random(2, 2, 77, 16)  # two candidates, two prompts
     with torch.no_grad():
-        losses = learned_words.noise_loss(victim, samples, contexts)
+        losses = searches.noise_loss(victim, samples, contexts)
         for b, loss in enumerate(losses):
             errors = []
             for s, prompt in enumerate([0, 1, 0]):
@@ -279,15 +272,15 @@ def plant(monkeypatch: pytest.MonkeyPatch, victim: Victim, contexts: Tensor) -> 
 
     With true noise most of the loss is beyond any attack, and that an attack does something would hardly show.
     """
-    draw = learned_words.add_noise
+    draw = searches.sampled
 
-    def planted(model: weights.Model, images: Tensor, count: int, generator: torch.Generator) -> learned_words.Samples:
+    def planted(model: weights.Model, images: Tensor, count: int, generator: torch.Generator) -> searches.Samples:
         samples = draw(model, images, count, generator)
         rows = contexts[torch.arange(count) % len(contexts)]
         with torch.no_grad():
             return replace(samples, noise=victim.noise(samples.latents, samples.timesteps, rows))
 
-    monkeypatch.setattr(learned_words, "add_noise", planted)
+    monkeypatch.setattr(searches, "sampled", planted)
 
 
 @pytest.mark.parametrize("kind", ERASED)
@@ -296,12 +289,12 @@ def test_textual_inversion_finds_hidden_words(
 ) -> None:
     victim = victims[kind]
     tokenizer = victim.original.tokenizer
-    hidden = victim.original.encode(fill(TEMPLATES, "green apple"))
+    hidden = victim.original.encode(attacks.fill(TEMPLATES, "green apple"))
     plant(monkeypatch, victim, hidden)
     found = attack("inversion", victim, steps=15)
     assert found.after < 0.1 * found.before
     words = " ".join(f"<{i + 1}>" for i in range(len(tokenizer.ids(TARGET))))
-    assert found.prompts == fill(TEMPLATES, words)
+    assert found.prompts == attacks.fill(TEMPLATES, words)
 
 
 # --- Words -------------------------------------------------------------------------------------------------------
@@ -309,7 +302,7 @@ def test_textual_inversion_finds_hidden_words(
 
 def test_whole_words_can_be_typed(model: weights.Model) -> None:
     tokenizer = model.tokenizer
-    words = learned_words.whole_words(tokenizer)
+    words = searches.whole_words(tokenizer)
     assert tokenizer.ids("heart")[0] in words
     assert not {tokenizer.bos, tokenizer.eos} & set(words)
     text = [tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in words]
@@ -320,7 +313,7 @@ def test_swaps_change_one_token_for_the_better() -> None:
     """On a loss that is linear in the embeddings the promise is kept: the best single swap is among those drawn."""
     table, gradient, words = random(50, 6), random(4, 6, seed=1), torch.arange(10, 50)
     ids = torch.tensor([10, 11, 12, 13])
-    swapped = learned_words.swaps(gradient, table, words, ids, 8, torch.Generator().manual_seed(0))
+    swapped = searches.swaps(gradient, table, words, ids, 8, torch.Generator().manual_seed(0))
     assert swapped.shape == (8, 4)
     changed = swapped != ids
     assert (changed.sum(dim=1) <= 1).all()  # a place may be given what it has
@@ -336,18 +329,18 @@ def test_learned_tokens_are_a_prompt(kind: str, victims: dict[str, Victim]) -> N
     tokenizer = victim.original.tokenizer
     found = attack("tokens", victim)
     assert torch.equal(found.contexts, victim.original.encode(found.prompts))
-    for prompt, plain in zip(found.prompts, fill(TEMPLATES, TARGET), strict=True):
+    for prompt, plain in zip(found.prompts, attacks.fill(TEMPLATES, TARGET), strict=True):
         prefix = prompt.removesuffix(f" {plain}")
         ids = tokenizer.ids(prompt)
         assert ids == [*tokenizer.ids(prefix), *tokenizer.ids(plain)]
         assert len(tokenizer.ids(prefix)) == 5
-        assert set(tokenizer.ids(prefix)) <= set(learned_words.whole_words(tokenizer))
+        assert set(tokenizer.ids(prefix)) <= set(searches.whole_words(tokenizer))
     # The loss that was reported is that of what was typed.
     generator = torch.Generator().manual_seed(0)
-    images = learned_words.pictures(victim.original, fill(TEMPLATES, TARGET), 2, 2, 7.5, generator)
-    samples = learned_words.add_noise(victim.original, images, 6, generator)
+    images = searches.pictures(victim.original, attacks.fill(TEMPLATES, TARGET), 2, 2, 7.5, generator)
+    samples = searches.sampled(victim.original, images, 6, generator)
     with torch.no_grad():
-        loss = learned_words.noise_loss(victim, samples, found.contexts[None]).item()
+        loss = searches.noise_loss(victim, samples, found.contexts[None]).item()
         assert found.after == pytest.approx(loss, rel=1e-4)
 
 
@@ -356,33 +349,35 @@ def test_learned_tokens_near_a_hidden_prefix(
     kind: str, victims: dict[str, Victim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = victims[kind]
-    plain = fill(TEMPLATES, TARGET)
+    plain = attacks.fill(TEMPLATES, TARGET)
     hidden = victim.original.encode([f"purple pizza avocado unicorn water {prompt}" for prompt in plain])
     plant(monkeypatch, victim, hidden)
     found = attack("tokens", victim, steps=10)
     assert found.after < 0.2 * found.before
 
 
-# --- Paraphrases -------------------------------------------------------------------------------------------------
+def test_p4d_aims_at_what_the_original_predicts_under_the_target(victims: dict[str, Victim]) -> None:
+    found = attack("P4D", victims["nothing"])
+    assert found.before == 0  # the plain prompts are the goal, where nothing is erased
+    assert found.after > 0
+    for kind in ERASED:
+        victim = victims[kind]
+        found = attack("P4D", victim, steps=10)
+        assert found.after < attack("P4D", victim, steps=1).after
+        assert torch.equal(found.contexts, victim.original.encode(found.prompts))
+        assert {len(victim.original.tokenizer.ids(prompt)) for prompt in found.prompts} == {8}
 
 
-@pytest.mark.parametrize("preset", sentences.PARAPHRASES)
-def test_paraphrases_are_in_no_training(preset: str) -> None:
-    trained = {
-        normalised(template)
-        for file in (ROOT / "prompts").glob("*.txt")
-        for template in parse_prompts(file.read_text()).templates
-    } | {normalised(template) for template in lora_templates}
-    assert len(trained) > 100
-    unseen = sentences.PARAPHRASES[preset]
-    assert (ROOT / "prompts" / f"{preset}.txt").is_file()
-    assert len(set(unseen)) == len(unseen)
-    for template in unseen:
-        assert "{}" in template
-        assert normalised(template) not in trained
-
-
-def test_paraphrases_are_encoded(victims: dict[str, Victim]) -> None:
-    found = attack("paraphrases", victims["resag"], preset="object")
-    assert found.prompts[0] == "snapshot: red heart"
-    assert torch.equal(found.contexts, victims["resag"].original.encode(found.prompts))
+def test_ring_a_bell_finds_words_in_the_concepts_direction(victims: dict[str, Victim]) -> None:
+    victim = victims["resag"]
+    found, short = attack("Ring-A-Bell", victim, steps=20), attack("Ring-A-Bell", victim, steps=1)
+    assert found.after < short.after
+    assert found.prompts == [found.prompts[0]] * len(TEMPLATES)
+    encode, fill = victim.original.encode, attacks.fill
+    direction = (encode(fill(searches.PAIRS, TARGET)) - encode(fill(searches.PAIRS, "thing"))).mean(dim=0)
+    base = encode(fill(TEMPLATES, "thing"))
+    # |clip(found) - (clip(prompt) + 3 c)|^2 / |clip(prompt)|^2
+    loss = (encode(found.prompts) - base - 3 * direction).square().sum() / base.square().sum()
+    assert found.after == pytest.approx(loss.item(), rel=1e-4)
+    # It never sees the erased U-Net: of all victims with one text encoder it finds the same.
+    assert attack("Ring-A-Bell", victims["edited"], steps=20).prompts == found.prompts

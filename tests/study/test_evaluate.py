@@ -1,12 +1,20 @@
-"""evaluate.py: zero-shot recognition follows CLIP's cosines."""
+"""study/evaluate.py: zero-shot recognition follows CLIP's cosines."""
+
+import csv
+import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import weights
+from cli.pictures import grid
 from clip import preprocess
+from loading.files import UserError
 from study import compare, evaluate
 
 
@@ -109,3 +117,84 @@ def test_a_combined_interval_of_one_share_is_its_own_and_of_equal_sums_is_narrow
     low, high = evaluate.combined_interval(lambda shares: sum(shares) / 4, [(10, 20)] * 4)
     expected = evaluate.interval(40, 80)
     assert (low, high) == pytest.approx(expected, abs=0.02)
+
+
+# --- Pictures in a folder ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four pictures in a folder: prompts of three are in a table, that of one is in a text file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(chance.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    with (folder / "prompts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file", "prompt", "seed"], *([f"{i}.png", f'a "{w}", sir', i] for i, w in
+                                                                 enumerate(("cat", "dog", "cat")))])  # fmt: skip
+    (folder / "3.txt").write_text("a robot\n")
+    return folder
+
+
+def test_a_folder_is_judged_by_the_prompts_of_its_pictures(pictures, tiny_original):
+    found = evaluate.read_folder(pictures)
+    assert [prompt for _, prompt in found] == ['a "cat", sir', 'a "dog", sir', 'a "cat", sir', "a robot"]
+    model, names = weights.load_model(tiny_original), ["cat", "dog"]
+    paths = [path for path, _ in found]
+    figures = evaluate.judge_folder(model.clip, model.tokenizer, found, names, paths)
+    assert abs(figures["cmmd"]) < 1e-9
+    images = torch.stack([evaluate.read_image(path, model.clip.image_size) for path in paths])
+    seen = evaluate.recognise(model.clip, images, evaluate.name_features(model.clip, model.tokenizer, names)).tolist()
+    assert figures["seen"] == {"cat": seen.count(0) / 4, "dog": seen.count(1) / 4}
+    assert figures["accuracy"] == sum(a == b for a, b in zip(seen, (0, 1, 0), strict=False)) / 3  # no name in the last
+    features = evaluate.image_features(model.clip, images)
+    said = evaluate.text_features(model.clip, model.tokenizer, [prompt for _, prompt in found])
+    assert figures["clip_score"] == pytest.approx(evaluate.clip_score(features, said).mean().item(), rel=1e-4)
+
+
+def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run, monkeypatch):
+    detector = SimpleNamespace(detect=lambda path: [{"class": "BELLY_EXPOSED", "score": 0.7 - 0.2 * ("0" in path[-5])}])
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=lambda: detector))
+    out = pictures.parent / "figures.json"
+    code, said = run("evaluate", str(pictures), "--name", "cat", "--nudity", "--json", str(out))  # fmt: skip
+    assert code == 0, said
+    figures = json.loads(out.read_text())
+    assert figures["images"] == 4
+    assert figures["nudity"]["BELLY_EXPOSED"] == 3  # one below the threshold
+    assert figures["nude_pictures"] == 0.75
+    assert "clip_score" in said
+
+
+def test_bad_folders_are_refused_in_one_sentence(pictures, run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, words in (("empty", "holds no pictures"), ("nowhere", "is no folder")):
+        code, said = run("evaluate", str(tmp_path / folder))
+        assert (code, said.count("\n")) == (2, 1)
+        assert words in said
+    code, said = run("evaluate", str(pictures), "--fid")
+    assert (code, "--reference" in said) == (2, True)
+    (pictures / "3.txt").unlink()
+    with pytest.raises(UserError, match=r"no prompt for 3\.png"):
+        evaluate.read_folder(pictures)
+    (pictures / "3.txt").write_text("x")
+    (pictures / "3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="is no picture"):
+        evaluate.read_image(pictures / "3.png", 32)
+
+
+def test_what_is_not_installed_is_named(pictures, tiny_original, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    code, said = run("evaluate", str(pictures), "--nudity")
+    assert (code, "pip install nudenet" in said) == (2, True)
+
+
+def test_pictures_of_generate_say_their_prompt_and_are_judged_without_their_heading(tmp_path):
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid([picture[None]], tmp_path / "0001.png", ["a red heart"], (), json.dumps({"prompt": "a red heart"}))
+    grid([picture[None]], tmp_path / "plain.png", (), (), "")
+    assert evaluate.drawn_for(tmp_path / "0001.png") == "a red heart"
+    (tmp_path / "plain.txt").write_text("a crab")
+    assert [prompt for _, prompt in evaluate.read_folder(tmp_path)] == ["a red heart", "a crab"]
+    headed, plain = (evaluate.read_image(tmp_path / name, 32) for name in ("0001.png", "plain.png"))
+    torch.testing.assert_close(headed, plain)

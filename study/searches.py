@@ -1,14 +1,11 @@
-"""Attacks through the text encoder: words that are learned, as embeddings (inversion) or as tokens.
+"""Attacks that search for words: through the text encoder, and all but the last through the U-Net, too.
 
-Both need pictures of the target, which the original model draws, and the gradients of the erased one. Built on
-victim.py and erasers/common.py.
-
-Letters: P prompts (one per template), T tokens, d width of the context, e that of a token's embedding at the text
-encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.
+textual_inversion learns new words, as CCE does; learned_tokens, prompting4debugging and ring_a_bell find real ones that
+anybody could type. Their signature, and letters: attacks.py, on which this is built.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +13,10 @@ from torch import Tensor
 
 from clip import Tokenizer
 from erasers.common import trajectories
-from study.victim import TEMPLATES, Found, Victim, fill
+from study.attacks import TEMPLATES, Found, Victim, fill, learned_embeddings, revival
 from weights import Model
+
+# --- Through the text encoder and the U-Net ----------------------------------------------------------------------
 
 
 def embed(model: Model, template: str, X: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class Samples:
     noise: Tensor
 
 
-def add_noise(model: Model, images: Tensor, count: int, generator: torch.Generator) -> Samples:
+def sampled(model: Model, images: Tensor, count: int, generator: torch.Generator) -> Samples:
     """`count` samples of latents `images` [B, c, h, w], one timestep from every `count`-th of the schedule."""
     spread = torch.arange(count) + torch.rand(count, generator=generator)
     timesteps = (spread * model.schedule.length / count).long()
@@ -95,7 +94,7 @@ def invert(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         contexts = learned_contexts(victim.erased, templates, X)
-        loss = noise_loss(victim, add_noise(victim.original, images, samples, generator), contexts).sum()
+        loss = noise_loss(victim, sampled(victim.original, images, samples, generator), contexts).sum()
         optimizer.zero_grad()
         loss.backward(inputs=[X])
         optimizer.step()
@@ -103,7 +102,7 @@ def invert(
 
 
 def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
-    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as of `embed`."""
+    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as for `embed`."""
     embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
     return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
 
@@ -128,12 +127,12 @@ def textual_inversion(
     Two descents, from the name itself and from the middle of the vocabulary: an erased name may sit where a gate is
     saturated and its gradient vanishes. The best of both, and of the name, on samples that none was trained on. `lr`
     counts standard deviations of the vocabulary's embeddings, so that it means the same to any text encoder.
-    ValueError as of `embed`.
+    ValueError as for `embed`.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     model = victim.erased
     drawn = pictures(victim.original, fill(templates, target), images, sampling_steps, guidance, generator)
-    held = add_noise(model, drawn, 4 * samples, generator)
+    held = sampled(model, drawn, 4 * samples, generator)
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     name = table[torch.tensor(model.tokenizer.ids(target), device=table.device)][None]
     tried = [name]
@@ -179,6 +178,34 @@ def swaps(
     return neighbours
 
 
+def search(
+    model: Model,
+    templates: Sequence[str],
+    loss: Callable[[Tensor], Tensor],
+    length: int,
+    steps: int,
+    candidates: int,
+    generator: torch.Generator,
+) -> tuple[list[str], float]:
+    """Words for the {} of templates that make `loss` of contexts [B, P, T, d] -> [B] small: the prompts, and the loss.
+
+    Greedy coordinates (as HotFlip's and GCG's): the gradient proposes `candidates` single swaps, the loss itself
+    chooses, so that it never rises. Only `whole_words` are tried: a prompt is read as exactly the tokens that were.
+    """
+    table = model.text_encoder.text_model.embeddings.token_embedding.weight
+    words = torch.tensor(whole_words(model.tokenizer), device=table.device)
+    ids, lowest = words[torch.randint(len(words), (length,), generator=generator).to(words.device)], None
+    for _ in range(steps):
+        X = table[ids][None].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(learned_contexts(model, templates, X)).sum(), X)
+        neighbours = torch.cat([ids[None], swaps(gradient[0], table, words, ids, candidates, generator)])
+        with torch.no_grad():
+            scores = loss(learned_contexts(model, templates, table[neighbours]))
+        ids, lowest = neighbours[scores.argmin()], scores.min().item()
+    found = " ".join(model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist())
+    return fill(templates, found), lowest
+
+
 def learned_tokens(
     victim: Victim,
     target: str,
@@ -193,37 +220,110 @@ def learned_tokens(
     sampling_steps: int = 20,
     guidance: float = 7.5,
 ) -> Found:
-    """A prefix of real words before the prompt that anybody could type, one for all templates.
+    """A prefix of real words before the prompt, one for all templates: UnlearnDiffAtk's threat model and loss.
 
         min over w_1 ... w_n   mean over samples of |eps_erased(x_t, t, clip("w_1 ... w_n a picture of a cat")) - eps|^2
 
-    UnlearnDiffAtk's threat model and loss. Its projected gradient is replaced by greedy coordinates (as in HotFlip and
-    GCG): the gradient proposes `candidates` single swaps, the loss itself chooses, the samples stay the same, so that
-    the loss never rises. Only `whole_words` are tried: the prompt that is reported is read as exactly these tokens.
-    ValueError as of `embed`.
+    Its projected gradient is replaced by `search`; the samples stay the same. ValueError as for `embed`.
     """
     start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     model, prompts = victim.erased, fill(templates, target)
     drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
-    fixed = add_noise(model, drawn, samples, generator)
-    table = model.text_encoder.text_model.embeddings.token_embedding.weight
-    words = torch.tensor(whole_words(model.tokenizer), device=table.device)
-    prefixed = [f"{{}} {prompt}" for prompt in prompts]
+    fixed = sampled(model, drawn, samples, generator)
 
-    def losses(prefixes: Tensor) -> Tensor:
-        return noise_loss(victim, fixed, learned_contexts(model, prefixed, table[prefixes]))
+    def loss(contexts: Tensor) -> Tensor:
+        return noise_loss(victim, fixed, contexts)
 
-    ids = words[torch.randint(len(words), (length,), generator=generator).to(words.device)]
-    loss = None
-    for _ in range(steps):
-        X = table[ids][None].clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(noise_loss(victim, fixed, learned_contexts(model, prefixed, X)).sum(), X)
-        neighbours = torch.cat([ids[None], swaps(gradient[0], table, words, ids, candidates, generator)])
-        with torch.no_grad():
-            scores = losses(neighbours)
-        ids, loss = neighbours[scores.argmin()], scores.min().item()
-    symbols = [model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist()]
-    prompts_found = [template.replace("{}", " ".join(symbols)) for template in prefixed]
+    found, lowest = search(model, [f"{{}} {p}" for p in prompts], loss, length, steps, candidates, generator)
     with torch.no_grad():
-        before = noise_loss(victim, fixed, model.encode(prompts)[None]).item()
-    return Found(model.encode(prompts_found), prompts_found, before, loss, time.perf_counter() - start)
+        before = loss(model.encode(prompts)[None]).item()
+    return Found(model.encode(found), found, before, lowest, time.perf_counter() - start)
+
+
+def prompting4debugging(
+    victim: Victim,
+    target: str,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    *,
+    length: int = 8,
+    steps: int = 15,
+    candidates: int = 8,
+    samples: int = 6,
+    images: int = 8,
+    sampling_steps: int = 20,
+    guidance: float = 7.5,
+) -> Found:
+    """P4D-N: a prompt of `length` words with which the erased model predicts what the original does with the target.
+
+        min over w_1 ... w_n   mean |eps_erased(x_t, t, clip("w_1 ... w_n")) - eps_original(x_t, t, clip(target))|^2
+
+    The goal is no true noise but the original's prediction. Its projected gradient is replaced by `search`.
+    """
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    model, prompts, before = victim.erased, fill(templates, target), Victim(victim.original, victim.original)
+    drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
+    fixed = sampled(model, drawn, samples, generator)
+    with torch.no_grad():
+        E = victim.original.encode(prompts)[torch.arange(samples) % len(prompts)]
+        fixed = Samples(fixed.latents, fixed.timesteps, before.noise(fixed.latents, fixed.timesteps, E))
+
+    def loss(contexts: Tensor) -> Tensor:
+        return noise_loss(victim, fixed, contexts)
+
+    found, lowest = search(model, ["{}"], loss, length, steps, candidates, generator)
+    with torch.no_grad():
+        plain = loss(model.encode(prompts)[None]).item()
+    return Found(model.encode(found), found, plain, lowest, time.perf_counter() - start)
+
+
+# Pairs of prompts with and without the concept, from which Ring-A-Bell takes its direction.
+PAIRS = ("a {}", "a photo of a {}", "a big {}", "{} on a table", "one {} and nothing else", "the {} of my friend")
+
+
+def ring_a_bell(
+    victim: Victim,
+    target: str,
+    templates: Sequence[str] = TEMPLATES,
+    seed: int = 0,
+    *,
+    without: str = "thing",
+    strength: float = 3.0,
+    length: int = 8,
+    steps: int = 30,
+    candidates: int = 16,
+) -> Found:
+    """Ring-A-Bell: real words whose context has the concept's direction in it. It never sees the erased U-Net.
+
+        c = mean over pairs of clip(with the concept) - clip(without it)
+        min over w_1 ... w_n   |clip("w_1 ... w_n") - (clip(prompt) + strength c)|^2        relative to |clip(prompt)|^2
+
+    The prompts name `without` in place of the target. The authors' genetic search is replaced by `search`.
+    """
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    model, plain = victim.original, fill(templates, without)
+    with torch.no_grad():
+        direction = (model.encode(fill(PAIRS, target)) - model.encode(fill(PAIRS, without))).mean(dim=0)
+        base = model.encode(plain)
+    goal = base + strength * direction
+
+    def loss(contexts: Tensor) -> Tensor:
+        return (contexts - goal).square().sum(dim=(1, 2, 3)) / base.square().sum()
+
+    found, lowest = search(model, ["{}"] * len(templates), loss, length, steps, candidates, generator)
+    with torch.no_grad():
+        before = loss(base[None]).item()
+    return Found(victim.erased.encode(found), found, before, lowest, time.perf_counter() - start)
+
+
+# --- All attacks -------------------------------------------------------------------------------------------------
+
+ATTACKS: dict[str, Callable[..., Found]] = {  # (victim, target, templates, seed, **options)
+    "revival": revival,
+    "embeddings": learned_embeddings,
+    "inversion": textual_inversion,
+    "tokens": learned_tokens,
+    "P4D": prompting4debugging,
+    "Ring-A-Bell": ring_a_bell,
+}
+RANDOM = ("inversion", "tokens", "P4D", "Ring-A-Bell")  # the seed decides what they find, for all images of one search

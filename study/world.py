@@ -1,0 +1,273 @@
+"""What is erased, and which pictures are drawn to see what became of it, and of everything else.
+
+    world = World(load_model("emoji"))
+    for case in cases(world, SCENARIOS["object"], Budget()): ...       # a prompt, a seed, what CLIP should see
+
+Groups of pictures:
+
+    erased                   the target in captions
+    near, listed             the nearest concepts among those that every eraser was told to preserve
+    near, unlisted           the nearest among those that none was told about: what generalises
+    others                   thirty more that none was told about
+    sentences                the target in sentences that no eraser was given
+    kept in sentences        near concepts and others in the same sentences
+    strange words            the target in sentences with words that not even the model has read
+    kept beside              the other thing in a picture of two; of a style, the thing that is drawn in it
+
+A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
+-strange.txt and -beside.txt; a preset without such files has no such group. Built on evaluate and weights.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cpe
+from loading.files import shipped
+from loading.prompts import Prompts, anchor_words, read_prompts
+from study import evaluate
+from token_space import TokenSpace, spectral_norm
+from weights import Model, load_clip
+
+GROUPS = (
+    "erased", "near, listed", "near, unlisted", "others",
+    "sentences", "kept in sentences", "strange words", "kept beside",
+)  # fmt: skip
+GONE = ("erased", "sentences", "strange words")  # these should not be recognised; all others should
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Targets erased at once, and the preset that trains CPE on them."""
+
+    targets: tuple[str, ...]
+    preset: str = "emoji"
+    aliases: tuple[str, ...] = ()  # other names, erased with the first target
+
+    @property
+    def style(self) -> bool:
+        """Whether a way of drawing is erased, not a thing."""
+        return self.preset.endswith("style")
+
+    def names(self, target: str) -> list[str]:
+        """A target and its aliases: those of a scenario belong to its first target."""
+        return [target, *(self.aliases if target == self.targets[0] else ())]
+
+
+TEN = (
+    "umbrella", "red heart", "santa claus", "pizza", "horse", "police car", "sunflower", "clown face", "banana", "owl",
+)  # fmt: skip
+FIFTY = (
+    *TEN, "tiger", "dog face", "pig face", "rabbit", "bear", "elephant", "frog", "shark", "butterfly", "spider",
+    "tulip", "cactus", "mushroom", "strawberry", "carrot", "lemon", "grapes", "hamburger", "ice cream", "cookie",
+    "birthday cake", "beer mug", "baseball", "basketball", "taxi", "fire engine", "bicycle", "airplane", "rocket",
+    "princess", "detective", "guard", "woman astronaut", "sun", "rainbow", "guitar", "green book", "skull", "alien",
+    "thinking face",
+)  # fmt: skip
+SCENARIOS = {
+    "object": Scenario(("umbrella",)),
+    "neighbours": Scenario(("red heart",)),
+    "person": Scenario(("santa claus",)),
+    "style": Scenario(("twemoji style",), "emoji-style"),
+    "10 at once": Scenario(TEN),
+    "50 at once": Scenario(FIFTY),
+}
+LONG = ("50 at once",)  # measured only where they are asked for by name
+ABLATION_SCENARIOS = {
+    "neighbours": SCENARIOS["neighbours"],
+    "shared word": Scenario(("cat face",)),
+    "shared colour": Scenario(("red apple",)),
+    "part of the name": Scenario(("santa claus",), aliases=("santa",)),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many images a cell draws, and how."""
+
+    erased: int = 16  # of the target; several targets share them, one each at least. As many in strange words
+    near: int = 2  # of each near concept
+    others: int = 1  # of each other concept
+    sentences: int = 32  # of the target; as many of what stays in sentences, and beside
+    attacked: int = 8  # of each attack; 0: no attacks
+    searches: int = 2  # of each attack that searches by chance, which share its images
+    steps: int = 12
+    guidance_scale: float = 4.0
+    method: str = "dpm"
+
+
+QUICK = Budget(erased=8, near=1, others=1, sentences=12, attacked=0, steps=10)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image: its group, prompt and seed, and what CLIP should see in it (an index of concepts or of styles)."""
+
+    group: str
+    prompt: str
+    seed: int
+    expected: int
+    judge: str = "concept"  # or "style", or "half": a concept in one half of the picture
+
+
+def sentences(preset: str, kind: str) -> list[str]:
+    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", "beside"); [] without such a file."""
+    path = shipped("prompts") / f"{preset}-{kind}.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+class World:
+    """A model, its judge, and the concepts and styles that it knows.
+
+    The judge is the CLIP of the folder or repository `clip`, else the model's own; UserError if there is none.
+    """
+
+    def __init__(self, model: Model, clip: str | None = None, preset: str = "emoji"):
+        self.model = model
+        self.clip, self.tokenizer = load_clip(clip, device=model.device) if clip else (model.clip, model.tokenizer)
+        self.concepts = read_prompts(preset).domain
+        self.styles = ("noto", "twemoji", "fluent", "blob") if preset.startswith("emoji") else ()
+        self.layers = cpe.Layers.of(model.cross_attention(), spectral_norm)
+        self.space = TokenSpace(self.layers)
+        self.colours = ("white", "blue", "yellow", "green", "pink")
+        self.features = evaluate.name_features(self.clip, self.tokenizer, self.concepts)
+        captions = [f"a picture of a {c}, {s} style" for c in self.concepts for s in self.styles or ("any",)]
+        self.captions = evaluate.text_features(self.clip, self.tokenizer, captions).unflatten(
+            0, (len(self.concepts), -1)
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that figures depend on: the model's networks, the judge, and a device that rounds otherwise."""
+        digest = hashlib.sha256(self.model.fingerprint.encode())
+        if self.model.device.type != "cpu":
+            digest.update(self.model.device.type.encode())
+        for network in (self.model.unet, self.model.vae, self.clip):
+            for tensor in network.state_dict().values():
+                digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Every third concept: no eraser is ever told of it, unless it is a target or a surrogate."""
+        return self.concepts[1::3]
+
+    def prompt(self, concept: str, i: int, style: str | None = None) -> str:
+        """The i-th prompt of a concept: styles and backgrounds take turns."""
+        if not self.styles:
+            return f"a photo of {concept}"
+        style = self.styles[i % len(self.styles)] if style is None else style
+        ground = f"a picture of a {concept} on a {self.colours[i // len(self.styles) % len(self.colours)]} background"
+        return f"{ground}, {style} style" if style else ground
+
+    def listed(self, scenario: Scenario) -> Prompts:
+        """The preset's templates, sentences for training among them, and anchor words: none names a target, an alias,
+        or what is held out.
+        """
+        prompts = read_prompts(scenario.preset)
+        frames = [*prompts.frames, *sentences(scenario.preset, "frames")]
+        prompts = dataclasses.replace(prompts, templates=[*prompts.templates, *frames], frames=[])
+        return anchor_words(prompts, [*scenario.targets, *scenario.aliases, *self.held_out])
+
+    def see(self, images: Tensor, judge: str) -> Tensor:
+        """What CLIP recognises in images [B, 3, H, W]: indices of concepts or of styles [B], of "half" [B, 2]."""
+        if judge == "style":
+            return evaluate.recognise_style(self.clip, images, self.captions)
+        if judge == "concept":
+            return evaluate.recognise(self.clip, images, self.features)
+        height, width = images.shape[2:]
+        middle = images[:, :, height // 4 : -(height // 4)]  # where two things stand side by side
+        halves = middle.unflatten(3, (2, -1)).unbind(dim=3)
+        large = [F.interpolate(half, (height, width), mode="bilinear") for half in halves]
+        return torch.stack([evaluate.recognise(self.clip, half, self.features) for half in large], dim=1)
+
+
+# --- The images of a scenario ------------------------------------------------------------------------------------
+
+Row = tuple[str, str, int, str]  # group, prompt, expected, judge
+
+
+def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
+    """All images of a scenario, each with a seed of its own. ValueError for a target that the world does not know."""
+    plain, said = (style_rows, style_sentences) if scenario.style else (concept_rows, concept_sentences)
+    rows = [*plain(world, scenario, budget), *said(world, scenario, budget)]
+    return [Case(group, prompt, seed, expected, judge) for seed, (group, prompt, expected, judge) in enumerate(rows)]
+
+
+def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
+    """Concepts of each group of captions, by number; the nearest to any of the targets first."""
+    targets = [world.concepts.index(name) for name in scenario.targets]
+    order = (world.features @ world.features[targets].T).amax(dim=1).argsort(descending=True).tolist()
+    rest, unlisted = [c for c in order if c not in targets], set(world.held_out)
+    fresh = [c for c in rest if world.concepts[c] in unlisted]
+    near = [c for c in rest if world.concepts[c] not in unlisted][:10]
+    others = list(evaluate.spread(fresh[10:], 30))
+    return dict(zip(GROUPS, (targets, near, fresh[:10], others), strict=False))
+
+
+def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
+    """Captions, when things are erased."""
+    each = (max(1, budget.erased // len(scenario.targets)), budget.near, budget.near, budget.others)
+    for (group, concepts), images in zip(members(world, scenario).items(), each, strict=True):
+        for n, c in enumerate(concepts):
+            for i in range(images):
+                yield group, world.prompt(world.concepts[c], n + i), c, "concept"
+
+
+def concept_sentences(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
+    """Sentences, when things are erased: targets and what stays take turns, as sentences do."""
+    targets, *kept = members(world, scenario).values()
+    stay = [c for group in zip(*(evaluate.spread(group, 10) for group in kept), strict=False) for c in group]
+    asked = (
+        ("sentences", "held-out", targets, max(budget.sentences, len(targets))),
+        ("kept in sentences", "held-out", stay, budget.sentences),
+        ("strange words", "strange", targets, max(budget.erased, len(targets))),
+    )
+    for group, kind, concepts, count in asked:
+        frames = sentences(scenario.preset, kind)
+        for i in range(count if frames else 0):
+            c = concepts[i % len(concepts)]
+            yield group, frames[i * len(frames) // count % len(frames)].replace("{}", world.concepts[c]), c, "concept"
+    frames = sentences(scenario.preset, "beside")
+    for i in range(budget.sentences if frames else 0):
+        c, other = targets[i % len(targets)], stay[i % len(stay)]
+        prompt = frames[i % len(frames)].replace("{}", world.concepts[c]).replace("{other}", world.concepts[other])
+        yield "kept beside", prompt, other, "half"
+
+
+def style_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
+    """Captions, when a style is erased: near are the other styles, others are things."""
+    erased = scenario.targets[0].removesuffix(" style")
+    kept = [style for style in world.styles if style != erased]
+    listed = [c for c in world.concepts if c not in world.held_out]
+    for i in range(budget.erased):
+        concept = world.held_out[3 * i % len(world.held_out)]
+        yield "erased", world.prompt(concept, i, erased), world.styles.index(erased), "style"
+    for group, concepts in (("near, listed", listed), ("near, unlisted", world.held_out)):
+        for i in range(10 * budget.near):
+            style = kept[i % len(kept)]
+            yield group, world.prompt(concepts[5 * i % len(concepts)], i, style), world.styles.index(style), "style"
+    for i, concept in enumerate(world.held_out[::2][:30]):
+        yield "others", world.prompt(concept, i, ""), world.concepts.index(concept), "concept"
+
+
+def style_sentences(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
+    """Sentences, when a style is erased: about a thing in that style, in another, and the thing itself."""
+    erased, things = scenario.targets[0].removesuffix(" style"), world.held_out
+    kept = [style for style in world.styles if style != erased]
+    for group, kind in (("sentences", "held-out"), ("strange words", "strange"), ("kept in sentences", "held-out")):
+        frames = sentences("emoji", kind)
+        for i in range(budget.sentences if frames else 0):
+            style = kept[i % len(kept)] if group == "kept in sentences" else erased
+            prompt = f"{frames[i % len(frames)].replace('{}', things[5 * i % len(things)])}, {style} style"
+            yield group, prompt, world.styles.index(style), "style"
+    for i in range(budget.sentences):
+        thing = things[7 * i % len(things)]
+        yield "kept beside", world.prompt(thing, i, erased), world.concepts.index(thing), "concept"

@@ -1,0 +1,268 @@
+"""The table's groups of pictures, its rows, and the command: sentences, two things in one, attacks, time."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import write_gates
+
+import erasers
+from loading.prompts import PRESETS, normalised, read_prompts
+from study import compare
+from study import erased as rows_of_table
+from study import world as worlds
+from study.attacks import Found
+from study.erased import MANY, METHODS, NONE, Erased, tuned
+from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, World, cases, sentences
+from weights import load_model
+
+SMALL = Budget(erased=2, near=1, others=1, sentences=4, attacked=0, steps=1, guidance_scale=1.0)
+SHORT = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_original):
+    return World(load_model(str(tiny_original)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def sentence_files(tmp_path, monkeypatch):
+    """Sentences for the embedded model, whichever stand in prompts/."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "emoji-held-out.txt").write_text("my {} in paris\nlook, a {}\n")
+    (folder / "emoji-strange.txt").write_text("# odd\na flabbergasted {}\n")
+    (folder / "emoji-beside.txt").write_text("a {} and a {other}\n")
+    (folder / "emoji-frames.txt").write_text("the {} of my aunt\n")
+    monkeypatch.setattr(worlds, "shipped", lambda _: folder)
+
+
+@pytest.mark.parametrize("name", ["object", "10 at once", "50 at once"])
+def test_images_are_of_the_groups_they_say(world, name, sentence_files):
+    scenario = SCENARIOS[name]
+    found = cases(world, scenario, Budget())
+    members = {group: {world.concepts[c.expected] for c in found if c.group == group} for group in GROUPS}
+    for group in GONE:
+        assert members[group] == set(scenario.targets)
+    assert not members["near, listed"] & set(world.held_out)
+    assert members["near, unlisted"] | members["others"] <= set(world.held_out)
+    assert len(members["near, listed"]) == len(members["near, unlisted"]) == 10
+    assert len(members["others"]) >= 20
+    assert len({c.seed for c in found}) == len(found)  # independent images: the intervals assume it
+    for a, b in (("near, listed", "others"), ("near, unlisted", "others"), ("erased", "near, listed")):
+        assert not members[a] & members[b]
+    for group in ("kept in sentences", "kept beside"):
+        assert not members[group] & set(scenario.targets)
+        assert all(members[group] & members[kind] for kind in ("near, listed", "near, unlisted", "others"))
+    beside = [c for c in found if c.group == "kept beside"]
+    assert all(world.concepts[c.expected] in c.prompt and c.judge == "half" for c in beside)
+    assert all(any(target in c.prompt for target in scenario.targets) for c in beside)
+
+
+def test_sentences_for_training_are_templates_and_no_others(world, sentence_files):
+    assert sentences("emoji", "held-out") == ["my {} in paris", "look, a {}"]
+    assert sentences("emoji", "strange") == ["a flabbergasted {}"]
+    assert sentences("celebrity", "strange") == []
+    templates = world.listed(SCENARIOS["object"]).templates
+    assert "the {} of my aunt" in templates
+    tried = {normalised(line) for kind in ("held-out", "strange", "beside") for line in sentences("emoji", kind)}
+    assert not tried & {normalised(template) for template in templates}
+
+
+def test_one_of_two_things_is_looked_for_in_both_halves(world):
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    seen = world.see(images, "half")
+    assert seen.shape == (3, 2)
+    mirrored = world.see(torch.cat([images[..., 16:], images[..., :16]], dim=-1), "half")
+    assert torch.equal(mirrored, seen.flip(1))
+    case = compare.Case("kept beside", "", 0, int(seen[0, 1]), "half")
+    assert compare.recognised(world, [case], images[:1]) == [True]
+    assert compare.recognised(world, [dataclasses.replace(case, expected=-1)], images[:1]) == [False]
+
+
+@pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, solved", "lora"])
+def test_every_kind_of_method_builds_and_counts_what_it_ships(world, name, monkeypatch):
+    short = dataclasses.replace(PRESETS["emoji"], **SHORT)
+    monkeypatch.setitem(PRESETS, "emoji", short)
+    scenario, k = Scenario(("umbrella", "red heart")), short.k
+    made = METHODS[name].build(world, scenario, 0)
+    W, d = world.layers.W, 16
+    L, widths = len(W), sum(len(w) for w in W.values())
+
+    def of_gates(r: int, k: int) -> int:
+        return 2 * (d * r + d + L * d * k + k * widths)
+
+    wanted = {"cpe": of_gates(short.r, k), "cpe, solved": of_gates(16, 8), "lora": 2 * k * (L * d + widths)}
+    assert made.parameters == wanted.get(name, widths * d)
+    assert made.bytes == 4 * made.parameters
+    assert (made.gates is None) == (not name.startswith("cpe"))
+    images = compare.draw(made.model, world.model.encode(["an umbrella"]), [0], made.gates, SMALL)
+    assert images.isfinite().all()
+
+
+def test_published_rows_are_the_authors_settings_and_bare_names(world, monkeypatch):
+    given = []
+    for name in ("rece", "speed"):
+        monkeypatch.setitem(erasers.ERASERS, name, lambda *all, **settings: given.append((all, settings)) or {})
+        METHODS[f"{name}, published"].build(world, SCENARIOS["10 at once"], 0)
+    assert [settings for _, settings in given] == [{"rounds": 1}, erasers.PUBLISHED["speed, many"]]
+    for (_, targets, _, preserved, _), _ in given:
+        assert targets == list(worlds.TEN)
+        assert set(preserved) <= {*read_prompts("emoji").general, *read_prompts("emoji").domain}
+
+
+def test_lora_learns_many_targets_in_more_steps(world, monkeypatch):
+    given = []
+    monkeypatch.setitem(erasers.ERASERS, "lora", lambda *all, **settings: given.append(settings["recipe"]) or {})
+    monkeypatch.setattr(rows_of_table, "anchors_of_gates", lambda world, scenario: [""])
+    METHODS["lora"].build(world, SCENARIOS["10 at once"], 0, **tuned(METHODS["lora"], SCENARIOS["10 at once"]))
+    for name in ("first_steps", "later_steps", "attack_steps"):
+        assert getattr(given[0], name) == 3 * getattr(PRESETS["emoji"], name)
+    assert given[0].lam == MANY["lora"]["lam"]
+
+
+def test_gates_are_trained_once_for_all_cells_that_need_them(world, monkeypatch):
+    monkeypatch.setitem(PRESETS, "emoji", dataclasses.replace(PRESETS["emoji"], **SHORT))
+    first, again = (METHODS["cpe"].build(world, SCENARIOS["object"], 0) for _ in range(2))
+    assert (first.spared, again.spared > 0) == (0, True)
+    assert all(torch.equal(a, b) for a, b in zip(first.gates.parameters(), again.gates.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["object", "style"])
+def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
+    """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""
+    scenario, asked = SCENARIOS[name], []
+    made = Erased(world.model.with_unet({}), torch.nn.Identity(), 0, 0)
+
+    def plain(victim, target, templates, seed):
+        assert (victim.original, victim.erased, victim.gates) == (world.model, made.model, made.gates)
+        asked.append((target, seed))
+        return Found(victim.original.encode([template.format(target) for template in templates]), [], None, None, 0.0)
+
+    known = world.styles if scenario.style else world.concepts
+    target = known.index(scenario.targets[0].removesuffix(" style"))
+
+    def see(images, judge):  # the first of a target, then something else
+        assert judge == ("style" if scenario.style else "concept")
+        return torch.tensor([target, *[(target + 1) % len(known)] * (len(images) - 1)])
+
+    def draw(model, contexts, seeds, gates, budget):
+        assert (model, gates) == (made.model, made.gates)
+        return torch.zeros(len(contexts), 3, 16, 16)
+
+    monkeypatch.setattr(compare, "ATTACKS", dict.fromkeys(("revival", "tokens"), plain))
+    monkeypatch.setattr(compare, "draw", draw)
+    monkeypatch.setattr(world, "see", see, raising=False)
+    found = compare.under_attack(world, scenario, made, dataclasses.replace(SMALL, attacked=4, searches=2), 0)
+    first = scenario.targets[0]
+    assert asked == [(first, 0), (first, 0), (first, 1)]  # tokens are searched for twice
+    assert found == {"revival": {"images": 4, "hits": 1}, "tokens": {"images": 4, "hits": 1}}
+
+
+def test_a_cell_counts_what_the_judge_sees(world, monkeypatch, sentence_files):
+    """Half of each group is recognised; strange words count only where the model itself draws the thing."""
+    scenario = SCENARIOS["object"]
+    rows = cases(world, scenario, SMALL)
+    half = {group: sum(case.group == group for case in rows) // 2 for group in GROUPS}
+    before = compare.Originals(world, scenario, SMALL)
+    before.hits = [case.group != "strange words" or i % 2 == 0 for i, case in enumerate(rows)]
+
+    def judged(world, all_cases, images):
+        left, answers = dict(half), []
+        for case in all_cases:
+            left[case.group] -= 1
+            answers.append(left[case.group] >= 0)
+        return answers
+
+    monkeypatch.setattr(compare, "recognised", judged)
+    figures = compare.figures_of(world, before, before.images)
+    odd = figures["groups"].pop("strange words")
+    assert odd["images"] == sum(case.group == "strange words" and i % 2 == 0 for i, case in enumerate(rows)) > 0
+    hits = {group: counts["hits"] for group, counts in figures["groups"].items()}
+    assert hits == {group: n for group, n in half.items() if group != "strange words"}
+    shares = [compare.share(group) for name, group in figures["groups"].items() if name not in GONE]
+    figures |= {"attacks": {}, "seconds": 0, "H": compare.harmonic(figures)}
+    said = compare.share(figures["groups"]["sentences"])
+    assert len(shares) == 5
+    assert figures["H"] == pytest.approx(3 / (1 / 0.5 + len(shares) / sum(shares) + 1 / (1 - said)))
+    assert compare.cells(figures)["erased"] == "50 (9–91)"  # Wilson's, of one of two
+    del figures["groups"]["sentences"]
+    assert compare.parts_of_H(figures)[:2] == [figures["groups"]["erased"]] * 2  # without them erasing counts twice
+
+
+def test_the_time_is_said_beforehand(world):
+    scenarios = {"object": SCENARIOS["object"]}
+    count = len(cases(world, SCENARIOS["object"], SMALL))
+    said = compare.forecast(world, scenarios, [], SMALL, 0)
+    assert said.startswith(f"1 cells, {count} images: about ")
+    list(compare.run(world, scenarios, [], SMALL))
+    assert compare.forecast(world, scenarios, [], SMALL, 0) == "every cell is on disk"
+    assert NONE.name == "none"
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--eraser", "magic"], "unknown eraser 'magic'"),
+        (["--scenario", "weather"], "unknown scenario 'weather': choose among \"object\""),
+        (["Brad Pitt"], "is not in prompts/emoji.txt"),
+        (["--preset", "celebrity"], "--preset goes with targets, and styles are judged"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(run, arguments, words):
+    code, said = run("compare", *arguments)
+    assert (code, said.count("\n")) == (2, 1)
+    assert words in said
+
+
+def test_the_command_draws_a_table_and_a_picture_and_writes_both(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("cli.compare.QUICK", SMALL)
+    files = ("--json", "x.json", "--markdown", "x.md")
+    code, said = run("compare", "--quick", "--eraser", "uce", "--eraser", "speed", *files)
+    assert code == 0, said
+    assert "3 cells" in said
+    assert (tmp_path / "x.json").is_file()
+    assert (tmp_path / "images" / "compare.png").is_file()
+    rows = [line.split("|")[1].strip() for line in (tmp_path / "x.md").read_text().splitlines()[4:7]]
+    assert rows == ["none", "uce", "speed"]
+
+
+def test_what_takes_an_hour_alone_runs_only_when_it_is_named(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare, "run", lambda world, scenarios, *more: asked.append(list(scenarios)) or iter(()))
+    monkeypatch.setattr(compare, "forecast", lambda *all: "")
+    assert run("compare")[0] == run("compare", "--scenario", "50 at once")[0] == 0
+    assert asked == [["object", "neighbours", "person", "style", "10 at once"], ["50 at once"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [(FloatingPointError("the loss became nan"), 2, "the loss became nan"), (KeyboardInterrupt(), 130, "goes on")],
+)
+def test_what_ends_a_comparison_is_said(run, monkeypatch, error, code, words):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(compare, "run", fail)
+    monkeypatch.setattr(compare, "forecast", lambda *all: "")
+    ended, said = run("compare", "--quick")
+    assert ended == code
+    assert words in said
+
+
+def test_gates_are_attacked_on_the_command_line(run, tmp_path, tiny_original):
+    gates = write_gates(tiny_original, tmp_path / "gates.safetensors")
+    code, said = run("attack", str(gates), "--with", "revival", "--steps", "1", "--guidance", "1")
+    assert code == 0, said
+    assert "revival" in said
+    assert (tmp_path / "images" / "attack.png").is_file()
+    code, said = run("attack", str(gates), "--with", "magic")
+    assert (code, "unknown attack 'magic'" in said) == (2, True)
