@@ -758,7 +758,9 @@ def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder, count: int = 6000) 
         part = scenes[i : i + 50]
         said = [((("",) + STYLES)[s.said_style + 1], (("",) + COLOURS)[s.said_colour + 1]) for s in part]
         ends = [
-            text_features(judge, [caption(names[s.things[at]], style=a, colour=b) for s, (a, b) in zip(part, said, strict=True)])
+            text_features(
+                judge, [caption(names[s.things[at]], style=a, colour=b) for s, (a, b) in zip(part, said, strict=True)]
+            )
             for at in (0, -1)
         ]
         goals.append(sum(ends) / 2)
@@ -1053,7 +1055,9 @@ def export() -> None:
     # The scale of latents is known once they are cached for the U-Net.
     scale = load_file(found(BUILD / "latents.safetensors", "unet"))["scale"].item()
     if not (OUT / "clip" / "model.safetensors").exists() or not (BUILD / "sentences.safetensors").exists():
-        write_model("clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model")  # else it has them joined
+        write_model(
+            "clip", trained("clip", clip.CLIP(clip_config())), clip_config(), "model"
+        )  # else it has them joined
     write_model("vae", trained("vae", vae.VAE(vae_config())), vae_config(scale))
     write_json(OUT / "scheduler" / "scheduler_config.json", schedule_config())
     parts = {

@@ -303,7 +303,7 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     assert ended(start(run_command, train(tiny_original, tmp_path / "alone.safetensors"), tmp_path / "fresh")) == 0
     shared, alone = ({path.name for path in folder.iterdir()} for folder in (cache, tmp_path / "fresh"))
     assert alone < shared
-    assert len(shared - alone) == 2  # the dog's, in templates and bare
+    assert len(shared - alone) == 3  # the dog's: in templates, bare, and sentences to check it with
     alone, shared = load_file(tmp_path / "alone.safetensors"), load_file(out / "heart.safetensors")
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
@@ -528,10 +528,7 @@ def test_a_name_that_is_too_long_is_found_before_the_work(tmp_path, folders):
     files.check_writable(tmp_path / folders / ("x" * 250 + ".json"))
     with pytest.raises(UserError, match=r"xx\.json could not be written: File name too long: .*choose another"):
         files.check_writable(tmp_path / folders / ("x" * 251 + ".json"))
-    (tmp_path / "link").symlink_to("x" * 256)
-    with pytest.raises(UserError, match="File name too long"):
-        files.check_writable(tmp_path / "link")
-    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_too_long_for_its_state_is_found_before_the_work(run, tmp_path):
