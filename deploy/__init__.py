@@ -1,0 +1,4 @@
+"""To use gates elsewhere.
+
+hooks.py    attach gates to the pipelines and networks of diffusers
+"""
