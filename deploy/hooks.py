@@ -53,9 +53,8 @@ def constants(gates: ResAG) -> ResAG:
 class Memory:
     """The gates of one network, and what they said of the last context.
 
-    A context is known again by being the same tensor at the same version; held here, no other takes its place in
-    memory. Tensors made in inference mode have no versions: these are known again until a projection asks a second
-    time, which begins another pass. Threads may share it: it is replaced as a whole.
+    A context is known again by being the same tensor at the same version. Tensors made in inference mode have none:
+    these are known again until a projection asks a second time. Threads may share it: it is replaced as a whole.
     """
 
     def __init__(self, gates: ResAG):
@@ -88,8 +87,7 @@ class Memory:
 class Layer:
     """The hooks of one `attn2`: in every pass, both of its projections must have run with their gates.
 
-    That sees whatever goes round them, known by name or not: a processor with projections of its own, fused ones.
-    `passes`, by thread: which projections ran, and what the gates said to the first.
+    That sees whatever goes round them, known by name or not. `passes`, by thread: which ran, what the gates said.
     """
 
     def __init__(self, path: str, memory: Memory):
@@ -163,18 +161,15 @@ class Network:
 class Refused:
     """Stands in a state dict for a weight that must not be copied without its gates; any use of it is a ValueError."""
 
-    def __getattr__(self, name: str) -> None:
+    def refuse(self, *_: object) -> None:
+        """ValueError, always."""
         raise ValueError(NOT_WEIGHTS)
 
-    def __reduce_ex__(self, protocol: int) -> None:
-        raise ValueError(NOT_WEIGHTS)
+    __getattr__ = __reduce_ex__ = refuse
 
 
 def withhold(layer: nn.Module, state: dict, prefix: str, *_: object) -> None:
-    """After `layer.state_dict()`: its keys stay, since loading a LoRA looks at them; its weights do not.
-
-    A tracer asks for the Parameters themselves and may have them: it runs the hooks.
-    """
+    """After `layer.state_dict()`: keys stay, for who loads a LoRA, and Parameters, for who traces; weights do not."""
     for key, value in state.items():
         mine = key.startswith(tuple(f"{prefix}{kind}." for kind in PROJECTIONS)) and ".lora_" not in key
         if mine and not isinstance(value, nn.Parameter):
@@ -233,15 +228,14 @@ def attach(model: object, gates: ResAG) -> None:
     """
     if not isinstance(gates, ResAG):
         raise ValueError("attach takes a ResAG: give a ContextGate the prompt's embeddings instead, or expand() it")
-    found = [(network, cross_attentions(network)) for network in networks(model)]
-    for network, layers in found:
-        check(layers, network, gates)
+    for network in networks(model):
+        check(cross_attentions(network), network, gates)
     detach(model)
     shares = dict(zip(gates.names, zip(gates.lora_down, gates.lora_up, strict=True), strict=True))
-    for network, layers in found:
+    for network in networks(model):
         memory, projections = Memory(gates), []
         network.register_forward_pre_hook(Network(projections))
-        for path, module in layers.items():
+        for path, module in cross_attentions(network).items():
             layer = Layer(path, memory)
             module.register_forward_pre_hook(layer.begin)
             module.register_forward_hook(layer.end)
@@ -253,10 +247,6 @@ def attach(model: object, gates: ResAG) -> None:
 
 def detach(model: object) -> None:
     """Take away what `attach` hung there, if anything, wherever a tool has carried it."""
-
-    def ours(hook: object) -> bool:
-        return hook is withhold or isinstance(getattr(hook, "__self__", hook), (Network, Layer, Projection))
-
-    for network in networks(model):
-        for module in network.modules():
-            unhook(module, ours)
+    ours = (Network, Layer, Projection)
+    for module in [module for network in networks(model) for module in network.modules()]:
+        unhook(module, lambda hook: hook is withhold or isinstance(getattr(hook, "__self__", hook), ours))
