@@ -1,0 +1,252 @@
+"""Gates on other people's networks: forward hooks on the U-Nets, ControlNets and motion U-Nets of diffusers.
+
+    attach(pipe, gates)      # every part of a pipeline that reads the prompt; or one network: attach(pipe.unet, gates)
+    detach(pipe)             # as before, to the bit; the weights were never touched
+
+Built on torch's hooks and nothing else: any tree of modules with layers `....attn2` whose `to_k` and `to_v` read the
+prompt will do. One rule holds, in every tool that users put around a network: **a network that has gates draws erased
+pictures, or raises**. So hooks follow layers that a tool replaces; every layer counts, in each pass, that both of its
+projections ran with their hooks; a state dict hands out no weights without their gates; and nothing is remembered while
+somebody records a graph. docs/hooks.md lists the tools: what works, what raises, and what to do instead.
+"""
+
+import copy
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from cpe import ResAG
+
+PROJECTIONS = ("to_k", "to_v")
+MOVING = threading.Lock()  # of hooks to another layer
+
+NOT_WEIGHTS = (
+    "gates are hooks, not weights: a copy of these weights would draw what they erase. detach() first and attach() to "
+    "the copy, or `bake` a model of plain weights; enable_sequential_cpu_offload() comes before attach()"
+)
+
+
+def recorded() -> bool:
+    """Whether a graph is being recorded, so that a tensor of before would become a constant of it."""
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+    return graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def thread() -> int:
+    """Who runs this pass: threads may share a network. In a compiled graph there is one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def constants(gates: ResAG) -> ResAG:
+    """The same gates, the same memory, but no parameters: a graph to be exported knows those of the network alone."""
+    twin = copy.deepcopy(gates)
+    for name, tensor in [*gates.named_parameters(recurse=False), *gates.named_buffers(recurse=False)]:
+        delattr(twin, name)
+        setattr(twin, name, tensor.detach())
+    return twin
+
+
+class Memory:
+    """The gates of one network, and what they said of the last context.
+
+    A context is known again by being the same tensor at the same version. Tensors made in inference mode have none:
+    these are known again until a projection asks a second time. Threads may share it: it is replaced as a whole.
+    """
+
+    def __init__(self, gates: ResAG):
+        self.gates, self.constants = gates, constants(gates)
+        self.kept = (None, [], None, {})  # a context, versions of it and the gates, its gated H, residuals asked for
+
+    def gated(self, context: Tensor) -> Tensor:
+        """s g H [N, B, T, d] of a context [B, T, d] of any dtype."""
+        gates = self.gates if self.learns(context) or not recorded() else self.constants
+        return gates.gated(context.to(gates.w_qs))
+
+    def residual(self, projection: "Projection", context: Tensor) -> Tensor:
+        """R_l(E) [B, T, d_l] of a context E [B, T, d], computed once."""
+        tensors = (context, *self.gates.parameters(), *self.gates.buffers())
+        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        known, before, gated, residuals = self.kept
+        again = None in versions and projection in residuals
+        if context is not known or versions != before or again:
+            gated, residuals = self.gated(context), {}
+            self.kept = (context, versions, gated, residuals)
+        if projection not in residuals:
+            residuals[projection] = projection.residual(gated, *projection.share)
+        return residuals[projection]
+
+    def learns(self, context: Tensor) -> bool:
+        """Whether gradients through the gates are wanted."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (context, *self.gates.parameters()))
+
+
+class Layer:
+    """The hooks of one `attn2`: in every pass, both of its projections must have run with their gates.
+
+    That sees whatever goes round them, known by name or not. `passes`, by thread: which ran, what the gates said.
+    """
+
+    def __init__(self, path: str, memory: Memory):
+        self.path, self.memory, self.passes = path, memory, {}
+
+    def begin(self, module: nn.Module, inputs: tuple) -> None:
+        """Before the layer: nothing has run."""
+        self.passes[thread()] = {}
+
+    def end(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """After the layer; ValueError if a projection did not run."""
+        if not self.passes.pop(thread(), {}).keys() >= set(PROJECTIONS):
+            processor = type(getattr(module, "processor", None)).__name__
+            raise ValueError(
+                f"the gates were not asked at {self.path}: {processor} does not call its to_k and to_v. Call "
+                "unfuse_qkv_projections() if they were fused, set_default_attn_processor() otherwise, or `bake` instead"
+            )
+
+
+class Projection:
+    """The hook of one `to_k` or `to_v`: W_l E becomes W_l E + R_l(E).
+
+    D_l and U_l are its attributes: torch.compile makes one graph for all blocks of a shape, not one for each number l.
+    """
+
+    def __init__(self, layer: Layer, kind: str, down: Tensor, up: Tensor):
+        self.layer, self.kind, self.share, self.constants = layer, kind, (down, up), (down.detach(), up.detach())
+        self.module = None  # that bears the hook
+
+    def follow(self, attention: nn.Module) -> None:
+        """Hang the hook on what is the projection now: PEFT wraps it, quantisers replace it."""
+        with MOVING:
+            for module in {*attention.modules(), self.module or attention}:
+                unhook(module, lambda hook: isinstance(hook, Projection) and hook.kind == self.kind)
+            self.module = getattr(attention, self.kind)
+            self.module.register_forward_hook(self)
+
+    def residual(self, gated: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """R_l(E) = sum_n s g H D_l U_l [B, T, d_l], as `ResAG.residual`."""
+        return torch.einsum("nbtk,nkw->btw", gated @ down.unsqueeze(1), up)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """What torch calls after the projection; the residual comes in the output's dtype."""
+        context, memory, ran = inputs[0], self.layer.memory, self.layer.passes.get(thread(), {})
+        ran[self.kind] = True
+        learns = memory.learns(context)
+        if not recorded() and not learns:
+            return output + memory.residual(self, context).to(output)
+        # What is remembered here lives for this layer only: a graph has to compute it, and backward frees it.
+        if ran.get("context") is not context:
+            ran["context"], ran["gated"] = context, memory.gated(context)
+        return output + self.residual(ran["gated"], *(self.share if learns else self.constants)).to(output)
+
+
+class Network:
+    """The hook of the whole: before every pass, hooks follow projections that were replaced."""
+
+    def __init__(self, projections: list[tuple[nn.Module, Projection]]):
+        self.projections = projections
+
+    def __call__(self, network: nn.Module, inputs: tuple) -> None:
+        """What torch calls; ValueError when a whole layer was replaced, or anything while torch.compile looks."""
+        for attention, hook in self.projections:
+            moved = getattr(attention, hook.kind) is not hook.module
+            if network.get_submodule(hook.layer.path) is not attention or (moved and torch.compiler.is_compiling()):
+                raise ValueError(f"{hook.layer.path} was replaced, and its gates are gone: call attach() again")
+            if moved:
+                hook.follow(attention)
+
+
+class Refused:
+    """Stands in a state dict for a weight that must not be copied without its gates; any use of it is a ValueError."""
+
+    def refuse(self, *_: object) -> None:
+        """ValueError, always."""
+        raise ValueError(NOT_WEIGHTS)
+
+    __getattr__ = __reduce_ex__ = refuse
+
+
+def withhold(layer: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    """After `layer.state_dict()`: keys stay, for who loads a LoRA, and Parameters, for who traces; weights do not."""
+    for key, value in state.items():
+        mine = key.startswith(tuple(f"{prefix}{kind}." for kind in PROJECTIONS)) and ".lora_" not in key
+        if mine and not isinstance(value, nn.Parameter):
+            state[key] = Refused()
+
+
+def cross_attentions(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that read the prompt, by path. Motion modules have an `attn2` that reads none."""
+    return {
+        path.replace("_orig_mod.", ""): module
+        for path, module in network.named_modules()
+        if all(isinstance(getattr(module, kind, None), nn.Module) for kind in PROJECTIONS)
+        and getattr(module, "is_cross_attention", path.endswith("attn2"))
+    }
+
+
+def networks(model: object) -> list[nn.Module]:
+    """What reads the prompt, of a pipeline or itself; ValueError if nothing does. What was compiled is forgotten."""
+    parts = model.components.values() if hasattr(model, "components") else [model]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    each = [getattr(net, "_orig_mod", net) for module in modules for net in getattr(module, "nets", [module])]
+    found = [net for net in each if cross_attentions(net)]
+    if not found:
+        raise ValueError("attach takes a pipeline or a network with layers `attn2` that read the prompt: this has none")
+    if "torch._dynamo" in sys.modules:  # what was compiled before would not notice hooks
+        torch.compiler.reset()
+    return found
+
+
+def unhook(module: nn.Module, ours: Callable[[object], bool]) -> None:
+    """Take away the hooks of a module that are ours."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._state_dict_hooks):
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
+            del hooks[key]
+
+
+def check(layers: dict[str, nn.Module], network: nn.Module, gates: ResAG) -> None:
+    """ValueError unless the gates are for this network. A ControlNet is one without the way up."""
+    found = {f"{path}.{kind}" for path in layers for kind in PROJECTIONS}
+    lower = {name for name in gates.names if not name.startswith("up_blocks.")}
+    wanted = set(gates.names) if hasattr(network, "up_blocks") or not lower else lower
+    if odd := sorted(found ^ wanted):
+        raise ValueError(f"these gates are of another model: {odd[0]} is in one of the two only")
+    for name in found:
+        layer = network.get_submodule(name)
+        shape = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+        if shape != (gates.w_qs.shape[1], gates.widths[name]):
+            raise ValueError(f"these gates are of another model: {name} has another shape")
+
+
+def attach(model: object, gates: ResAG) -> None:
+    """Erase from a diffusers pipeline, or from one network of it; N concepts at once if the gates are merged ones.
+
+    Gates attached before are replaced. ValueError when the gates are for another model, and then nothing has changed;
+    at the next call if a layer goes round them. A ContextGate needs no hooks: `prompt_embeds=gate(prompt_embeds)`.
+    """
+    if not isinstance(gates, ResAG):
+        raise ValueError("attach takes a ResAG: give a ContextGate the prompt's embeddings instead, or expand() it")
+    for network in networks(model):
+        check(cross_attentions(network), network, gates)
+    detach(model)
+    shares = dict(zip(gates.names, zip(gates.lora_down, gates.lora_up, strict=True), strict=True))
+    for network in networks(model):
+        memory, projections = Memory(gates), []
+        network.register_forward_pre_hook(Network(projections))
+        for path, module in cross_attentions(network).items():
+            layer = Layer(path, memory)
+            module.register_forward_pre_hook(layer.begin)
+            module.register_forward_hook(layer.end)
+            module.register_state_dict_post_hook(withhold)
+            for kind in PROJECTIONS:
+                projections.append((module, Projection(layer, kind, *shares[f"{path}.{kind}"])))
+                projections[-1][1].follow(module)
+
+
+def detach(model: object) -> None:
+    """Take away what `attach` hung there, if anything, wherever a tool has carried it."""
+    ours = (Network, Layer, Projection)
+    for module in [module for network in networks(model) for module in network.modules()]:
+        unhook(module, lambda hook: hook is withhold or isinstance(getattr(hook, "__self__", hook), ours))
