@@ -26,14 +26,14 @@ from pathlib import Path
 import sd14
 import torch
 
-import commands
-import old_cpe as cpe
+import cpe
 import weights
+from cli import main as run
 from loading import cache
-from loading.prompts import read_prompts
+from loading.prompts import prepare, read_prompts
 
 TRAIN = ["train", "--preset", "celebrity"]
-SHORT, WHOLE = ["--target", "Brad Pitt", "--steps-scale", "0.01"], ["--target", "Brad Pitt"]
+SHORT, WHOLE = ["Brad Pitt", "--steps-scale", "0.01"], ["Brad Pitt"]
 
 
 def child(folder: str, begun: float, more: list[str]) -> None:
@@ -47,14 +47,14 @@ def child(folder: str, begun: float, more: list[str]) -> None:
         seconds["encoding"] += time.time() - start
         return contexts
 
-    def timed_update(trainer):
-        report = update(trainer)
+    def timed_update(trainer, loss):
+        report = update(trainer, loss)
         seconds.setdefault("first step", time.time() - begun)
         return report
 
     weights.Model.encode, cpe.Trainer.update = timed_encode, timed_update
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
-        code = commands.main([*TRAIN, *more, "--model", folder, "--out", f"{out}/gate.safetensors"])
+        code = run([*TRAIN, *more, "--model", folder, "--out", f"{out}/gate.safetensors"])
     if code:
         raise SystemExit(code)
     first, encoding = seconds["first step"], seconds["encoding"]
@@ -66,9 +66,7 @@ def fill_cache(folder: Path) -> list[Path]:
     model = weights.load_model(folder, parts=("text_encoder",))
     model.encode = lambda prompts: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
     prompts = read_prompts("celebrity")
-    cpe.prepare(
-        cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: cache.cached_contexts(model, asked)
-    )
+    prepare(cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: cache.cached_contexts(model, asked))
     return sorted(cache.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
 
 
@@ -98,7 +96,7 @@ def main() -> None:
         print(f"\n{'':14}{'peak MiB':>10}{'first step, s':>14}{'encoding':>12}{'the rest':>12}{'all, s':>10}")
         if args.whole:
             row("cold, whole", args.folder, [*WHOLE, *options])
-            row("warm, whole", args.folder, ["--target", "Angelina Jolie", *options])
+            row("warm, whole", args.folder, ["Angelina Jolie", *options])
             return None
         files[-1].unlink()  # a chunk of 64 anchors
         row("encodes", args.folder, [*SHORT, *options])

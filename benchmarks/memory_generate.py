@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sd14
 
-import commands
+from cli import main as run
 
 
 def child(folder: str, dtype: str) -> None:
@@ -25,7 +25,7 @@ def child(folder: str, dtype: str) -> None:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         words = ["generate", "a red heart", "--model", folder, "--dtype", dtype, "--steps", "1"]
-        code = commands.main([*words, "--out", f"{out}/image.png"])
+        code = run([*words, "--out", f"{out}/image.png"])
     if code:
         raise SystemExit(code)
     print(f"{dtype:10}{sd14.peak() * 2**20 / 1e9:10.2f}{time.perf_counter() - begun:12.0f}")

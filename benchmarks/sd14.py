@@ -18,11 +18,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import old_cpe as cpe  # noqa: E402
+import cpe  # noqa: E402
 import weights  # noqa: E402
 from clip import TextEncoder  # noqa: E402
 from loading import configs, files  # noqa: E402
 from loading.parts import Undrawn  # noqa: E402
+from loading.prompts import parse_prompts  # noqa: E402
 from unet import UNet  # noqa: E402
 from vae import VAE  # noqa: E402
 
@@ -91,7 +92,7 @@ def cross_attention() -> dict[str, Tensor]:
 
 def data() -> cpe.Data:
     """Random contexts, as many as the celebrity preset has; tokens have norm sqrt(768), as after a LayerNorm."""
-    prompts = cpe.parse_prompts((ROOT / "prompts" / "celebrity.txt").read_text(encoding="utf-8"))
+    prompts = parse_prompts((ROOT / "prompts" / "celebrity.txt").read_text(encoding="utf-8"))
     templates = len(prompts.templates)
     anchors = 4 * (len(prompts.general) + cpe.PRESETS["celebrity"].nearest)
     contexts = torch.randn(2 * templates + 1, TOKENS, WIDTH)

@@ -756,7 +756,7 @@ def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder, count: int = 6000) 
     goals, states = [], []
     for i in range(0, count, 50):
         part = scenes[i : i + 50]
-        said = [((("",) + STYLES)[s.said_style + 1], (("",) + COLOURS)[s.said_colour + 1]) for s in part]
+        said = [(("", *STYLES)[s.said_style + 1], ("", *COLOURS)[s.said_colour + 1]) for s in part]
         ends = [
             text_features(
                 judge, [caption(names[s.things[at]], style=a, colour=b) for s, (a, b) in zip(part, said, strict=True)]
