@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py [--device cuda]
 
-Random weights and contexts. Prints milliseconds of an erasing step with the adversarial loss, of a step of attack, their
-ratios in one run, and how far the two losses are apart.
+Random weights and contexts. Prints milliseconds of an erasing step with the adversarial loss and of a step of attack,
+their ratios in one run, and how far the two losses are apart.
 """
 
 import argparse
