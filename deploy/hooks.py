@@ -3,11 +3,10 @@
     attach(pipe, gates)      # every part of a pipeline that reads the prompt; or one network: attach(pipe.unet, gates)
     detach(pipe)             # as before, to the bit; the weights were never touched
 
-Built on torch's hooks and nothing else: any tree of modules with layers `....attn2` whose `to_k` and `to_v` read the
-prompt will do. One rule holds, in every tool that users put around a network: **a network that has gates draws erased
-pictures, or raises**. So hooks follow layers that a tool replaces; every layer counts, in each pass, that both of its
-projections ran with their hooks; a state dict hands out no weights without their gates; and nothing is remembered while
-somebody records a graph. docs/hooks.md lists the tools: what works, what raises, and what to do instead.
+Built on torch's hooks alone: any tree of modules with layers `....attn2` whose `to_k` and `to_v` read the prompt will
+do. One rule holds: **a network that has gates draws erased pictures, or raises**. So hooks follow layers that a tool
+replaces; every layer counts, in each pass, that both of its projections ran with their hooks; a state dict hands out no
+weights without their gates; nothing is remembered while a graph is recorded. docs/hooks.md lists the tools.
 """
 
 import copy
@@ -23,7 +22,6 @@ from cpe import ResAG
 
 PROJECTIONS = ("to_k", "to_v")
 MOVING = threading.Lock()  # of hooks to another layer
-
 NOT_WEIGHTS = (
     "gates are hooks, not weights: a copy of these weights would draw what they erase. detach() first and attach() to "
     "the copy, or `bake` a model of plain weights; enable_sequential_cpu_offload() comes before attach()"
@@ -132,8 +130,7 @@ class Projection:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """What torch calls after the projection; the residual comes in the output's dtype."""
         context, memory, ran = inputs[0], self.layer.memory, self.layer.passes.get(thread(), {})
-        ran[self.kind] = True
-        learns = memory.learns(context)
+        ran[self.kind], learns = True, memory.learns(context)
         if not recorded() and not learns:
             return output + memory.residual(self, context).to(output)
         # What is remembered here lives for this layer only: a graph has to compute it, and backward frees it.
@@ -191,8 +188,7 @@ def networks(model: object) -> list[nn.Module]:
     parts = model.components.values() if hasattr(model, "components") else [model]
     modules = [part for part in parts if isinstance(part, nn.Module)]
     each = [getattr(net, "_orig_mod", net) for module in modules for net in getattr(module, "nets", [module])]
-    found = [net for net in each if cross_attentions(net)]
-    if not found:
+    if not (found := [net for net in each if cross_attentions(net)]):
         raise ValueError("attach takes a pipeline or a network with layers `attn2` that read the prompt: this has none")
     if "torch._dynamo" in sys.modules:  # what was compiled before would not notice hooks
         torch.compiler.reset()
@@ -208,6 +204,8 @@ def unhook(module: nn.Module, ours: Callable[[object], bool]) -> None:
 
 def check(layers: dict[str, nn.Module], network: nn.Module, gates: ResAG) -> None:
     """ValueError unless the gates are for this network. A ControlNet is one without the way up."""
+    if hasattr(network, "position_net"):
+        raise ValueError("GLIGEN reads phrases beside `attn2`, where gates do not see them: use a model without it")
     found = {f"{path}.{kind}" for path in layers for kind in PROJECTIONS}
     lower = {name for name in gates.names if not name.startswith("up_blocks.")}
     wanted = set(gates.names) if hasattr(network, "up_blocks") or not lower else lower

@@ -685,3 +685,7 @@ def test_a_unet_that_reads_the_prompt_elsewhere_is_refused(theirs):
     upscaler = type(theirs)(**reference.UNET, only_cross_attention=True)  # as SD's x4 upscaler: attn1 reads it, too
     with pytest.raises(ValueError, match=r"attn1\.to_k is in one of the two only"):
         hooks.attach(upscaler, open_gates(theirs))
+    theirs = copy.deepcopy(theirs)
+    theirs.position_net = nn.Identity()  # GLIGEN's, for phrases
+    with pytest.raises(ValueError, match="GLIGEN reads phrases"):
+        hooks.attach(theirs, open_gates(theirs))
