@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tiny import write_model
 
 from cli.main import main
 
+if not torch.cuda.is_available():
+    with suppress(ImportError):  # older torch
+        import card  # noqa: F401  torch counts devices at the first gradient, which may be another file's
 # Ctrl-C counts even where the tests were started in the background, with a shell that told them to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
