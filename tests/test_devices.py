@@ -18,8 +18,8 @@ import sampler
 import solve
 import weights
 from cli import check, targets, train
-from study import attacks
 from study.attacks import Victim
+from study.searches import ATTACKS
 from token_space import TokenSpace, spectral_norm
 
 STAND_IN = "card"
@@ -133,7 +133,7 @@ def test_noise_is_the_cpus(tiny_original, device, monkeypatch):
     assert torch.equal(*starts)
 
 
-@pytest.mark.parametrize("name", attacks.ATTACKS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_run_on_the_card(tiny_original, device, name):
     options = {
         "embeddings": {"steps": 2, "starts": 1},
@@ -149,7 +149,7 @@ def test_attacks_run_on_the_card(tiny_original, device, name):
             for U in gates.lora_up:
                 U += 0.1
         victim = Victim(model, model, gates)
-        found.append(attacks.ATTACKS[name](victim, "cat", ("a picture of a {}",), 0, **options).contexts)
+        found.append(ATTACKS[name](victim, "cat", ("a picture of a {}",), 0, **options).contexts)
     assert found[1].device.type == device
     if device == STAND_IN:  # by rounding, a search finds something else
         torch.testing.assert_close(found[1].cpu(), found[0], rtol=1e-3, atol=1e-3)

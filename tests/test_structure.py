@@ -31,8 +31,8 @@ EVERY_FILE = pytest.mark.parametrize("name", [name for name in FILES if name not
 
 
 def is_main(node: ast.AST) -> bool:
-    """Whether this is `if __name__ == "__main__":`."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+    """Whether this is `if __name__ == "__main__":`, or what is imported to name types alone."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
 
 
 def imported(tree: ast.AST) -> set[str]:

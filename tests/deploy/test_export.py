@@ -5,6 +5,7 @@ import torch
 
 import weights
 from deploy.export import PARTS, export
+from loading import parts
 from loading.files import UserError, load_tensors
 
 
@@ -26,9 +27,9 @@ def test_a_file_is_read_again_to_the_bit(tiny, tmp_path, monkeypatch):
     model = weights.load_model(tiny)
     export(model, tmp_path / "one.safetensors", torch.float32)
     # such a file says nothing of its sizes, which are then those of Stable Diffusion: here the tiny model's
-    monkeypatch.setattr(weights, "SD14_CONFIGS", {part: model.part(part).config for part in PARTS} | {"scheduler": {}})
+    monkeypatch.setattr(parts, "SD14_CONFIGS", {part: model.part(part).config for part in PARTS})
     for part in PARTS:
-        again = weights.ldm_part(tmp_path / "one.safetensors", part).load(torch.float32, torch.device("cpu"))
+        again = parts.ldm_part(tmp_path / "one.safetensors", part).load(torch.float32, torch.device("cpu"))
         for name, tensor in getattr(model, part).state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
 
