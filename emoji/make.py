@@ -55,7 +55,7 @@ import clip  # noqa: E402
 import sampler  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
-from loading.files import UserError  # noqa: E402
+from weights import UserError  # noqa: E402
 
 OUT = HERE  # where the model lies: --out
 BUILD = OUT / "build"  # and what it is made from
@@ -608,7 +608,8 @@ def train_clip(recipe: Recipe) -> None:
 # Sentences: CLIP, which has read captions, learns that a sentence means what its caption means.
 
 
-PAIRS = (50, 34, 8, 8)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
+JOINED = 6000  # texts that CLIP's projection is solved on
+PAIRS = (70, 20, 5, 5)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
 APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
 
 
@@ -643,6 +644,11 @@ class Scene:
     text: str
     said_style: int = -1
     said_colour: int = -1
+
+    def caption(self, thing: int) -> str:
+        """The caption of one thing that says as much of style and background."""
+        style, colour = ("", *STYLES)[self.said_style + 1], ("", *COLOURS)[self.said_colour + 1]
+        return caption(concepts()[thing], style=style, colour=colour)
 
 
 def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[int, ...], say: float = 0.6) -> Scene:
@@ -745,31 +751,24 @@ def train_sentences(recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder, count: int = 6000) -> None:
+def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder) -> None:
     """Give CLIP the text encoder for its text tower, and the projection that keeps the features its captions had.
 
     W minimises sum |W h - f|^2 over texts: h at EOS under the new tower; f of the caption under the old one, of two
     things the mean of both.
     """
     chance, sentences, names = random.Random(6), grammar.Grammar(concepts()), concepts()
-    scenes = [any_scene(chance, sentences, some_things(chance, i % len(names))) for i in range(count)]
-    goals, states = [], []
-    for i in range(0, count, 50):
-        part = scenes[i : i + 50]
-        said = [(("", *STYLES)[s.said_style + 1], ("", *COLOURS)[s.said_colour + 1]) for s in part]
-        ends = [
-            text_features(
-                judge, [caption(names[s.things[at]], style=a, colour=b) for s, (a, b) in zip(part, said, strict=True)]
-            )
-            for at in (0, -1)
-        ]
-        goals.append(sum(ends) / 2)
-        tokens = tokenizer()([s.text for s in part])
+    features, states = [], []
+    for _ in range(JOINED // 50):
+        scenes = [any_scene(chance, sentences, some_things(chance, chance.randrange(len(names)))) for _ in range(50)]
+        ends = ([scene.caption(scene.things[at]) for scene in scenes] for at in (0, -1))
+        features.append(sum(text_features(judge, captions) for captions in ends) / 2)
+        tokens = tokenizer()([scene.text for scene in scenes])
         eos = tokens.argmax(dim=1)
-        states.append(encoder(tokens[:, : int(eos.max()) + 1])[torch.arange(len(part)), eos])
-    h, f = torch.cat(states).double(), torch.cat(goals).double()
+        states.append(encoder(tokens[:, : int(eos.max()) + 1])[torch.arange(len(scenes)), eos])
+    h, f = torch.cat(states).double(), torch.cat(features).double()
     # W = F^T H (H^T H + r I)^-1; the ridge r only steadies the inverse
-    gram = h.T @ h + 1e-3 * count * torch.eye(h.shape[1])
+    gram = h.T @ h + 1e-3 * len(h) * torch.eye(h.shape[1])
     judge.text_projection.weight.copy_(torch.linalg.solve(gram, h.T @ f).T.float())
     judge.text_model.load_state_dict(encoder.text_model.state_dict())
 

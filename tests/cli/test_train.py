@@ -395,7 +395,7 @@ def test_the_state_of_an_unfinished_run_is_no_gate_file(run, monkeypatch):
     interrupt_at(monkeypatch, 3)
     run(*TRAIN)
     code, said = run("generate", "a cat", "gates/red-heart.state.safetensors")
-    assert (code, "not a gate file: it is the state of an unfinished run" in said) == (2, True)
+    assert (code, "the state of an unfinished run" in said) == (2, True)
 
 
 def test_resume_says_when_there_is_nothing_to_go_on_with(run):
