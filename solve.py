@@ -93,12 +93,13 @@ class Solver:
         covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
         sizes, directions = (part.to(tokens) for part in torch.linalg.eigh(covariance.cpu()))
         # Q = (E - mean) directions: without a bias, as E one = 1 at every token
-        w_qs = settings.temperature * directions[:, -settings.r :] / sizes[-settings.r :].sqrt().mean()
+        w_qs = settings.temperature * directions[:, -settings.r :] / sizes[-settings.r :].clamp(min=0).sqrt().mean()
         self.w_qs = w_qs - torch.outer(one, mean @ w_qs)
         # H of the anchors' tokens [n, d], and what each counts for [n], 1 in all
         self.spared = torch.cat([self.attended(part)[:, self.chosen] for part in anchors.split(64)]).flatten(0, 1)
         self.counted = self.counts.repeat(len(anchors)) / len(anchors)
-        self.mean, self.deviation = self.spared.mean(dim=0), self.spared.std(dim=0).clamp(min=1e-6)
+        self.mean, deviation = self.spared.mean(dim=0), self.spared.std(dim=0)
+        self.deviation = deviation.clamp(min=1e-3 * deviation.mean().item() + 1e-12)  # features that hardly vary
         self.standardised = (self.spared - self.mean) / self.deviation
         # mean_a h_a h_a^T: what a linear map would have to leave alone
         self.moment = (self.counted[:, None] * self.spared).T @ self.spared

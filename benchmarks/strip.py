@@ -1,6 +1,6 @@
 """Draw figures/strip.png, the picture of the README: before, with solved gates, and with UCE.
 
-    python benchmarks/strip.py
+python benchmarks/strip.py
 """
 
 import sys
