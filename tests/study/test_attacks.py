@@ -219,7 +219,7 @@ def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, V
 
 @pytest.mark.parametrize("kind", ["resag"])
 def test_learned_embeddings_undo_gates(kind: str, victims: dict[str, Victim]) -> None:
-    found, closed = attack("embeddings", victims[kind], steps=30), attack("revival", victims[kind])
+    found, closed = attack("embeddings", victims[kind], steps=120), attack("revival", victims[kind])
     assert found.after < 0.01 * found.before
     assert found.after < closed.after
 

@@ -100,7 +100,7 @@ def test_an_untouched_model_changes_nothing_and_a_ruined_one_everything(world):
     assert abs(figures["cmmd"]) < 1e-9
     assert pixels.dtype == torch.uint8
     ruined, _ = compare.measure(world, SCENARIOS["object"], Method("noisy", noisy), SMALL)
-    assert all(group["change"] > 0 for group in ruined["groups"].values())
+    assert all(group["change"] > 0 for group in ruined["groups"].values() if group["images"])
     assert ruined["cmmd"] > 0
     assert (ruined["parameters"], ruined["bytes"]) == (7, 28)
 
@@ -110,7 +110,7 @@ def test_a_model_with_another_text_encoder_reads_the_prompts_with_it(world):
     bias = torch.randn(16, generator=torch.Generator().manual_seed(0))
     erased = Erased(world.model.with_text_encoder({name: bias}), None, 0, 0)
     figures, _ = compare.measure(world, SCENARIOS["object"], Method("x", lambda *_: erased), SMALL)
-    assert all(group["change"] > 0 for group in figures["groups"].values())
+    assert all(group["change"] > 0 for group in figures["groups"].values() if group["images"])
 
 
 def test_images_of_what_is_erased_count_for_nothing_that_should_stay(world, monkeypatch):
