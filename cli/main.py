@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from cli import options
+from cli.options import COMMANDS, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong := check_command(arguments):
         complain(wrong)
         return 2
-    args = options.parse(arguments)
+    args = parse(arguments)
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
     try:
         return guarded(args)
@@ -50,11 +50,11 @@ def check_command(arguments: Sequence[str]) -> str:
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             return f"{text[:80]!r} is not text: it holds bytes that are no letters."
     name = arguments[0] if arguments else "--help"
-    if name in options.COMMANDS or name in ("--help", "-h", "--version"):
+    if name in COMMANDS or name in ("--help", "-h", "--version"):
         return ""
-    near = difflib.get_close_matches(name, options.COMMANDS, 1)
+    near = difflib.get_close_matches(name, COMMANDS, 1)
     return f"there is no command {name!r}: " + (
-        f"did you mean {near[0]}?" if near else f"choose among {', '.join(options.COMMANDS)}."
+        f"did you mean {near[0]}?" if near else f"choose among {', '.join(COMMANDS)}."
     )
 
 

@@ -17,8 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers import beyond, common
-from erasers.common import Weights, filled, finished, moment, one_each, projections, refit, tokens, trajectories
+from erasers.beyond import further
+from erasers.common import (
+    Weights,
+    filled,
+    finished,
+    moment,
+    one_each,
+    predict,
+    projections,
+    refit,
+    tokens,
+    trajectories,
+)
 from unet import Attention, UNet
 from weights import Model
 
@@ -65,7 +76,7 @@ def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tens
     with ExitStack() as hooks:
         for layer in unet.cross_attentions().values():
             hooks.callback(layer.register_forward_pre_hook(record).remove)
-        common.predict(unet, weights, latents, timestep, context)
+        predict(unet, weights, latents, timestep, context)
     return maps
 
 
@@ -173,7 +184,7 @@ def mace(
     generator, W = torch.Generator().manual_seed(seed), projections(model)
     kept = keep * moment(model, preserved, "all") + caption_weight * moment(model, captions, "all")
     both = zip(targets, one_each(surrogate, targets), strict=True)
-    found = [(C, beyond.further(C, G, eta)) for name, guide in both for C, G in around(model, templates, name, guide)]
+    found = [(C, further(C, G, eta)) for name, guide in both for C, G in around(model, templates, name, guide)]
     gram, cross = kept + sum(C.T @ C for C, _ in found), kept + sum(G.T @ C for C, G in found)
     # W' = (lam W + sum (W e_new) e_old^T + p M1) (lam I + sum e_old e_old^T + p M2)^-1
     refined = {key: refit(V, V @ cross, gram, lam) for key, V in W.items()}

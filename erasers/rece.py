@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from erasers import beyond
+from erasers.beyond import further
 from erasers.common import Weights, finished, moment, move, one_each, pairs, projections
 from weights import Model
 
@@ -41,9 +41,9 @@ def rece(
     original, surrogates = projections(model), one_each(surrogate, targets)
     named, empty = moment(model, preserved, "tail" if padding else "all"), moment(model, [""], "all")
     C, G = pairs(model, targets, surrogates, "tail")
-    edited = move(original, C, beyond.further(C, G, eta), named + empty, start[0], 1.0, start[1])
+    edited = move(original, C, further(C, G, eta), named + empty, start[0], 1.0, start[1])
     C, G = pairs(model, targets, surrogates, "all")
-    G, kept = beyond.further(C, G, eta), named + empty * (1 if preserved else len(targets))
+    G, kept = further(C, G, eta), named + empty * (1 if preserved else len(targets))
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)
     return finished(model, edited)

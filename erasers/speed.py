@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from erasers import beyond
+from erasers.beyond import further
 from erasers.common import Weights, finished, one_each, pairs, projections, tokens
 from weights import Model
 
@@ -83,7 +83,7 @@ def speed(
     which = "tail" if padding else "words" if targets == ["nudity"] else "last"
     C, G = pairs(model, targets, surrogates, which)
     # means over targets, or over all tokens where padding moves
-    n, G = len(C) if padding else len(targets), beyond.further(C, G, eta)
+    n, G = len(C) if padding else len(targets), further(C, G, eta)
     T, A = C.T @ C / n, G.T @ C / n
     empty = next(tokens(model, [""], "all"))
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])

@@ -7,7 +7,7 @@ the tokens of preserved prompts and the weights themselves change little. By def
 
 from collections.abc import Sequence
 
-from erasers import beyond
+from erasers.beyond import further
 from erasers.common import Weights, finished, moment, move, one_each, pairs, projections
 from weights import Model
 
@@ -25,4 +25,4 @@ def uce(
     which = "tail" if padding else "last"
     kept = moment(model, ["", *preserved], "all") if first else moment(model, preserved, which)
     C, G = pairs(model, targets, one_each(surrogate, targets), "tail" if first else which)
-    return finished(model, move(projections(model), C, beyond.further(C, G, eta), kept, lam, s_e, s_p))
+    return finished(model, move(projections(model), C, further(C, G, eta), kept, lam, s_e, s_p))
