@@ -100,6 +100,7 @@ def published(eraser: str) -> Callable[..., Erased]:
     """A builder for an eraser as its authors publish it: bare names, their settings, and nothing else."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
+        """The model with its weights edited; a setting given here goes before the published one."""
         kinds = [f"{eraser}, {'style' if scenario.style else 'object'}"]
         kinds += [f"{eraser}, many"] * (len(scenario.targets) > 1)
         for kind in (eraser, *kinds):
