@@ -19,8 +19,6 @@ from loading.prompts import normalised, read_prompts
 from study import evaluate
 
 SEEDS = 4  # pictures of every prompt that are judged
-SENTENCES = ["my favourite {}", "draw me a big {}", "two {}s side by side"]  # where there is no file of them
-BESIDE = ["a crab and a {}", "a {} and a dog face"]
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -78,8 +76,8 @@ def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
     things = [thing for thing in nearest(target, model, 9) if normalised(thing) != normalised(target)]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
-        "sentences": (of_file("emoji-held-out") or SENTENCES)[:3],
-        "beside another": (of_file("emoji-beside") or BESIDE)[:2],
+        "sentences": of_file("emoji-held-out")[:3],
+        "beside another": [line.replace("{other}", things[-1]) for line in of_file("emoji-beside")[:2]],
     }
     cases = [(group, line.replace("{}", target), target) for group, some in lines.items() for line in some]
     near = [("neighbours", f"a picture of a {thing}", thing) for thing in (*things[:3], things[-1])]

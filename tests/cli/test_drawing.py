@@ -337,6 +337,14 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, tmp_path):
     assert "kept    images/demo-crab.safetensors" in run("demo", "Crab", "--steps", "1", "--guidance", "1", model="")[1]
 
 
+def test_the_prompts_of_the_demo_are_filled_in():
+    cases = demo.pictures("red heart", "emoji")
+    assert len(cases) == 12
+    beside = [prompt for group, prompt, _ in cases if group == "beside another"]
+    assert all("red heart" in prompt and cases[-1][2] in prompt for prompt in beside)
+    assert not [prompt for _, prompt, _ in cases if "{" in prompt]
+
+
 def test_the_demo_erases_a_thing_that_the_model_knows(run):
     code, said = run("demo", "blob style", model="")
     assert (code, "the demo erases one thing that the model knows: python cpe.py list" in said) == (2, True)
