@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet import Upsample, conv3
+
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def conv3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the side of the image."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -35,14 +32,13 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]; the shortcut is a 1x1 convolution where the two differ."""
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over pixels, [B, c, h, w] -> [B, c, h, w]."""
+    """Single-head self-attention: every pixel looks at every other, [B, c, h, w] -> [B, c, h, w]."""
 
     attend = staticmethod(F.scaled_dot_product_attention)
 
@@ -55,7 +51,6 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every pixel looks at every other, added to x [B, c, h, w] -> [B, c, h, w]."""
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
@@ -64,31 +59,18 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side; the original pads the right and the lower edge only, by (0, 1, 0, 1)."""
+    """Halve the side; the original pads the right and the lower edge only. [B, c, h, w] -> [B, c, h/2, w/2]."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, h/2, w/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, 2h, 2w]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class MidBlock(nn.Module):
-    """ResNet, attention, ResNet, at the lowest resolution."""
+    """ResNet, attention, ResNet, [B, c, h, w] -> [B, c, h, w]; of both halves, the only block with attention."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -96,19 +78,20 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, c, h, w] -> [B, c, h, w]; of both halves, the only block with attention."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Block(nn.Module):
-    """`layers` ResNets, then an optional change of resolution (`downsamplers` or `upsamplers`)."""
+    """`layers` ResNets, then an optional change of resolution (`downsamplers` or `upsamplers`).
+
+    [B, inputs, h, w] -> [B, outputs, h, w], at half or twice the side where there is one.
+    """
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w], at half or twice the side if it ends with a change of resolution."""
         for resnet in self.resnets:
             x = resnet(x)
         for resize in getattr(self, "downsamplers", getattr(self, "upsamplers", ())):
@@ -117,7 +100,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2c, h, w] before `quant_conv`."""
+    """Images [B, 3, H, W] in [-1, 1] -> moments [B, 2c, h, w], mean and log-variance, before `quant_conv`."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -134,7 +117,6 @@ class Encoder(nn.Module):
         self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> moments [B, 2c, h, w], mean and log-variance one after the other."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -142,7 +124,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, c, h, w] after `post_quant_conv` -> images [B, 3, H, W]."""
+    """Latents [B, c, h, w] after `post_quant_conv` -> images [B, 3, H, W], about [-1, 1]."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -159,7 +141,6 @@ class Decoder(nn.Module):
         self.conv_out = conv3(channels[-1], config["out_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1]."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)

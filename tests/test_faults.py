@@ -35,7 +35,7 @@ import weights
 from cli import check, common, demo, main, runs, targets
 from cli import generate as drawing
 from cli import train as training
-from loading import cache, files
+from loading import files
 from loading.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -705,15 +705,6 @@ def test_a_tokenizer_of_another_model_is_named(tiny):
     files.write_text(tiny / "tokenizer/vocab.json", json.dumps(vocabulary | {"<|endoftext|>": 10**6}))
     with pytest.raises(UserError, match=r"tokenizer is of another model"):
         weights.load_model(tiny).encode(["a cat"])
-
-
-def test_a_cached_context_of_another_shape_is_made_anew(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
-    model = weights.load_model(tiny)
-    good = cache.cached_contexts(model, ["a cat"])
-    (path,) = (p for p in cache.cache_folder().iterdir() if torch.equal(load_file(p)["contexts"], good))
-    save_file({"contexts": good[:, :5]}, path)
-    assert torch.equal(cache.cached_contexts(model, ["a cat"]), good)
 
 
 def test_more_steps_than_the_schedule_has_are_refused(run, tiny_original):
