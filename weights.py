@@ -169,11 +169,12 @@ class Model:
         """
         part = self.part("unet")
         matrices = ("to_q", "to_k", "to_v", "to_out.0")
-        names = [f"{path}.{matrix}.weight" for path in part.empty().cross_attentions() for matrix in matrices]
+        unet = part.empty()
+        names = [f"{path}.{matrix}.weight" for path in unet.cross_attentions() for matrix in matrices]
         if "unet" in self.__dict__:
             state = self.unet.state_dict()
             return {name: state[name].to(dtype) for name in names}
-        return dict(part.read(dtype, self.device, names))
+        return dict(part.read(unet, dtype, self.device, names))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -182,7 +183,8 @@ class Model:
         See `fingerprint_of`; takes half a second for SD 1.4. The U-Net stays out: its fine-tunes share the text
         encoder, and gates carry over to them.
         """
-        return fingerprint_of(self.part("text_encoder").read(torch.float16, torch.device("cpu")))
+        part = self.part("text_encoder")
+        return fingerprint_of(part.read(part.empty(), torch.float16, torch.device("cpu")))
 
 
 # --- Finding models ----------------------------------------------------------------------------------------------
@@ -315,7 +317,8 @@ def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor
     if state is None and model.path.is_dir():
         shutil.copyfile(part.path, target)
         return
-    state = dict(part.read(model.dtype, torch.device("cpu"))) if state is None else state
-    if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in part.empty().state_dict().items()}:
+    module = part.empty()
+    state = dict(part.read(module, model.dtype, torch.device("cpu"))) if state is None else state
+    if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in module.state_dict().items()}:
         raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
     files.save_tensors(target, state)

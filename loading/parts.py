@@ -96,13 +96,13 @@ class Part:
         return keys
 
     def read(
-        self, dtype: torch.dtype, device: torch.device, wanted: Iterable[str] | None = None
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Iterable[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The network's tensors, or those `wanted`, by name, one after another. UserError as for `check`.
+        """The tensors of the `empty` module, or those `wanted`, by name, one after another. UserError as for `check`.
 
         On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
         """
-        expected = self.empty().state_dict()
+        expected = module.state_dict()
         keys = self.check(expected)
         for name in sorted(expected) if wanted is None else wanted:
             # Opened anew for each, so that what was read only to be converted does not stay in memory.
@@ -113,7 +113,7 @@ class Part:
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""
         module = self.empty()
-        module.load_state_dict(dict(self.read(dtype, device)), strict=True, assign=True)
+        module.load_state_dict(dict(self.read(module, dtype, device)), strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
 

@@ -406,12 +406,14 @@ def test_a_twin_with_another_text_encoder_says_so(tiny, tmp_path):
 # --- Models as they come -----------------------------------------------------------------------------------------
 
 
-def test_a_local_folder_of_a_short_name_is_not_shadowed(tiny, tmp_path, monkeypatch):
+def test_a_local_folder_of_a_short_name_is_not_shadowed(tiny, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     assert weights.expected_unet("sd14").config["sample_size"] == 64
     tiny.rename("sd14")
     assert load_model("sd14").unet.config["sample_size"] == 4
-    assert weights.expected_unet("sd14").config["sample_size"] == 4  # what gates must fit
+    reference.write_gates(Path("sd14"), Path("x.safetensors"))
+    code, said = run("inspect", "a cat", "x.safetensors", "--model", "sd14")  # its gates fit
+    assert code == 0, said
     Path("emoji").mkdir()  # which is no model
     for _ in range(2):
         assert load_model("emoji").unet.config == files.read_json(ROOT / "emoji/unet/config.json")
@@ -434,12 +436,15 @@ def test_another_variant_of_the_weights_is_named(tiny, variant):
 
 
 def test_a_lora_that_is_not_merged_is_named(tiny):
-    tensors = {
-        name.replace("to_q.", "to_q.base_layer."): tensor for name, tensor in load_file(tiny / UNET_FILE).items()
-    }
-    save_file(tensors | {"mid_block.to_q.lora_A.default.weight": torch.zeros(2, 2)}, tiny / UNET_FILE)
-    with pytest.raises(UserError, match=r"holds a LoRA that is not merged: .*fuse_lora"):
-        _ = load_model(tiny).unet
+    whole, lora = load_file(tiny / UNET_FILE), torch.zeros(2, 2)
+    wrapped = {name.replace("to_q.", "to_q.base_layer."): tensor for name, tensor in whole.items()}
+    for tensors in (  # of peft, and of diffusers before it used peft
+        wrapped | {"mid_block.to_q.lora_A.default.weight": lora, "mid_block.to_q.lora_B.default.weight": lora.clone()},
+        whole | {"mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_q_lora.down.weight": lora},
+    ):
+        save_file(tensors, tiny / UNET_FILE)
+        with pytest.raises(UserError, match=r"holds a LoRA that is not merged: .*fuse_lora"):
+            _ = load_model(tiny).unet
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, tiny / "alone.safetensors")
     with pytest.raises(UserError, match="It is a LoRA: fuse it into its model"):
         load_model(tiny / "alone.safetensors")

@@ -227,6 +227,19 @@ def test_where_our_samplers_go_another_way_a_warning_says_so(tiny, key, value, w
     assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
 
 
+# As folders of latent consistency models have it.
+LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+
+
+@pytest.mark.parametrize("said", [LCM, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}])
+def test_a_folder_of_another_sampler_is_drawn_from(tiny, run, said):
+    write_scheduler(tiny, SD14_CONFIGS["scheduler"] | said)
+    with pytest.warns(UserWarning, match="another sampler's way; images are drawn with the --sampler's own"):
+        code, printed = run(*reference.generate(tiny, Path("x.png")))
+    assert code == 0, printed
+    assert Path("x.png").exists()
+
+
 def test_a_small_unet_of_an_old_diffusers_draws_at_64(tiny):
     change(tiny, "unet", _diffusers_version="0.9.0")
     assert load_model(tiny).unet.config["sample_size"] == 4
@@ -295,6 +308,17 @@ def test_schedulers_become_what_diffusers_pipeline_makes_of_them(tiny, tmp_path,
     ours = load_model(folder).schedule.config
     for key in ("clip_sample", "set_alpha_to_one", "steps_offset"):
         assert theirs.get(key, False) == ours[key]
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # ours and theirs, of what they change
+@pytest.mark.parametrize("version", ["0.2.2", "0.7.0.dev0", "0.8.1", "0.9.0.dev0", "0.9.0", "0.10.2", "1.0.0"])
+def test_unets_of_every_age_become_what_diffusers_pipeline_makes_of_them(tiny, tmp_path, version):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    folder = weights.save_model(load_model(tiny), tmp_path / "ours")
+    change(folder, "unet", _diffusers_version=version)
+    theirs = pipeline.from_pretrained(folder, local_files_only=True).unet.config
+    assert load_model(folder).unet.config["sample_size"] == theirs.sample_size
 
 
 @pytest.mark.oracle
