@@ -56,24 +56,27 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with the timestep added in between, [B, inputs, h, w] -> [B, outputs, h, w].
+    """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w].
 
-    `time` is [B, e] after its SiLU, or of fewer images: see `rows`.
+    In between, the timestep is added: `time` [B, e] after its SiLU, or of fewer images (see `rows`). The autoencoder,
+    whose blocks these are too, knows no time: there `time_width` e is 0.
     """
 
-    def __init__(self, inputs: int, outputs: int, time_width: int, groups: int):
+    def __init__(self, inputs: int, outputs: int, groups: int, time_width: int = 0, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = conv3(inputs, outputs)
-        self.time_emb_proj = nn.Linear(time_width, outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
         self.conv2 = conv3(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
+        if time is not None:
+            y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -152,11 +155,13 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """One transformer block over the pixels of a feature map, [B, C, h, w] -> [rows of kv, C, h, w]."""
 
-    def __init__(self, channels: int, context_width: int, heads: int, groups: int):
+    def __init__(self, channels: int, config: dict):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config["norm_num_groups"], channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
+        # SD 1.x configs call the NUMBER of heads attention_head_dim.
+        block = TransformerBlock(channels, config["cross_attention_dim"], heads=config["attention_head_dim"])
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
@@ -196,12 +201,10 @@ class Block(nn.Module):
 
     def __init__(self, inputs: list[int], outputs: int, config: dict, cross: bool):
         super().__init__()
-        time_width, groups = 4 * config["block_out_channels"][0], config["norm_num_groups"]
-        self.resnets = nn.ModuleList(ResnetBlock(c, outputs, time_width, groups) for c in inputs)
+        groups, time_width = config["norm_num_groups"], 4 * config["block_out_channels"][0]
+        self.resnets = nn.ModuleList(ResnetBlock(c, outputs, groups, time_width) for c in inputs)
         if cross:
-            # SD 1.x configs call the NUMBER of heads attention_head_dim.
-            width, heads = config["cross_attention_dim"], config["attention_head_dim"]
-            self.attentions = nn.ModuleList(Transformer(outputs, width, heads, groups) for _ in inputs)
+            self.attentions = nn.ModuleList(Transformer(outputs, config) for _ in inputs)
 
     def down(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
         """Downward half, x [B, C, h, w] -> [B, outputs, h, w], half the side where the level ends with a downsampler.
@@ -237,10 +240,9 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, config: dict):
         super().__init__()
-        time_width, groups = 4 * config["block_out_channels"][0], config["norm_num_groups"]
-        width, heads = config["cross_attention_dim"], config["attention_head_dim"]
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_width, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(channels, width, heads, groups)])
+        groups, time_width = config["norm_num_groups"], 4 * config["block_out_channels"][0]
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, time_width) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(channels, config)])
 
     def forward(self, x: Tensor, time: Tensor, kv: KeysValues) -> Tensor:
         x = self.resnets[0](x, time)

@@ -4,37 +4,16 @@ Built from the `vae/config.json` of a model in the diffusers layout (`Autoencode
 checkpoint's keys. Nothing about erasure happens here; read this file last.
 
 Shapes: B images, 3 colour channels in [-1, 1], H x W pixels, c latent channels, h = H/8, w = W/8.
-Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1. Every GroupNorm has eps 1e-6.
+Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Upsample, conv3
+from unet import ResnetBlock, Upsample, conv3
 
-
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-class ResnetBlock(nn.Module):
-    """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w]."""
-
-    def __init__(self, inputs: int, outputs: int, groups: int):
-        super().__init__()
-        self.norm1 = group_norm(groups, inputs)
-        self.conv1 = conv3(inputs, outputs)
-        self.norm2 = group_norm(groups, outputs)
-        self.conv2 = conv3(outputs, outputs)
-        if inputs != outputs:
-            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+EPS = 1e-6  # of every GroupNorm here; torch's default is 1e-5
 
 
 class Attention(nn.Module):
@@ -44,7 +23,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = group_norm(groups, channels)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -74,7 +53,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, eps=EPS) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +68,8 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
+        widths = [inputs] + [outputs] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(width, outputs, groups, eps=EPS) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
@@ -113,7 +93,7 @@ class Encoder(nn.Module):
         for block, width in zip(self.down_blocks[:-1], channels, strict=False):
             block.downsamplers = nn.ModuleList([Downsample(width)])
         self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +117,7 @@ class Decoder(nn.Module):
         )
         for block, width in zip(self.up_blocks[:-1], channels, strict=False):
             block.upsamplers = nn.ModuleList([Upsample(width)])
-        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = conv3(channels[-1], config["out_channels"])
 
     def forward(self, x: Tensor) -> Tensor:

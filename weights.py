@@ -13,7 +13,7 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -269,22 +269,19 @@ def load_clip(
 # --- Writing models ----------------------------------------------------------------------------------------------
 
 
-def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
-    """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
+def save_model(model: Model, folder: str | Path) -> Path:
+    """Write a model, as it is after `with_unet` or `with_text_encoder`, in the diffusers layout.
 
-    Parts edited by `with_unet` or `with_text_encoder` are written as they are. The folder appears when it is complete,
-    and not before. UserError when it exists already or cannot be written, or a file of the model cannot be read;
-    ValueError for a part that no model has, or tensors that are not that part's.
+    The folder appears when it is complete, and not before. UserError when it exists already or cannot be written, or a
+    file of the model cannot be read.
     """
-    if changed.keys() - PARTS.keys():
-        raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
     folder = Path(folder)
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already: choose another name")
     temporary = files.temporary_name(folder)
     try:
         for part in ("text_encoder", "unet", "vae", *["clip"] * model.has_clip):
-            write_part(model, part, temporary / part, changed.get(part))
+            write_part(model, part, temporary / part)
         (temporary / "tokenizer").mkdir()
         for path in tokenizer_files(model.tokenizer_folder):
             shutil.copyfile(path, temporary / "tokenizer" / path.name)
@@ -304,21 +301,13 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
     return folder
 
 
-def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    """One network of a model: its file as it is, unless its tensors changed or lie among others.
-
-    ValueError for a `state` whose names or shapes are not those of the network.
-    """
-    part = model.part(name)
-    if state is None and name in model.edits:
-        state = getattr(model, name).state_dict()
+def write_part(model: Model, name: str, folder: Path) -> None:
+    """One network of a model: its file as it is, unless it was edited, or lies in one file with the others."""
+    part, target = model.part(name), folder / f"{PARTS[name][1]}.safetensors"
     files.write_text(folder / "config.json", json.dumps(part.config, indent=2))
-    target = folder / f"{PARTS[name][1]}.safetensors"
-    if state is None and model.path.is_dir():
+    if name in model.edits:
+        files.save_tensors(target, getattr(model, name).state_dict())
+    elif model.path.is_dir():
         shutil.copyfile(part.path, target)
-        return
-    module = part.empty()
-    state = dict(part.read(module, model.dtype, torch.device("cpu"))) if state is None else state
-    if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in module.state_dict().items()}:
-        raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
-    files.save_tensors(target, state)
+    else:
+        files.save_tensors(target, dict(part.read(part.empty(), model.dtype, torch.device("cpu"))))

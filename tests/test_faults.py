@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -215,14 +214,14 @@ def of_lines(command: str, lines: Path, model: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_many_lines_killed_at_any_step_go_on_bit_for_bit(folder_of, tmp_path, command, name, kills):
     lines, cache, changes = tmp_path / "lines.txt", tmp_path / "cache", FORKSERVER.Value("i")
-    lines.write_text("red heart\ndog face\ncat\nhouse\ntree\n")
+    lines.write_text("red heart\ndog face\ncat\n")  # a first, one between, a last
     whole, again, out = (tmp_path / place for place in ("whole", "again", "out"))
     whole_run, again_run, run = (of_lines(command, lines, folder_of(name), path) for path in (whole, again, out))
     assert ended(start(run_command, whole_run, cache)) == 0
     assert ended(start(run_command, again_run, cache, changes)) == 0
     expected = contents(whole)
     assert contents(again) == expected
-    assert len(expected) == 5
+    assert len(expected) == 3
     moments, went_on, code = spread(changes.value, kills), 0, -signal.SIGKILL
     while moments or code:
         went_on += out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
@@ -479,16 +478,19 @@ def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted
     assert run(drawing)[0] == 0
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-"])
-def test_work_goes_on_where_nobody_can_be_told_of_it(tiny_original, tmp_path, redirection):
-    command = [sys.executable, str(ROOT / "cpe.py"), *train(tiny_original, Path("x.safetensors"))]
-    line = f"{shlex.join(command)} {redirection}"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 0, done.stderr
+def run_unheard(arguments: list[str]) -> None:
+    """A process that runs one command, with standard output and error closed: Python has None for each then."""
+    silent()
+    for number in (1, 2):
+        os.close(number)
+    sys.stdout = sys.stderr = None
+    sys.exit(main(arguments))
+
+
+def test_work_goes_on_where_nobody_can_be_told_of_it(tiny_original, tmp_path):
+    assert ended(start(run_unheard, train(tiny_original, tmp_path / "x.safetensors"))) == 0
     assert files.load_tensors(tmp_path / "x.safetensors")[0]
-    wrong = f"{shlex.join([*command[:2], 'inspect', 'none', '--prompt', 'x'])} {redirection}"
-    assert subprocess.run(wrong, shell=True, capture_output=True, cwd=tmp_path).returncode == 2
+    assert ended(start(run_unheard, ["inspect", "x", str(tmp_path / "none.safetensors")])) == 2
 
 
 def test_a_terminal_of_few_letters_gets_question_marks(tiny_original, tmp_path):
