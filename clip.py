@@ -52,19 +52,11 @@ class Tokenizer:
             raise ValueError(f"{merges}: it merges {unknown[0]} into a word that {vocab} does not have")
         bpe = models.BPE(table, pairs, unk_token=EOS, end_of_word_suffix="</w>")
         self.bpe = tokenizers.Tokenizer(bpe)
-        self.bpe.normalizer = normalizers.Sequence(
-            [
-                normalizers.NFC(),
-                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-                normalizers.Lowercase(),
-            ]
-        )
-        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+        self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True)
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
         self.bpe.add_special_tokens([BOS, EOS])
         self.bos, self.eos = table[BOS], table[EOS]
 
@@ -91,15 +83,14 @@ class Tokenizer:
 
         ValueError as for `encode`.
         """
-        rows = []
+        rows, room = [], length - 2
         for prompt in prompts:
             encoding = self.encode(prompt)
-            ids, room = encoding.ids, length - 2
-            if len(ids) > room:
-                start = encoding.offsets[room][0]
-                cut = prompt[start : start + 500]
+            ids = encoding.ids[:room]
+            if len(encoding) > room:
+                cut = prompt[encoding.offsets[room][0] :][:500]
                 warnings.warn(f"prompt cut at {room} tokens; what the model will not read: {cut!r}", stacklevel=2)
-            rows.append([self.bos, *ids[:room]] + [self.eos] * (length - 1 - min(len(ids), room)))
+            rows.append([self.bos, *ids] + [self.eos] * (length - 1 - len(ids)))
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
 
 
@@ -115,10 +106,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d / heads)) v in every head, x [B, T, d] -> [B, T, d]."""
         q, k, v = (
             f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
+        # softmax(q k^T / sqrt(d / heads)) v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
@@ -137,12 +128,11 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same two layers at every token, x [B, T, d] -> [B, T, d]."""
         return self.fc2(quick_gelu(self.fc1(x)))
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer, x [B, T, d] -> [B, T, d]."""
+    """Attention mixes tokens, then the MLP changes each; both add to x [B, T, d] -> [B, T, d]."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
@@ -153,20 +143,18 @@ class Layer(nn.Module):
         self.mlp = MLP(width, config["intermediate_size"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention mixes tokens, then the MLP changes each; both add to x [B, T, d] -> [B, T, d]."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    """A stack of layers, x [B, T, d] -> [B, T, d]."""
+    """A stack of layers, x [B, T, d] -> [B, T, d]; no norm at the end, which the towers differ in."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config["num_hidden_layers"]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layers in turn, x [B, T, d] -> [B, T, d]; no norm at the end, which the towers differ in."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -180,7 +168,7 @@ def embedding(rows: int, width: int) -> nn.Embedding:
 
 
 class TextEmbeddings(nn.Module):
-    """Token and position embeddings, ids [B, T] -> [B, T, d], T <= 77."""
+    """What a token is plus where it stands, ids [B, T] -> [B, T, d], T <= 77."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -188,7 +176,6 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = embedding(config.get("max_position_embeddings", 77), config["hidden_size"])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """What a token is plus where it stands, ids [B, T] -> [B, T, d]."""
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
@@ -202,12 +189,14 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config["hidden_size"])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Hidden states of the last layer, normalised, ids [B, T] -> [B, T, d]."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
 class TextEncoder(nn.Module):
-    """Stable Diffusion's `text_encoder`, from its config.json: tokens [B, T] -> context E [B, T, d]."""
+    """Stable Diffusion's `text_encoder`, from its config.json: tokens [B, T] -> context E [B, T, d].
+
+    The tower is causal, so token t depends on tokens 0..t alone.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
@@ -215,12 +204,11 @@ class TextEncoder(nn.Module):
         self.text_model = TextTransformer(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Context E [B, T, d]; the tower is causal, so token t depends on tokens 0..t alone."""
         return self.text_model(tokens)
 
 
 class VisionEmbeddings(nn.Module):
-    """Class token and patches with their positions, images [B, 3, S, S] -> [B, 1 + (S/patch)^2, d]."""
+    """The class token, then patches row by row, with their positions: [B, 3, S, S] -> [B, 1 + (S/patch)^2, d]."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -230,14 +218,13 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = embedding((size // patch) ** 2 + 1, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The class token comes first, then patches row by row, [B, 3, S, S] -> [B, 1 + (S/patch)^2, d]."""
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(images), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
 class VisionTransformer(nn.Module):
-    """The vision tower, images [B, 3, S, S] -> [B, d], read at the class token."""
+    """The vision tower, images [B, 3, S, S] -> [B, d]: the class token after the last layer, normalised."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -247,7 +234,6 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config["hidden_size"])
 
     def forward(self, images: Tensor) -> Tensor:
-        """The class token after the last layer, normalised, [B, 3, S, S] -> [B, d]."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])
 

@@ -2,7 +2,7 @@
 
     images = draw(model, ["a cat"], seeds=[0], gates=gates)      # [1, 3, H, W] in [-1, 1]
 
-`sample` and `denoise` yield the latents after every step; the caller owns the progress bar and decides when to stop.
+`sample` and `denoise_context` yield the latents after every step: the caller owns the progress bar, and may stop.
 The U-Net is any function `(latents, timestep, kv) -> noise`, so a seeded dummy serves in tests. An eraser is any
 function `(context, kv) -> kv`, such as cpe.ResAG: it is applied once, before the first step; samplers know of none.
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KeysValues = dict[str, Tensor]
 UNetFunction = Callable[[Tensor, int, KeysValues], Tensor]
+Predict = Callable[[Tensor, int], Tensor]  # latents at a timestep -> the noise in them
 Gates = Callable[[Tensor, KeysValues], KeysValues]
 
 
@@ -30,8 +31,7 @@ class Schedule:
     """The noise schedule of a model, from its `scheduler/scheduler_config.json` (SD 1.4's values by default)."""
 
     def __init__(self, config: dict | None = None):
-        config = config or {}
-        self.config = config
+        self.config = config = config or {}
         self.length = config.get("num_train_timesteps", 1000)
         self.offset = config.get("steps_offset", 1)
         self.ends_clean = config.get("set_alpha_to_one", False)  # whether DDIM's last step ends at a = 1, not at a_0
@@ -44,11 +44,8 @@ class Schedule:
         """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps.
 
         The spacing that diffusers calls "leading": strides are whole, and what remains of the length is left out at
-        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0. ValueError
-        for less than one step, or more than there are timesteps.
+        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0.
         """
-        if not 1 <= steps <= self.length:
-            raise ValueError(f"steps must be between 1 and {self.length}, not {steps}")
         stride = self.length // steps
         offset = min(self.offset, self.length - 1 - (steps - 1) * stride)
         return [i * stride + offset for i in reversed(range(steps))]
@@ -73,7 +70,7 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: KeysValues, g
     return uncond + guidance_scale * (cond - uncond)
 
 
-def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int) -> Iterator[Tensor]:
+def ddim(schedule: Schedule, predict: Predict, latents: Tensor, steps: int) -> Iterator[Tensor]:
     """Deterministic DDIM (eta = 0): yields x_s [B, c, h, w] after each step t -> s. Song et al. 2021, eq. 12."""
     alphas = schedule.alphas_cumprod.to(latents.device)
     last = torch.ones_like(alphas[0]) if schedule.ends_clean else alphas[0]
@@ -87,9 +84,7 @@ def ddim(schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: 
         yield latents
 
 
-def dpm_solver(
-    schedule: Schedule, predict: Callable[[Tensor, int], Tensor], latents: Tensor, steps: int
-) -> Iterator[Tensor]:
+def dpm_solver(schedule: Schedule, predict: Predict, latents: Tensor, steps: int) -> Iterator[Tensor]:
     """DPM-Solver++(2M), midpoint: yields x_s [B, c, h, w] after each step t -> s. Lu et al. 2022, algorithm 2."""
     last = schedule.length - 1
     timesteps = [round(last * i / steps) for i in range(steps, 0, -1)]
@@ -149,31 +144,10 @@ def sample(
     `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError as for `check_steps`.
     """
     check_steps(schedule, steps, method)
-
-    def predict(x: Tensor, t: int) -> Tensor:
-        return guided(unet, x, t, kv, guidance_scale)
-
-    return METHODS[method](schedule, predict, latents, steps)
+    return METHODS[method](schedule, lambda x, t: guided(unet, x, t, kv, guidance_scale), latents, steps)
 
 
 # --- Pictures of prompts -----------------------------------------------------------------------------------------
-
-
-def denoise(
-    model: "Model",
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    gates: Gates | None = None,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    method: str = "ddim",
-) -> Iterator[Tensor]:
-    """Latents [B, c, h, w] after every step, for one prompt and one seed per image; with `gates`, of the erased model.
-
-    To rounding, an image depends on its own prompt and seed alone, whatever else is in the batch. ValueError, at the
-    first step, unless there are as many seeds as prompts, or as for `check_steps`.
-    """
-    return denoise_context(model, model.encode(prompts), seeds, gates, steps, guidance_scale, method)
 
 
 @torch.no_grad()
@@ -187,10 +161,11 @@ def denoise_context(
     method: str = "ddim",
     negative: str = "",
 ) -> Iterator[Tensor]:
-    """As `denoise`, from contexts [B, T, d] instead of words: those of an attacker, or of a gate upon the context.
+    """Latents [B, c, h, w] after every step, for a context [B, T, d] and a seed per image; with `gates`, erased.
 
-    Noise is drawn on the CPU, so that a seed gives one picture on every device. ValueError unless there are as many
-    seeds as contexts.
+    Noise is drawn on the CPU, so that a seed gives one picture on every device. To rounding, an image depends on its
+    own context and seed alone, whatever else is in the batch. `negative` is what guidance leads away from. ValueError,
+    at the first step, unless there are as many seeds as contexts, or as for `check_steps`.
     """
     if len(seeds) != len(context):
         raise ValueError(f"every image needs a prompt and a seed, not {len(context)} prompts and {len(seeds)} seeds")
@@ -223,10 +198,10 @@ def draw(
     progress: Callable[[Iterator, int], Any] | None = None,
     negative: str = "",
 ) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time; arguments as `denoise`.
+    """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time.
 
-    `progress(steps, total)` wraps the iterator over all steps of all batches; `negative` is what guidance leads away
-    from. ValueError if the images are not finite numbers, or as for `denoise`.
+    Arguments as for `denoise_context`; `progress(steps, total)` wraps the iterator over all steps of all batches.
+    ValueError if the images are not finite numbers, or as there.
     """
     batch = batch or (16 if model.unet.config["sample_size"] <= 16 else 1)
     starts = range(0, len(prompts), batch)

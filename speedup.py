@@ -1,4 +1,4 @@
-"""What a CPU does faster than plain torch does it: one opt-in for networks that are in memory, the same to rounding.
+"""What a CPU does faster than plain torch does it: one opt-in for networks that draw, the same to rounding.
 
     speed_up(model.unet)        # in place; then the network is used, saved and edited as before
 
@@ -13,7 +13,6 @@ from itertools import product as pairs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 import unet
 import vae
@@ -28,57 +27,37 @@ CHUNK = 256  # queries at a time: their scores stay in the cache
 def speed_up(network: nn.Module) -> nn.Module:
     """The network itself, its layers computed by what is below: parameters, names and results stay as they are."""
     for module in network.modules():
-        module.__class__ = {nn.Linear: Linear, vae.Upsample: Upsample}.get(type(module), type(module))
+        module.__class__ = {nn.Linear: Linear, unet.Upsample: Upsample}.get(type(module), type(module))
         if isinstance(module, (unet.Attention, vae.Attention)):
             module.attend = attention
     return network
 
 
-def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, [..., n] -> [..., m] for a weight [m, n]; without gradients. It is slow with scattered rows."""
-    x, weight = (y if y.is_contiguous() or y.mT.is_contiguous() else y.contiguous() for y in (x, weight))
-    return ONEDNN(x, weight, bias, "none", [], "")
-
-
-class Product(torch.autograd.Function):
-    """x W^T + b by oneDNN, and its gradients."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., n], weight [m, n], bias [m] or None -> [..., m]."""
-        ctx.save_for_backward(x, weight)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias, from that of the product [..., m]; None for those that need none."""
-        x, weight = ctx.saved_tensors
-        rows, needed = gradient.flatten(0, -2), ctx.needs_input_grad
-        return (
-            onednn(gradient, weight.T) if needed[0] else None,  # g W
-            onednn(rows.T, x.flatten(0, -2).T) if needed[1] else None,  # g^T x
-            rows.sum(dim=0) if needed[2] else None,
-        )
+def left_to_torch(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether something stands against oneDNN: gradients, autocast, another precision or device."""
+    given = [x for x in tensors if x is not None]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    known = all(x.dtype in dtypes and x.device.type == "cpu" for x in given)
+    ready = ONEDNN is not None and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return trained or not known or not ready
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, [..., n] -> [..., m], by oneDNN where that is faster: large, float32, on the CPU."""
-    plain = all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, weight, bias))
+    """`F.linear`, [..., n] -> [..., m], by oneDNN where that is faster: large, float32, on the CPU, not trained."""
     fits = x.dim() > 1 and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
-    large = x.numel() * weight.shape[0] > SMALL
-    allowed = ONEDNN is not None and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    return Product.apply(x, weight, bias) if plain and fits and large and allowed else F.linear(x, weight, bias)
+    if not fits or x.numel() * weight.shape[0] <= SMALL or left_to_torch(x, weight, bias):
+        return F.linear(x, weight, bias)
+    # It is slow with scattered rows.
+    x, weight = (y if y.is_contiguous() or y.mT.is_contiguous() else y.contiguous() for y in (x, weight))
+    return ONEDNN(x, weight, bias, "none", [], "")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt c) v: queries [B, H, N, c] over keys and values [B, H, T, c] -> [B, H, N, c].
 
-    With gradients, on few tokens, on other devices or in other precisions it is torch's own.
+    On few tokens, or where `left_to_torch`, it is torch's own.
     """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
-    if trained or not known or ONEDNN is None or q.shape[2] * k.shape[2] < LONG:
+    if q.shape[2] * k.shape[2] < LONG or left_to_torch(q, k, v, dtypes=(torch.float32, torch.bfloat16)):
         return F.scaled_dot_product_attention(q, k, v)
     # In float32 throughout, so that of bfloat16 nothing but the outcome is rounded.
     y, keys, values = torch.empty_like(q), (k.float() * k.shape[-1] ** -0.5).contiguous(), v.float().mT.contiguous()
@@ -89,22 +68,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """`nn.Linear` by `linear`, [..., n] -> [..., m]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b, [..., n] -> [..., m]."""
         return linear(x, self.weight, self.bias)
 
 
-class Upsample(vae.Upsample):
-    """The autoencoder's, as one transposed convolution with 4/9 of the multiplications.
+class Upsample(unet.Upsample):
+    """The networks', as one transposed convolution with 4/9 of the multiplications, [B, c, h, w] -> [B, c, 2h, 2w].
 
     In a doubled image every pixel stands four times, so the nine taps of a convolution meet four pixels only: their
     weights, summed, do the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, 2h, 2w]."""
         # Row i of S: which rows of the 4x4 kernel contain row i of the 3x3 one, W' = S^T W S.
         S = x.new_tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
         weight = (self.conv.weight.transpose(0, 1).flatten(2) @ torch.kron(S, S)).unflatten(-1, (4, 4))

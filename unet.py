@@ -44,7 +44,7 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers, [B, C] -> [B, e]."""
+    """Sinusoids [B, C] of a timestep -> what all ResNets read of it, [B, e]."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -52,33 +52,37 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sinusoids [B, C] of a timestep -> what all ResNets read of it, [B, e]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with the timestep added in between, [B, inputs, h, w] -> [B, outputs, h, w]."""
+    """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w].
 
-    def __init__(self, inputs: int, outputs: int, time_width: int, groups: int):
+    In between, the timestep is added: `time` [B, e] after its SiLU, or of fewer images (see `rows`). The autoencoder,
+    whose blocks these are too, knows no time: there `time_width` e is 0.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, time_width: int = 0, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, inputs, eps)
         self.conv1 = conv3(inputs, outputs)
-        self.time_emb_proj = nn.Linear(time_width, outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps)
         self.conv2 = conv3(outputs, outputs)
         if inputs != outputs:
             self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Feature map x [B, inputs, h, w], time [B, e] after its SiLU, `rows` of it if fewer -> [B, outputs, h, w]."""
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
+        if time is not None:
+            y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of pixels x [B, N, C] over given keys and values [B, T, C] -> [B, N, C].
+    """Multi-head attention of pixels x [B, N, C] over keys and values [B, T, C], projected already -> [B, N, C].
 
     `source_width` is the width of what to_k and to_v read: C in self-attention, d in cross-attention.
     """
@@ -94,40 +98,39 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Pixels x [B, N, C] read `keys` and `values` [B, T, C], projected already -> [B, N, C]."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), keys, values))
         # softmax(q k^T / sqrt(C / heads)) v
-        y = self.attend(q, k, v)
-        return self.to_out[0](y.transpose(1, 2).flatten(-2))
+        return self.to_out[0](self.attend(q, k, v).transpose(1, 2).flatten(-2))
 
 
 class GEGLU(nn.Module):
-    """A gated linear unit with the exact GELU, [B, N, C] -> [B, N, 4C]. Shazeer 2020 (arXiv 2002.05202)."""
+    """One half times the exact GELU of the other, [B, N, C] -> [B, N, 4C]. Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.proj = nn.Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One half times the GELU of the other, [B, N, C] -> [B, N, 4C]."""
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """GEGLU, then a linear layer back; `net.1` is the original's dropout and holds nothing."""
+    """GEGLU, then a linear layer back, [B, N, C] -> [B, N, C]; `net.1` is the original's dropout and holds nothing."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same at every pixel, [B, N, C] -> [B, N, C]."""
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [B, N, C]."""
+    """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [rows of kv, N, C].
+
+    `kv` is that of all layers. KeyError if this one's are not in it, ValueError as for `rows`.
+    """
 
     def __init__(self, channels: int, context_width: int, heads: int):
         super().__init__()
@@ -140,10 +143,6 @@ class TransformerBlock(nn.Module):
         self.path = ""  # where attn2 lies in the U-Net; set there
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
-        """Pixels x [B, N, C] and the `kv` of all layers, of which it reads its own -> [rows of kv, N, C].
-
-        KeyError if they are not there, ValueError as for `rows`.
-        """
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
         # The only place where the prompt enters: K' and V' come from outside.
@@ -154,17 +153,18 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One transformer block over the pixels of a feature map, [B, C, h, w] -> [B, C, h, w]."""
+    """One transformer block over the pixels of a feature map, [B, C, h, w] -> [rows of kv, C, h, w]."""
 
-    def __init__(self, channels: int, context_width: int, heads: int, groups: int):
+    def __init__(self, channels: int, config: dict):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config["norm_num_groups"], channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, heads)])
+        # SD 1.x configs call the NUMBER of heads attention_head_dim.
+        block = TransformerBlock(channels, config["cross_attention_dim"], heads=config["attention_head_dim"])
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
-        """The map as a row of pixels and back, added to x [B, C, h, w] -> [rows of kv, C, h, w]."""
         pixels = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         pixels = self.transformer_blocks[0](pixels, kv)
         y = self.proj_out(pixels.transpose(1, 2).unflatten(2, x.shape[2:]))
@@ -172,43 +172,39 @@ class Transformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side with a strided convolution."""
+    """Halve the side with a strided convolution, [B, C, h, w] -> [B, C, h/2, w/2]."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = conv3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, C, h/2, w/2]."""
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a convolution."""
+    """Double the side: nearest neighbour, then a convolution, [B, C, h, w] -> [B, C, 2h, 2w]."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = conv3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, C, 2h, 2w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Block(nn.Module):
-    """ResNets, each followed by a transformer where `attentions` exist; one level of the U.
+    """ResNets, each followed by a transformer where `attentions` exist: one level of the U.
 
     `inputs` lists the channels that enter each ResNet; in the upward half they include a skip connection.
     """
 
     def __init__(self, inputs: list[int], outputs: int, config: dict, cross: bool):
         super().__init__()
-        time_width, groups = 4 * config["block_out_channels"][0], config["norm_num_groups"]
-        self.resnets = nn.ModuleList(ResnetBlock(c, outputs, time_width, groups) for c in inputs)
+        groups, time_width = config["norm_num_groups"], 4 * config["block_out_channels"][0]
+        self.resnets = nn.ModuleList(ResnetBlock(c, outputs, groups, time_width) for c in inputs)
         if cross:
-            # SD 1.x configs call the NUMBER of heads attention_head_dim.
-            width, heads = config["cross_attention_dim"], config["attention_head_dim"]
-            self.attentions = nn.ModuleList(Transformer(outputs, width, heads, groups) for _ in inputs)
+            self.attentions = nn.ModuleList(Transformer(outputs, config) for _ in inputs)
 
     def down(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
         """Downward half, x [B, C, h, w] -> [B, outputs, h, w], half the side where the level ends with a downsampler.
@@ -240,17 +236,15 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet, transformer, ResNet, at the bottom of the U."""
+    """ResNet, transformer, ResNet, at the bottom of the U, [B, C, h, w] -> [rows of kv, C, h, w]."""
 
     def __init__(self, channels: int, config: dict):
         super().__init__()
-        time_width, groups = 4 * config["block_out_channels"][0], config["norm_num_groups"]
-        width, heads = config["cross_attention_dim"], config["attention_head_dim"]
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time_width, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Transformer(channels, width, heads, groups)])
+        groups, time_width = config["norm_num_groups"], 4 * config["block_out_channels"][0]
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, time_width) for _ in range(2))
+        self.attentions = nn.ModuleList([Transformer(channels, config)])
 
     def forward(self, x: Tensor, time: Tensor, kv: KeysValues) -> Tensor:
-        """x [B, C, h, w], time [B, e] and the `kv` of all layers -> [B, C, h, w]."""
         x = self.resnets[0](x, time)
         return self.resnets[1](self.attentions[0](x, kv), time)
 

@@ -4,58 +4,32 @@ Built from the `vae/config.json` of a model in the diffusers layout (`Autoencode
 checkpoint's keys. Nothing about erasure happens here; read this file last.
 
 Shapes: B images, 3 colour channels in [-1, 1], H x W pixels, c latent channels, h = H/8, w = W/8.
-Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1. Every GroupNorm has eps 1e-6.
+Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet import ResnetBlock, Upsample, conv3
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """GroupNorm with the autoencoder's eps, 1e-6 (torch's default is 1e-5)."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def conv3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the side of the image."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-class ResnetBlock(nn.Module):
-    """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w]."""
-
-    def __init__(self, inputs: int, outputs: int, groups: int):
-        super().__init__()
-        self.norm1 = group_norm(groups, inputs)
-        self.conv1 = conv3(inputs, outputs)
-        self.norm2 = group_norm(groups, outputs)
-        self.conv2 = conv3(outputs, outputs)
-        if inputs != outputs:
-            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]; the shortcut is a 1x1 convolution where the two differ."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+EPS = 1e-6  # of every GroupNorm here; torch's default is 1e-5
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over pixels, [B, c, h, w] -> [B, c, h, w]."""
+    """Single-head self-attention: every pixel looks at every other, [B, c, h, w] -> [B, c, h, w]."""
 
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = group_norm(groups, channels)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every pixel looks at every other, added to x [B, c, h, w] -> [B, c, h, w]."""
         y = self.group_norm(x).flatten(2).transpose(1, 2)
         # One head, given as a dimension of its own: without it torch falls back to the quadratic-memory kernel.
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
@@ -64,51 +38,40 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the side; the original pads the right and the lower edge only, by (0, 1, 0, 1)."""
+    """Halve the side; the original pads the right and the lower edge only. [B, c, h, w] -> [B, c, h/2, w/2]."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, h/2, w/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, c, 2h, 2w]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class MidBlock(nn.Module):
-    """ResNet, attention, ResNet, at the lowest resolution."""
+    """ResNet, attention, ResNet, [B, c, h, w] -> [B, c, h, w]; of both halves, the only block with attention."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, eps=EPS) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, c, h, w] -> [B, c, h, w]; of both halves, the only block with attention."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Block(nn.Module):
-    """`layers` ResNets, then an optional change of resolution (`downsamplers` or `upsamplers`)."""
+    """`layers` ResNets, then an optional change of resolution (`downsamplers` or `upsamplers`).
+
+    [B, inputs, h, w] -> [B, outputs, h, w], at half or twice the side where there is one.
+    """
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers))
+        widths = [inputs] + [outputs] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(width, outputs, groups, eps=EPS) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w], at half or twice the side if it ends with a change of resolution."""
         for resnet in self.resnets:
             x = resnet(x)
         for resize in getattr(self, "downsamplers", getattr(self, "upsamplers", ())):
@@ -117,7 +80,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2c, h, w] before `quant_conv`."""
+    """Images [B, 3, H, W] in [-1, 1] -> moments [B, 2c, h, w], mean and log-variance, before `quant_conv`."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -130,11 +93,10 @@ class Encoder(nn.Module):
         for block, width in zip(self.down_blocks[:-1], channels, strict=False):
             block.downsamplers = nn.ModuleList([Downsample(width)])
         self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> moments [B, 2c, h, w], mean and log-variance one after the other."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -142,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, c, h, w] after `post_quant_conv` -> images [B, 3, H, W]."""
+    """Latents [B, c, h, w] after `post_quant_conv` -> images [B, 3, H, W], about [-1, 1]."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -155,11 +117,10 @@ class Decoder(nn.Module):
         )
         for block, width in zip(self.up_blocks[:-1], channels, strict=False):
             block.upsamplers = nn.ModuleList([Upsample(width)])
-        self.conv_norm_out = group_norm(groups, channels[-1])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = conv3(channels[-1], config["out_channels"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Latents [B, c, h, w] -> images [B, 3, H, W], about [-1, 1]."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)

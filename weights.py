@@ -5,15 +5,15 @@
     weights = model.cross_attention()      # all that training needs of the U-Net; never builds one
 
 A model is a folder in the diffusers layout (`tokenizer/`, `text_encoder/`, `unet/`, `vae/`, `scheduler/`, sometimes
-`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). What stands behind
-this file is in loading/; whatever a user can mend raises `UserError`.
+`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). What stands behind this file is in loading/;
+whatever a user can mend raises `UserError`.
 """
 
 import difflib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,8 +43,7 @@ class Model:
     """A Stable Diffusion model whose parts are read when they are first used, and then kept in memory.
 
     `path` is a folder in the diffusers layout or a one-file checkpoint; `repository` is where missing files of a
-    folder may be fetched from. Whatever reads a file raises UserError when it is missing, damaged, or asks for what
-    is not implemented.
+    folder may be fetched from. Whatever reads a file raises UserError.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Model:
                 found = ldm_part(self.path, name)
             else:
                 if self.repository and name != "clip":
-                    fetch(self.repository, wanted_files([name], self.dtype, self.repository))
+                    fetch(self.repository, wanted_files([name], self.dtype))
                 found = folder_part(self.path / name, name, self.dtype)
             check_agreement({key: part.config for key, part in (self.parts | {name: found}).items()}, self.name)
             self.parts[name] = found
@@ -139,7 +138,7 @@ class Model:
         return torch.cat([tower(batch) for batch in tokens.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
-        """The same model, other parts shared, with tensors of its U-Net replaced, by name; errors as for `edited`."""
+        """The same model with tensors of its U-Net replaced, by name; errors as for `edited`."""
         return self.edited("unet", changed)
 
     def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
@@ -151,8 +150,7 @@ class Model:
     def edited(self, name: str, changed: dict[str, Tensor]) -> "Model":
         """A twin whose part `name` has some tensors replaced; what is not replaced is shared, not copied.
 
-        `changed` has tensors of the shapes that they have there, under the names of that part's `state_dict`. KeyError
-        for a tensor that the part does not have, RuntimeError for one of another shape.
+        KeyError for a tensor that the part does not have, RuntimeError for one of another shape.
         """
         twin, state = copy(self), dict(getattr(self, name).state_dict())
         if unknown := changed.keys() - state.keys():
@@ -170,17 +168,13 @@ class Model:
         is read, and none is built; of a U-Net that is in memory, perhaps edited, they are the present ones.
         """
         part = self.part("unet")
-        module = part.empty()
-        part.check(module.state_dict())  # of the header, so free
-        expected = {
-            f"{path}.{matrix}.weight": layer.get_submodule(matrix).weight
-            for path, layer in module.cross_attentions().items()
-            for matrix in ("to_q", "to_k", "to_v", "to_out.0")
-        }
+        matrices = ("to_q", "to_k", "to_v", "to_out.0")
+        unet = part.empty()
+        names = [f"{path}.{matrix}.weight" for path in unet.cross_attentions() for matrix in matrices]
         if "unet" in self.__dict__:
             state = self.unet.state_dict()
-            return {key: state[key].to(dtype) for key in expected}
-        return dict(part.stream(expected, dtype, self.device))
+            return {name: state[name].to(dtype) for name in names}
+        return dict(part.read(unet, dtype, self.device, names))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -190,10 +184,7 @@ class Model:
         encoder, and gates carry over to them.
         """
         part = self.part("text_encoder")
-        expected = part.empty().state_dict()
-        part.check(expected)
-        in_order = {name: expected[name] for name in sorted(expected)}
-        return fingerprint_of(part.stream(in_order, torch.float16, torch.device("cpu")))
+        return fingerprint_of(part.read(part.empty(), torch.float16, torch.device("cpu")))
 
 
 # --- Finding models ----------------------------------------------------------------------------------------------
@@ -202,18 +193,11 @@ NAMED = ("sd14", "emoji")
 MODELS = "sd14, emoji, owner/name of the hub, a folder in the diffusers layout, or one .safetensors checkpoint"
 
 
-def nickname(name: str | Path) -> str | None:
-    """Which of the models with a short name this is: "sd14", "emoji", or None; a local folder so named is a path."""
-    folder = Path(name)
-    local = (folder / "unet").is_dir() and not (name == "emoji" and folder.resolve() == shipped("emoji"))
-    return str(name) if str(name) in NAMED and not local else None
-
-
 def find_model(name: str) -> tuple[Path | None, str | None]:
     """The path of a model on this machine, or its repository on the hub: one of the two. UserError if it is none."""
-    if short := nickname(name):
-        return (shipped("emoji"), None) if short == "emoji" else (None, SD14)
     path = Path(os.path.expanduser(name))
+    if name in NAMED and not (path / "unet").is_dir():  # a folder of that name is meant if it holds a model
+        return (shipped("emoji"), None) if name == "emoji" else (None, SD14)
     files.refuse_pickles(path)
     if os.path.isdir(path):
         return snapshot(path), None
@@ -229,14 +213,13 @@ def find_model(name: str) -> tuple[Path | None, str | None]:
 def check_device(device: str | torch.device) -> torch.device:
     """The device; UserError if this machine or this torch has none of that kind."""
     try:
-        device = torch.device(device)
         torch.empty(0, device=device)
+        return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
         there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
         said = f"the device {device} cannot be used ({reason}): available here: {', '.join(there)}"
         raise UserError(f"{said}. Leave --device out, or install a torch that is built for that device") from error
-    return device
 
 
 def load_model(
@@ -253,7 +236,7 @@ def load_model(
     device = check_device(device)
     path, repository = find_model(str(name))
     if path is None:
-        path = fetch(repository, wanted_files(parts, dtype, repository))
+        path = fetch(repository, wanted_files(parts, dtype))
     model = Model(str(name), path, dtype, device, repository)
     for part in parts:
         model.part(part)
@@ -262,9 +245,9 @@ def load_model(
 
 def expected_unet(name: str) -> UNet:
     """The U-Net of "sd14" or "emoji", with no memory behind its tensors: what gates must fit. Downloads nothing."""
-    if name == "sd14":
-        return Part(UNet, SD14_CONFIGS["unet"], Path(), str).empty()
-    return folder_part(shipped(name) / "unet", "unet", torch.float32).empty()
+    path, _ = find_model(name)
+    part = folder_part(path / "unet", "unet", torch.float32) if path else Part(UNet, SD14_CONFIGS["unet"], Path(), str)
+    return part.empty()
 
 
 def load_clip(
@@ -286,25 +269,22 @@ def load_clip(
 # --- Writing models ----------------------------------------------------------------------------------------------
 
 
-def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]) -> Path:
-    """Write a model in the diffusers layout, with other state dicts for the parts named: `unet=edited.state_dict()`.
+def save_model(model: Model, folder: str | Path) -> Path:
+    """Write a model, as it is after `with_unet` or `with_text_encoder`, in the diffusers layout.
 
-    Parts edited by `with_unet` or `with_text_encoder` are written as they are. The folder appears when it is complete,
-    and not before. UserError when it exists already or cannot be written, or a file of the model cannot be read;
-    ValueError for a part that no model has, or tensors that are not that part's.
+    The folder appears when it is complete, and not before. UserError when it exists already or cannot be written, or a
+    file of the model cannot be read.
     """
-    if changed.keys() - PARTS.keys():
-        raise ValueError(f"a model has no {min(changed.keys() - PARTS.keys())}: only {', '.join(PARTS)}")
     folder = Path(folder)
     if os.path.exists(folder):
         raise UserError(f"{folder} exists already: choose another name")
     temporary = files.temporary_name(folder)
     try:
         for part in ("text_encoder", "unet", "vae", *["clip"] * model.has_clip):
-            write_part(model, part, temporary / part, changed.get(part))
+            write_part(model, part, temporary / part)
         (temporary / "tokenizer").mkdir()
         for path in tokenizer_files(model.tokenizer_folder):
-            files.copy_file(path, temporary / "tokenizer" / path.name)
+            shutil.copyfile(path, temporary / "tokenizer" / path.name)
         for file, config in (
             ("tokenizer/tokenizer_config.json", SETTINGS["tokenizer_config"] | {"model_max_length": model.tokens}),
             (SCHEDULER, {**model.schedule.config, "_class_name": "DDIMScheduler"}),
@@ -312,35 +292,22 @@ def save_model(model: Model, folder: str | Path, **changed: Mapping[str, Tensor]
         ):
             files.write_text(temporary / file, json.dumps(config, indent=2))
         os.replace(temporary, folder)
-    except Unwritten as error:  # a file in it, under a name that the user never gave
-        raise Unwritten(folder, error.error) from error
-    except OSError as error:
-        if os.path.isdir(folder):
-            raise UserError(f"{folder} exists already, of another run meanwhile: choose another name") from error
-        raise Unwritten(folder, error) from error
+    except FileNotFoundError as error:  # of the model that is copied
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check the folder of the model") from error
+    except (OSError, Unwritten) as error:  # a file in it, under a name that the user never gave
+        raise Unwritten(folder, getattr(error, "error", error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def write_part(model: Model, name: str, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    """One network of a model: its file as it is, unless its tensors changed or lie among others.
-
-    ValueError for a `state` whose names or shapes are not those of the network.
-    """
-    part = model.part(name)
-    if state is None and name in model.edits:
-        state = getattr(model, name).state_dict()
-    folder.mkdir(parents=True)
-    target = folder / f"{PARTS[name][1]}.safetensors"
-    if state is None and model.path.is_dir():
-        files.copy_file(part.path, target)
-    else:
-        expected = part.empty().state_dict()
-        if state is None:
-            part.check(expected)
-            state = dict(part.stream(expected, model.dtype, torch.device("cpu")))
-        if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in expected.items()}:
-            raise ValueError(f"these are not the tensors of a {part.build.__name__} of this config")
-        files.save_tensors(target, state)
+def write_part(model: Model, name: str, folder: Path) -> None:
+    """One network of a model: its file as it is, unless it was edited, or lies in one file with the others."""
+    part, target = model.part(name), folder / f"{PARTS[name][1]}.safetensors"
     files.write_text(folder / "config.json", json.dumps(part.config, indent=2))
+    if name in model.edits:
+        files.save_tensors(target, getattr(model, name).state_dict())
+    elif model.path.is_dir():
+        shutil.copyfile(part.path, target)
+    else:
+        files.save_tensors(target, dict(part.read(part.empty(), model.dtype, torch.device("cpu"))))

@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--part unet vae] [--dtype float32 bfloat16] [--repeats 3] [--plain]
 
-Ours is sped up as the command line does it on a CPU (speedup.py); with --plain it is plain torch.
+Ours is sped up for the CPU (speedup.py); with --plain it is plain torch, as the command line has it.
 
 Weights are random in the official layout (speed does not depend on their values) and the same for both. The step is
 of two images of 64x64 latents, as guidance needs them for one; the decoding makes one image of 512x512. Both sides

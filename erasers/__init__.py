@@ -1,7 +1,7 @@
 """The linear erasers that CPE is compared with: each edits weights of cross-attention, once and for every prompt.
 
     edited = ERASERS["uce"](model, ["cat"], "an object", ["a dog", "a horse"])   # {"....attn2.to_k.weight": [d_l, d]}
-    save_model(model, folder, unet=model.unet.state_dict() | edited)             # a plain U-Net, any tool opens it
+    save_model(model.with_unet(edited), folder)                                  # a plain U-Net, any tool opens it
 
     uce.py     closed form   to_k, to_v      Gandikota et al. 2024 (arXiv 2308.14761)
     rece.py    closed form   to_k, to_v      Gong et al. 2024 (arXiv 2407.12383)

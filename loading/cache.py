@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clip import TextEncoder
 from loading.configs import SIZES
 from loading.files import Unwritten, UserError, load_tensors, save_tensors
 from loading.tokens import tokenizer_files
@@ -27,11 +26,8 @@ if TYPE_CHECKING:
 
 
 def cache_folder() -> Path:
-    """Where encoded anchors are stored: $CPE_CACHE, else ~/.cache/cpe; UserError if there is no home folder either."""
-    try:
-        return Path(os.environ.get("CPE_CACHE") or Path.home() / ".cache" / "cpe")
-    except RuntimeError as error:
-        raise UserError("there is no home folder to store encoded anchors in: set CPE_CACHE to a folder") from error
+    """Where encoded anchors are stored: $CPE_CACHE, else ~/.cache/cpe."""
+    return Path(os.environ.get("CPE_CACHE") or os.path.expanduser("~/.cache/cpe"))
 
 
 def stored_contexts(path: Path, model: "Model", prompts: list[str]) -> Tensor:
@@ -39,12 +35,8 @@ def stored_contexts(path: Path, model: "Model", prompts: list[str]) -> Tensor:
 
     A file that cannot be written is a warning.
     """
-    config = model.part("text_encoder").config
-    shape = (len(prompts), config.get("max_position_embeddings", 77), config["hidden_size"])
     with suppress(UserError, KeyError):  # not there yet, or damaged
-        tensor = load_tensors(path)[0]["contexts"]
-        if tensor.shape == shape and tensor.dtype == torch.float16:
-            return tensor
+        return load_tensors(path)[0]["contexts"]
     tensor = model.encode(prompts).half().cpu()
     try:
         save_tensors(path, {"contexts": tensor})
@@ -60,11 +52,11 @@ def cached_contexts(
     """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
 
     They are stored in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
-    Errors as for `Model.encode` and `cache_folder`.
+    UserError as for `Model.encode`.
     """
     words = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
     # Tensors, which the fingerprint is of, are the same with any number of heads; the rest of a config says nothing.
-    sizes = [model.part("text_encoder").config[key] for key in SIZES[TextEncoder]]
+    sizes = [model.part("text_encoder").config[key] for key in SIZES["TextEncoder"]]
     contexts = []
     for part in progress([list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]):
         key = hashlib.sha256(json.dumps([model.fingerprint, sizes, words, part]).encode()).hexdigest()[:32]

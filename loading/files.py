@@ -1,17 +1,13 @@
 """Reading and writing files. A file appears whole or not at all; only safetensors are read, never a pickle.
 
-    save_tensors("x.safetensors", {"weight": W}, {"target": "red heart"})
-    tensors, metadata = load_tensors("x.safetensors")
-
-Whatever the user can mend is a `UserError`: one sentence that says what was wrong, which file, and what to do next.
-Built on safetensors and torch.
+save_tensors("x.safetensors", {"weight": W}, {"target": "red heart"})
+tensors, metadata = load_tensors("x.safetensors")
 """
 
 import errno
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,29 +25,19 @@ class UserError(Exception):
 
 
 class Unwritten(UserError):
-    """A file or folder that could not be written, and the `error` that says why; also a full disk."""
+    """A file or folder that could not be written, or a full disk; `error` is what the system said."""
 
     def __init__(self, path: Path, error: Exception):
-        super().__init__(path, error)
-        self.path, self.error = path, error
-
-    def __str__(self) -> str:
-        """The sentence."""
-        reason = getattr(self.error, "strerror", None) or self.error
-        hint = f"{reason}: check the folder, or choose another"
-        hint = "the disk is full: make room" if disk_full(self.error) else hint
-        return f"{self.path} could not be written: {hint}"
+        hint = f"{getattr(error, 'strerror', None) or error}: check the folder, or choose another"
+        hint = "the disk is full: make room" if disk_full(error) else hint
+        super().__init__(f"{path} could not be written: {hint}")
+        self.error = error
 
 
 def disk_full(error: Exception) -> bool:
     """Whether an error says that there is no room left; safetensors says so in words only."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the paragraphs that some libraries add."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def shipped(name: str) -> Path:
@@ -74,12 +60,14 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty file in the folder of `path` while the block runs; UserError when something there cannot be written."""
+    """An empty file beside `path` while the block runs; UserError if it cannot be written, or `path` is no file."""
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
-        refuse_special(path)
+        if os.path.exists(path) and not os.path.isfile(path):  # nor may a pipe or a device be replaced by a file
+            kind = "folder" if os.path.isdir(path) else "device or a pipe"
+            raise UserError(f"{path} is a {kind}: give the name of a file")
         yield temporary
     except (OSError, safetensors.SafetensorError) as error:
         raise Unwritten(path, error) from error
@@ -104,28 +92,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def refuse_special(path: Path) -> None:
-    """UserError for a folder, and for a device or a pipe: a file in its place would be in everybody's way."""
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder: give the name of a file")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is a device or a pipe: give the name of a file")
-
-
 def check_writable(path: str | Path) -> None:
-    """UserError if no file can be written at `path`: asked before the work whose result is to go there.
-
-    Folders that are not there yet are made, and removed again: the work may come to nothing.
-    """
+    """UserError if no file can be written at `path`: asked before the work whose result is to go there."""
     path = Path(path)
-    new = [folder for folder in path.parents if not os.path.exists(folder)]  # the innermost first
-    try:
-        with temporary_file(path), suppress(FileNotFoundError):
-            os.lstat(path)  # says whether the name is too long: the temporary one is shorter
-    finally:
-        for folder in new:
-            with suppress(OSError, ValueError):  # it was not made after all, or another run has written there
-                folder.rmdir()
+    path = next((folder for folder in path.parents if os.path.exists(folder)), path.parent) / path.name
+    with temporary_file(path), suppress(FileNotFoundError):
+        os.lstat(path)  # says whether the name is too long: the temporary one is shorter
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -135,9 +107,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one piece, or not at all; `metadata` maps strings to strings.
+    """Write a safetensors file in one piece, or not at all; tensors may be on any device.
 
-    Tensors of any shapes, on any device. ValueError where two names share one tensor, UserError as for `atomic`.
+    ValueError where two names share one tensor, UserError as for `atomic`.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
@@ -161,15 +133,6 @@ def sort_metadata(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file. UserError when the source cannot be read, OSError when the target cannot be written."""
-    try:
-        source.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): check the folder of the model") from error
-    shutil.copyfile(source, target)
-
-
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
@@ -184,38 +147,28 @@ def refuse_pickles(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file; UserError when it is missing, a pickle, not whole, or larger than can be mapped."""
-    refuse_pickles(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, True or False of any string
-        if os.path.isdir(path):
-            raise UserError(f"{path} is a folder: give a file in it")
-        refuse_special(path)
-        raise UserError(f"{path} does not exist: check the path, or get the file again")
+def opened(path: str | Path) -> Iterator[Any]:
+    """An open safetensors file; UserError when it is missing, a pickle, or not whole."""
+    refuse_pickles(Path(path))
+    if not os.path.isfile(path):  # a pipe would be waited for
+        there = "is no file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{path} {there}: check the path, or get the file again")
     try:
-        try:
-            file = safetensors.safe_open(path, framework="pt")
-        except (MemoryError, RuntimeError) as error:  # of safetensors, and of torch, which maps it once more
-            advice = "check that it is the right file; if so, close other programs, or raise the limit (ulimit -v)"
-            said = f"{path} is larger ({os.path.getsize(path):,} bytes) than the memory that can be mapped here"
-            raise UserError(f"{said} ({first_line(error)}): {advice}") from error
-        with file:
+        with safetensors.safe_open(path, framework="pt") as file:
             yield file
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): give another, or get it again") from error
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error}") from error
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata. UserError as for `opened`."""
-    with opened(Path(path)) as file:
+    with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a safetensors file's tensors, by name, from its header alone. UserError as for `opened`."""
-    with opened(Path(path)) as file:
+    with opened(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 

@@ -2,7 +2,7 @@
 
     folder = fetch("CompVis/stable-diffusion-v1-4", [("unet/config.json",), ("vae/config.json",)])
 
-What the cache has is not asked for again. Every error says what to do without a network. Built on huggingface_hub.
+What the cache has is not asked for again. Every error says what to do without a network.
 """
 
 import re
@@ -11,11 +11,15 @@ from pathlib import Path
 
 import huggingface_hub as hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 
-from loading.files import UserError, disk_full, first_line
+from loading.files import UserError, disk_full
 
 SD14 = "CompVis/stable-diffusion-v1-4"
+
+# Errors by name: they are of other libraries in every other version of the hub's client.
+NO_NETWORK = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+NO_ACCESS = ("RepositoryNotFoundError", "GatedRepoError")
 
 
 def is_repository(name: str) -> bool:
@@ -33,37 +37,10 @@ def snapshot(folder: Path) -> Path:
         raise UserError(f"{folder} is a cache of {len(models)} models: name one, as in --model {example}")
     if not (folder / "snapshots").is_dir():
         return folder
-    main = folder / "refs" / "main"
-    named = folder / "snapshots" / main.read_text().strip() if main.is_file() else None
-    found = [named] if named and named.is_dir() else sorted((folder / "snapshots").iterdir())
-    if len(found) != 1:
-        raise UserError(f"{folder / 'snapshots'} holds {len(found)} snapshots, none of them the main one: name one")
-    return found[0]
-
-
-def ways_out(repository: str) -> str:
-    """What to do when a repository cannot be had."""
-    emoji = "`--model emoji` uses the small model that comes with this project; or "
-    connect = f"connect once, so that {repository} can be downloaded; or give the folder of a copy"
-    return f"Ways out: {emoji if repository == SD14 else ''}{connect} from another machine."
-
-
-def no_network(repository: str, file: str, error: BaseException) -> UserError:
-    """What to say when a file is not in the cache and its repository is not reached."""
-    missing = f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used"
-    return UserError(f"{missing} ({first_line(error)}). {ways_out(repository)}")
-
-
-def check_network(repository: str, file: str, revision: str) -> None:
-    """UserError where no connection is made: a download would try, and wait, for half a minute before it says so.
-
-    What the server answers, and whether it takes its time to, is left to the download.
-    """
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file, revision=revision))
-    except Exception as error:  # by name: of another library in every other version of the hub's client
-        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
-            raise no_network(repository, file, error) from error
+        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+    except OSError as error:
+        raise UserError(f"{folder} does not say which of its snapshots/ is the main one: name one of them") from error
 
 
 def find(repository: str, names: tuple[str, ...], revision: str) -> str:
@@ -72,14 +49,30 @@ def find(repository: str, names: tuple[str, ...], revision: str) -> str:
         path = hub.try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(path, str):
             return path
-    check_network(repository, names[0], revision)
     for name in names:
-        try:
-            return hub.hf_hub_download(repository, name, revision=revision)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # not a 404: the repository was not reached
-                raise
-    raise UserError(f"{repository} has no {' or '.join(names)}: choose another model. {ways_out(repository)}")
+        try:  # says at once that nobody answers, where a download would try for half a minute
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision))
+        except EntryNotFoundError:
+            continue
+        return hub.hf_hub_download(repository, name, revision=revision)
+    raise UserError(f"{repository} has no {' or '.join(names)}: choose another model")
+
+
+def failure(repository: str, file: str, error: Exception) -> UserError:
+    """What to say of an error of the hub's client, and what to do about it."""
+    said, advice = f"downloading {file} of {repository} failed", "try again"
+    if type(error).__name__ in NO_NETWORK:
+        said = f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used"
+        advice = "connect once"
+    elif type(error).__name__ in NO_ACCESS:
+        advice = "check the name; for a model behind a licence, accept it on its page and run `hf auth login`"
+    elif disk_full(error):
+        advice = "make room on the disk, or set HF_HOME to another"
+    elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
+        advice = "check that folder, or set HF_HOME to another"
+    emoji = "use `--model emoji`, which comes with this project, or " if repository == SD14 else ""
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{said} ({why}): {advice}; or {emoji}give the folder of a copy from another machine")
 
 
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
@@ -92,21 +85,10 @@ def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
     revision, folder = "main", Path()
     for names in wanted:
         try:
-            path = Path(find(repository, names, revision))
+            folder = Path(find(repository, names, revision)).parents[names[0].count("/")]
         except UserError:
             raise
-        except LocalEntryNotFoundError as error:
-            raise no_network(repository, names[0], error.__cause__ or error) from error
         except Exception as error:  # the hub's client raises many kinds, and others in its next version
-            advice = "try again"
-            if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError"):
-                advice = "check the name; for a model behind a licence, accept it on its page and run `hf auth login`"
-            elif disk_full(error):
-                advice = "make room on the disk, or set HF_HOME to another"
-            elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
-                advice = "check that folder, or set HF_HOME to another"
-            failed = f"downloading {names[0]} of {repository} failed ({first_line(error)})"
-            raise UserError(f"{failed}: {advice}. {ways_out(repository)}") from error
-        folder = path.parents[names[0].count("/")]
+            raise failure(repository, names[0], error) from error
         revision = folder.name  # the commit: all files from the same one
     return folder

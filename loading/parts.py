@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from clip import CLIP, TextEncoder
 from loading.configs import SD14_CONFIGS, check_config
 from loading.files import UserError, opened, read_json, refuse_pickles
-from loading.hub import SD14
 from loading.ldm import IGNORED, PREFIXES, ldm_names
 from loading.tokens import TOKENIZER
 from unet import UNet
@@ -34,6 +33,7 @@ PARTS: dict[str, tuple[type[nn.Module], str]] = {
     "clip": (CLIP, "model"),
 }
 SCHEDULER = "scheduler/scheduler_config.json"
+LORA = re.compile(r"\.base_layer\.|(^|[._])lora[._](A|B|up|down)\b")
 
 
 class Undrawn(TorchFunctionMode):
@@ -59,69 +59,61 @@ class Part:
     rename: Callable[[str], str | None]
 
     def empty(self) -> nn.Module:
-        """The module without any memory behind its tensors."""
-        with torch.device("meta"), Undrawn():
-            return self.build(self.config)
+        """The module without any memory behind its tensors; UserError if its config describes none."""
+        try:
+            with torch.device("meta"), Undrawn():
+                return self.build(self.config)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # sizes that do not divide, a missing list
+            config = self.path.parent / "config.json"
+            raise UserError(f"{config} describes no {self.build.__name__} that can be built ({error})") from error
 
-    def keys(self) -> dict[str, str]:
-        """Our name -> the file's key, of every tensor that is this part's; UserError when one is there twice."""
-        names: dict[str, str] = {}
+    def check(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
+        """The file's keys by our names; UserError that names every mismatch between `expected` and the file."""
+        keys: dict[str, str] = {}
+        unfit = []
         with opened(self.path) as file:
             for key in file.keys():  # noqa: SIM118
-                name = self.rename(key)
-                if name in names:
-                    raise UserError(f"{self.path}: the tensor {key} is there twice, under two names: get it again")
-                if name is not None:
-                    names[name] = key
-        return names
-
-    def check(self, expected: Mapping[str, Tensor]) -> None:
-        """UserError that names every kind of mismatch between the tensors `expected` and those in the file."""
-        keys, unfit = self.keys(), []
-        with opened(self.path) as file:
+                if (name := self.rename(key)) is not None:
+                    keys[name] = key
             for name in sorted(expected.keys() & keys.keys()):
-                entry = file.get_slice(keys[name])
-                shape, want = entry.get_shape(), list(expected[name].shape)
-                if shape != want and shape != [*want, 1, 1]:  # LDM writes some linear layers as 1x1 convolutions
-                    unfit.append(f"{keys[name]} is {shape}, not {want}")
-                elif "F" not in entry.get_dtype():  # F32, BF16 and their like; not I64, BOOL
-                    unfit.append(f"{keys[name]} holds {entry.get_dtype()}, not floating-point numbers")
-        problems = {
-            "missing": sorted(expected.keys() - keys.keys()),
-            "not part of this architecture": sorted(keys[name] for name in keys.keys() - expected.keys()),
-            "unfit": unfit,
-        }
+                entry, want = file.get_slice(keys[name]), list(expected[name].shape)
+                shape, dtype = entry.get_shape(), entry.get_dtype()
+                # LDM writes some linear layers as 1x1 convolutions; F32, BF16 and their like are floating-point.
+                if shape not in (want, [*want, 1, 1]) or "F" not in dtype:
+                    unfit.append(f"{keys[name]} is {shape} of {dtype}, not {want} of floating-point numbers")
+        surplus = sorted(keys[name] for name in keys.keys() - expected.keys())
+        problems = {"missing": sorted(expected.keys() - keys.keys()), "not part of this architecture": surplus}
         lines = [
             f"{len(found)} tensor{'s' * (len(found) > 1)} {what}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}"
-            for what, found in problems.items()
+            for what, found in (problems | {"unfit": unfit}).items()
             if found
         ]
         if lines:
             advice = "Likely the weights do not belong to its config.json, or the file is of another kind of model"
-            if any(re.search(r"\.base_layer\.|lora_(A|B|up|down)\b", key) for key in keys.values()):
+            if any(map(LORA.search, keys.values())):
                 advice = "It holds a LoRA that is not merged: load it in diffusers, fuse_lora(), unload, and save it"
             raise UserError(f"{self.path} is not this {self.build.__name__}: {'; '.join(lines)}. {advice}")
+        return keys
 
-    def stream(
-        self, expected: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    def read(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Iterable[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors `expected` names, in its shapes, one after another; call `check` first.
+        """The tensors of the `empty` module, or those `wanted`, by name, one after another. UserError as for `check`.
 
         On a CPU and in the file's own dtype they ARE the memory map: not copied, and paged in on first use.
         """
-        keys = self.keys()
-        for name, like in expected.items():
+        expected = module.state_dict()
+        keys = self.check(expected)
+        for name in sorted(expected) if wanted is None else wanted:
             # Opened anew for each, so that what was read only to be converted does not stay in memory.
             with opened(self.path) as file:
-                tensor = file.get_tensor(keys[name]).to(device, dtype).reshape(like.shape)
+                tensor = file.get_tensor(keys[name]).to(device, dtype).reshape(expected[name].shape)
             yield name, tensor
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""
         module = self.empty()
-        expected = module.state_dict()
-        self.check(expected)
-        module.load_state_dict(dict(self.stream(expected, dtype, device)), strict=True, assign=True)
+        module.load_state_dict(dict(self.read(module, dtype, device)), strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
 
@@ -160,9 +152,6 @@ def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
             return Part(build, config, folder / name, lambda key: diffusers_name(key, part))
     missing = f"{folder / stem}.safetensors does not exist"
     for file in sorted(folder.iterdir()):
-        if file.name.endswith(".safetensors.index.json"):
-            advice = "save it again in one file, in diffusers with save_pretrained(..., max_shard_size='10GB')"
-            raise UserError(f"{file}: this network comes in several files, which are not read: {advice}")
         if re.fullmatch(rf"{stem}\.\w+\.safetensors", file.name):  # .bf16, .non_ema
             raise UserError(f"{missing}, only the variant {file.name}: rename it to {stem}.safetensors to use it")
     for file in sorted(folder.iterdir()):
@@ -174,36 +163,33 @@ def ldm_part(path: Path, part: str) -> Part:
     """A part of a one-file checkpoint; UserError where that is none, or has no such part."""
     if part not in PREFIXES:
         raise UserError(f"{path} is a one-file checkpoint, which has no {part}: load one with `load_clip`")
+    prefix, build, config = PREFIXES[part], PARTS[part][0], SD14_CONFIGS[part]
     with opened(path) as file:
         keys = [key for key in file.keys() if not IGNORED.match(key)]  # noqa: SIM118
     odd = [key for key in keys if not key.startswith(tuple(PREFIXES.values()))]
-    if odd or not any(key.startswith(PREFIXES[part]) for key in keys):
-        found = f"{odd[0]} does not belong there ({len(odd)} such tensors)" if odd else f"it has no {PREFIXES[part]}*"
+    if odd or not any(key.startswith(prefix) for key in keys):
+        found = f"{odd[0]} does not belong there ({len(odd)} such tensors)" if odd else f"it has no {prefix}*"
         advice = "A model in several files is given as the folder that holds unet/, vae/ and text_encoder/"
-        if any(re.search(r"lora_(A|B|up|down)\b", key) for key in odd):
+        if any(map(LORA.search, odd)):
             advice = "It is a LoRA: fuse it into its model in diffusers, and give the folder that you save"
         raise UserError(f"{path} is not a checkpoint of Stable Diffusion 1.x in one file: {found}. {advice}")
-    build, config = PARTS[part][0], SD14_CONFIGS[part]
-    ours = {
-        theirs: name
-        for name, theirs in ldm_names(part, config, Part(build, config, path, str).empty().state_dict()).items()
-    }
+    names = ldm_names(part, config, Part(build, config, path, str).empty().state_dict())
+    ours = {theirs: name for name, theirs in names.items()}
 
     def rename(key: str) -> str | None:
-        if not key.startswith(PREFIXES[part]) or IGNORED.match(key):
+        if not key.startswith(prefix) or IGNORED.match(key):
             return None
         if part == "text_encoder":  # text encoders of transformers 5
-            key = PREFIXES[part] + diffusers_name(key.removeprefix(PREFIXES[part]), part)
+            key = prefix + diffusers_name(key.removeprefix(prefix), part)
         return ours.get(key, key)
 
     return Part(build, config, path, rename)
 
 
-def wanted_files(parts: Sequence[str], dtype: torch.dtype, repository: str = SD14) -> list[tuple[str, ...]]:
+def wanted_files(parts: Sequence[str], dtype: torch.dtype) -> list[tuple[str, ...]]:
     """What to fetch of a repository in the diffusers layout: for each file its possible names, the best first."""
-    wanted: list[tuple[str, ...]] = [(SCHEDULER,)]
-    wanted += [(f"tokenizer/{file}", "tokenizer/tokenizer.json") for file in TOKENIZER]
-    wanted += [("tokenizer/tokenizer_config.json",)] * (repository != SD14)  # SD 1.4's says nothing new
+    wanted: list[tuple[str, ...]] = [("tokenizer/tokenizer_config.json", SCHEDULER)]  # or none, as the next is wanted
+    wanted += [(SCHEDULER,), *((f"tokenizer/{file}", "tokenizer/tokenizer.json") for file in TOKENIZER)]
     for part in parts:
         wanted += [(f"{part}/config.json",), tuple(f"{part}/{name}" for name in variants(PARTS[part][1], dtype))]
     return wanted

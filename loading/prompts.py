@@ -73,20 +73,17 @@ def parse_prompts(text: str) -> Prompts:
     [frames] may be missing; lines that begin with # are comments. ValueError for another heading, an entry above all
     headings, no template, or braces in the wrong place.
     """
-    headings = f"{', '.join(f'[{name}]' for name in SECTIONS[:-1])} or [{SECTIONS[-1]}]"
-    sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-    current = None
+    sections: dict[str, list[str]] = {f"[{name}]": [] for name in SECTIONS}
+    current = ""
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
             continue
-        if line.startswith("["):
-            current = line.removeprefix("[").removesuffix("]")
-            if line != f"[{current}]" or current not in sections:
-                raise ValueError(f"unknown heading {line}: use {headings}")
-        elif current is None:
-            raise ValueError(f"entries must stand under a heading: {headings}")
-        else:
+        current = line if line.startswith("[") else current
+        if current not in sections:
+            raise ValueError(f"{line}: entries must stand under a heading, one of {', '.join(sections)}")
+        if line != current:
             sections[current].append(line)
+    sections = {heading[1:-1]: lines for heading, lines in sections.items()}
     with_name = sections["templates"] + sections["frames"]
     if not sections["templates"] or any(line.count("{}") != 1 for line in with_name):
         raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")
@@ -101,15 +98,10 @@ def parse_prompts(text: str) -> Prompts:
 
 def normalised(name: str) -> str:
     """A name as it is compared: case, accents' spelling, punctuation and spaces play no role; signs (C++, C#) do."""
+    signs = ("Sm", "Sc", "So", "Mn", "Mc", "Me")  # of mathematics, currencies, emoji; and marks upon letters
     letters = unicodedata.normalize("NFKC", name).casefold()
-
-    def counts(letter: str) -> bool:
-        return re.match(r"\w", letter) is not None or letter in "#%&*@" or unicodedata.category(letter) in SIGNS
-
-    return " ".join("".join(letter if counts(letter) else " " for letter in letters).split())
-
-
-SIGNS = ("Sm", "Sc", "So", "Mn", "Mc", "Me")  # of mathematics, currencies, emoji; and marks upon letters
+    kept = (x if re.match(r"[\w#%&*@]", x) or unicodedata.category(x) in signs else " " for x in letters)
+    return " ".join("".join(kept).split())
 
 
 def within(part: str, whole: str) -> bool:

@@ -22,45 +22,40 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """The tokens of a tokenizer and their ids; UserError when they cannot be read."""
     path = tokenizer_files(folder)[0]
     said = read_json(path)
-    if path.name == "vocab.json":
-        return said
-    try:
-        return said["model"]["vocab"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no vocabulary: get the tokenizer again") from error
+    return said if path.name == "vocab.json" else said.get("model", {}).get("vocab", {})
 
 
-def check_added(folder: Path, tokenizer: Tokenizer) -> None:
+def check_added(path: Path, tokenizer: Tokenizer) -> None:
     """UserError for words that were added to the vocabulary, as textual inversion does: they would be spelt."""
-    for name in ("added_tokens.json", "tokenizer.json"):
-        path = folder / name
-        if path.is_file():
-            said = read_json(path)
-            added = said if name == "added_tokens.json" else [each["content"] for each in said.get("added_tokens", [])]
-            if odd := [word for word in added if tokenizer.bpe.token_to_id(word) is None]:
-                raise UserError(f"{path} adds the word {odd[0]!r} to the vocabulary, which is not implemented")
+    said = read_json(path)
+    added = said if path.name == "added_tokens.json" else [each["content"] for each in said.get("added_tokens", [])]
+    if odd := [word for word in added if tokenizer.bpe.token_to_id(word) is None]:
+        raise UserError(f"{path} adds the word {odd[0]!r} to the vocabulary, which is not implemented")
 
 
-def check_padding(folder: Path, length: int) -> None:
+def check_padding(path: Path, length: int) -> None:
     """UserError for another padding, or another length, than Stable Diffusion 1.x has."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        said = read_json(path) if path.is_file() else {}
-        pad = said.get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        if pad not in (None, EOS):
-            raise UserError(f"{path}: pad_token is {pad!r}, and only {EOS!r} is implemented, as in SD 1.x")
-        longest = said.get("model_max_length", length)
-        if longest != length and not (isinstance(longest, (int, float)) and longest > 1e6):  # which means: none
-            raise UserError(f"{path}: model_max_length is {longest!r}, but the text encoder reads {length} tokens")
+    said = read_json(path)
+    pad, longest = said.get("pad_token"), said.get("model_max_length", length)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad not in (None, EOS):
+        raise UserError(f"{path}: pad_token is {pad!r}, and only {EOS!r} is implemented, as in SD 1.x")
+    if longest != length and not (isinstance(longest, (int, float)) and longest > 1e6):  # which means: none
+        raise UserError(f"{path}: model_max_length is {longest!r}, but the text encoder reads {length} tokens")
 
 
 def read_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
     """The tokenizer in a folder, of a text encoder that reads `length` tokens; UserError when it is not to be had."""
     try:
         tokenizer = Tokenizer(*tokenizer_files(folder))
-        check_added(folder, tokenizer)
-        check_padding(folder, length)
+        for name, check, against in (
+            ("added_tokens.json", check_added, tokenizer),
+            ("tokenizer.json", check_added, tokenizer),
+            ("tokenizer_config.json", check_padding, length),
+            ("special_tokens_map.json", check_padding, length),
+        ):
+            if (folder / name).is_file():
+                check(folder / name, against)
         return tokenizer
     except UserError:
         raise

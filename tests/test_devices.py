@@ -129,7 +129,7 @@ def test_noise_is_the_cpus(tiny_original, device, monkeypatch):
     monkeypatch.setattr(sampler, "sample", watched)
     for name in ("cpu", "cuda"):
         model = weights.load_model(tiny_original, device=name)
-        *_, latents = sampler.denoise(model, ["a red heart", "a cat"], [3, 4], steps=2)
+        *_, latents = sampler.denoise_context(model, model.encode(["a red heart", "a cat"]), [3, 4], steps=2)
         assert latents.device.type == ("cpu" if name == "cpu" else device)
     assert torch.equal(*starts)
 

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import queue
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -35,7 +34,7 @@ import weights
 from cli import check, common, demo, main, runs, targets
 from cli import generate as drawing
 from cli import train as training
-from loading import cache, files
+from loading import files
 from loading.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,14 +214,14 @@ def of_lines(command: str, lines: Path, model: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("command", ["train", "generate"])
 def test_many_lines_killed_at_any_step_go_on_bit_for_bit(folder_of, tmp_path, command, name, kills):
     lines, cache, changes = tmp_path / "lines.txt", tmp_path / "cache", FORKSERVER.Value("i")
-    lines.write_text("red heart\ndog face\ncat\nhouse\ntree\n")
+    lines.write_text("red heart\ndog face\ncat\n")  # a first, one between, a last
     whole, again, out = (tmp_path / place for place in ("whole", "again", "out"))
     whole_run, again_run, run = (of_lines(command, lines, folder_of(name), path) for path in (whole, again, out))
     assert ended(start(run_command, whole_run, cache)) == 0
     assert ended(start(run_command, again_run, cache, changes)) == 0
     expected = contents(whole)
     assert contents(again) == expected
-    assert len(expected) == 5
+    assert len(expected) == 3
     moments, went_on, code = spread(changes.value, kills), 0, -signal.SIGKILL
     while moments or code:
         went_on += out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
@@ -479,16 +478,19 @@ def test_a_cache_of_models_that_cannot_be_written_is_named_and_read(run, mounted
     assert run(drawing)[0] == 0
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", ">&-", ">&- 2>&-"])
-def test_work_goes_on_where_nobody_can_be_told_of_it(tiny_original, tmp_path, redirection):
-    command = [sys.executable, str(ROOT / "cpe.py"), *train(tiny_original, Path("x.safetensors"))]
-    line = f"{shlex.join(command)} {redirection}"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 0, done.stderr
+def run_unheard(arguments: list[str]) -> None:
+    """A process that runs one command, with standard output and error closed: Python has None for each then."""
+    silent()
+    for number in (1, 2):
+        os.close(number)
+    sys.stdout = sys.stderr = None
+    sys.exit(main(arguments))
+
+
+def test_work_goes_on_where_nobody_can_be_told_of_it(tiny_original, tmp_path):
+    assert ended(start(run_unheard, train(tiny_original, tmp_path / "x.safetensors"))) == 0
     assert files.load_tensors(tmp_path / "x.safetensors")[0]
-    wrong = f"{shlex.join([*command[:2], 'inspect', 'none', '--prompt', 'x'])} {redirection}"
-    assert subprocess.run(wrong, shell=True, capture_output=True, cwd=tmp_path).returncode == 2
+    assert ended(start(run_unheard, ["inspect", "x", str(tmp_path / "none.safetensors")])) == 2
 
 
 def test_a_terminal_of_few_letters_gets_question_marks(tiny_original, tmp_path):
@@ -705,15 +707,6 @@ def test_a_tokenizer_of_another_model_is_named(tiny):
     files.write_text(tiny / "tokenizer/vocab.json", json.dumps(vocabulary | {"<|endoftext|>": 10**6}))
     with pytest.raises(UserError, match=r"tokenizer is of another model"):
         weights.load_model(tiny).encode(["a cat"])
-
-
-def test_a_cached_context_of_another_shape_is_made_anew(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
-    model = weights.load_model(tiny)
-    good = cache.cached_contexts(model, ["a cat"])
-    (path,) = (p for p in cache.cache_folder().iterdir() if torch.equal(load_file(p)["contexts"], good))
-    save_file({"contexts": good[:, :5]}, path)
-    assert torch.equal(cache.cached_contexts(model, ["a cat"]), good)
 
 
 def test_more_steps_than_the_schedule_has_are_refused(run, tiny_original):

@@ -74,7 +74,7 @@ def ends_well(*errors: type[Exception]):
         raise Hang(f"not done after {SECONDS} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     faulthandler.dump_traceback_later(
         3 * SECONDS, exit=True, file=sys.__stderr__
     )  # compiled code lets no signal through
@@ -87,7 +87,7 @@ def ends_well(*errors: type[Exception]):
             raise
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 
@@ -101,7 +101,7 @@ def ends_well(*errors: type[Exception]):
 )
 def test_a_hang_is_noticed(hanging, call, monkeypatch):
     """Whoever catches errors of any kind does not catch this one."""
-    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.1)
     monkeypatch.setattr(hanging, lambda *_, **__: time.sleep(10))
     with pytest.raises(Hang), ends_well(UserError):
         call()

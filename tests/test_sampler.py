@@ -40,8 +40,8 @@ def test_timesteps():
     assert Schedule().timesteps(999) == list(range(999, 0, -1))
     assert Schedule().timesteps(1000) == list(range(999, -1, -1))  # each once
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
-            Schedule().timesteps(steps)
+        with pytest.raises(ValueError, match="ddim takes steps between 1 and 1000"):
+            check_steps(Schedule(), steps, "ddim")
 
 
 def test_add_noise():

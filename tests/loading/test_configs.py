@@ -31,13 +31,12 @@ def write_scheduler(folder: Path, config: dict) -> None:
         ("unet", "use_linear_projection", True),
         ("unet", "class_embed_type", "timestep"),
         ("unet", "down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
-        ("unet", "norm_num_groups", 5),
+        ("unet", "attention_head_dim", [5, 10, 20, 20]),  # of Stable Diffusion 2
         ("unet", "block_out_channels", 8),
         ("unet", "sample_size", None),
         ("vae", "shift_factor", 0.1),
         ("vae", "latent_channels", "4"),
         ("text_encoder", "hidden_act", "gelu"),
-        ("text_encoder", "num_attention_heads", 3),
         ("text_encoder", "vocab_size", -1),
         ("clip", "projection_dim", 0),
     ],
@@ -131,14 +130,20 @@ def test_configs_of_old_transformers_open(tiny):
     assert load_model(tiny, parts=("text_encoder", "clip")).clip is not None
 
 
-@pytest.mark.parametrize("again", [{"num_attention_heads": 4}, {"use_rope": True}, {"hidden_act": "gelu"}, [1]])
-def test_a_clip_that_contradicts_itself_is_refused(tiny, again):
-    """transformers would believe text_config_dict."""
-    config = files.read_json(tiny / "clip/config.json")
-    del config["text_config"]["hidden_act"]
-    (tiny / "clip/config.json").write_text(json.dumps({**config, "text_config_dict": again}))
-    with pytest.raises(UserError, match=r"text_config_dict says|use_rope|hidden_act"):
-        load_model(tiny, parts=("clip",))
+def test_a_network_that_cannot_be_built_is_named(tiny):
+    change(tiny, "unet", norm_num_groups=5)
+    with pytest.raises(UserError, match=r"unet/config\.json describes no UNet that can be built \(.* divisible"):
+        _ = load_model(tiny).unet
+
+
+def test_what_a_clip_says_twice_is_taken_as_transformers_takes_it(tiny):
+    """It obeys text_config_dict."""
+    change(tiny, "clip", text_config_dict={"num_attention_heads": 4})
+    assert load_model(tiny).clip.text_model.encoder.layers[0].self_attn.heads == 4
+    for again in ({"use_rope": True}, {"hidden_act": "gelu"}, [1]):
+        change(tiny, "clip", text_config_dict=again)
+        with pytest.raises(UserError, match=r"use_rope|hidden_act|both towers"):
+            load_model(tiny, parts=("clip",))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +227,19 @@ def test_where_our_samplers_go_another_way_a_warning_says_so(tiny, key, value, w
     assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
 
 
+# As folders of latent consistency models have it.
+LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+
+
+@pytest.mark.parametrize("said", [LCM, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}])
+def test_a_folder_of_another_sampler_is_drawn_from(tiny, run, said):
+    write_scheduler(tiny, SD14_CONFIGS["scheduler"] | said)
+    with pytest.warns(UserWarning, match="another sampler's way; images are drawn with the --sampler's own"):
+        code, printed = run(*reference.generate(tiny, Path("x.png")))
+    assert code == 0, printed
+    assert Path("x.png").exists()
+
+
 def test_a_small_unet_of_an_old_diffusers_draws_at_64(tiny):
     change(tiny, "unet", _diffusers_version="0.9.0")
     assert load_model(tiny).unet.config["sample_size"] == 4
@@ -290,6 +308,17 @@ def test_schedulers_become_what_diffusers_pipeline_makes_of_them(tiny, tmp_path,
     ours = load_model(folder).schedule.config
     for key in ("clip_sample", "set_alpha_to_one", "steps_offset"):
         assert theirs.get(key, False) == ours[key]
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")  # ours and theirs, of what they change
+@pytest.mark.parametrize("version", ["0.2.2", "0.7.0.dev0", "0.8.1", "0.9.0.dev0", "0.9.0", "0.10.2", "1.0.0"])
+def test_unets_of_every_age_become_what_diffusers_pipeline_makes_of_them(tiny, tmp_path, version):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    folder = weights.save_model(load_model(tiny), tmp_path / "ours")
+    change(folder, "unet", _diffusers_version=version)
+    theirs = pipeline.from_pretrained(folder, local_files_only=True).unet.config
+    assert load_model(folder).unet.config["sample_size"] == theirs.sample_size
 
 
 @pytest.mark.oracle

@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import struct
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,37 +47,6 @@ def test_damaged_files_are_named(tmp_path, content):
         files.load_tensors(path)
 
 
-def sparse(path: Path, size: int) -> Path:
-    """A safetensors file of one tensor [1, size, 1] that takes one block of the disk, whatever it claims to hold."""
-    entry = {"dtype": "F32", "shape": [1, size, 1], "data_offsets": [0, 4 * size]}
-    header = json.dumps({"x": entry}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + 4 * size)
-    assert path.stat().st_blocks * 512 < 1 << 16
-    return path
-
-
-@pytest.fixture
-def little_to_map():
-    """768 GB of addresses beyond those in use: less than files may claim, where the system would promise anything."""
-    resource = pytest.importorskip("resource")
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + (768 << 30), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="no other system keeps to a limit of addresses")
-@pytest.mark.parametrize("size", [1 << 37, 1 << 40], ids=["torch cannot map it", "safetensors cannot map it"])
-def test_a_file_larger_than_all_memory_is_named(tiny, little_to_map, size):
-    path = sparse(tiny / UNET_FILE, size)
-    said = rf"{UNET_FILE} is larger \([\d,]+ bytes\) than the memory that can be mapped here \(.*memory.*\): check"
-    for read in (files.load_tensors, files.read_shapes, lambda _: load_model(tiny).unet):
-        with pytest.raises(UserError, match=said):
-            read(path)
-
-
 def test_another_error_while_a_file_is_open_is_not_of_the_file(tiny):
     with pytest.raises(RuntimeError, match="ours"), files.opened(tiny / UNET_FILE):
         raise RuntimeError("a mistake of ours")
@@ -108,10 +75,9 @@ def test_a_pipe_to_read_from_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.safetensors does not exist: check the path"):
         files.load_tensors(path)
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"x\.safetensors is a device or a pipe: give the name of a file"):
-        files.load_tensors(path)
-    with pytest.raises(UserError, match="is a folder: give a file in it"):
-        files.load_tensors(tmp_path)
+    for each in (path, tmp_path):
+        with pytest.raises(UserError, match="is no file: check the path"):
+            files.load_tensors(each)
 
 
 def test_writing_is_all_or_nothing(tmp_path):

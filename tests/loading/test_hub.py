@@ -97,6 +97,7 @@ def test_offline_with_an_empty_cache_names_both_ways_out(server, monkeypatch):
     with pytest.raises(UserError, match="HF_HUB_OFFLINE") as error:
         load_model("sd14")
     assert "--model emoji" in str(error.value)
+    assert "the folder of a copy" in str(error.value)
     assert SD14 in str(error.value)
     assert server.requests == []
 
@@ -153,7 +154,7 @@ def test_a_repository_is_a_model_and_so_is_its_folder_in_the_cache(server, tiny,
     assert load_model(cached).fingerprint == expected
     with pytest.raises(UserError, match="is a cache of 1 models: name one, as in --model CompVis/stable"):
         load_model(cached.parent)
-    with pytest.raises(UserError, match=r"scheduler_config\.json of some/body is not in the Hugging Face cache"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json of some/body is not in the Hugging Face cache"):
         load_model("some/body")
 
 
@@ -164,14 +165,11 @@ def test_files_come_by_way_of_the_endpoint_though_the_hub_offers_another_way(ser
 
 
 def test_the_hubs_environment_variables_are_honoured(server, tmp_path):
-    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as a user sets them: before the program starts."""
-    code = "import weights; print(weights.load_model('sd14', parts=('text_encoder',)).fingerprint)"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    outputs = []
-    for change in ({"HF_ENDPOINT": constants.ENDPOINT}, {"HF_HUB_OFFLINE": "1"}):
-        command = [sys.executable, "-c", code]
-        root = Path(weights.__file__).parent
-        run = subprocess.run(command, env=environment | change, cwd=root, capture_output=True, text=True, check=True)
-        outputs.append(run.stdout)
+    """HF_ENDPOINT and HF_HOME, as a user sets them: before the program starts."""
+    code = "import weights; print(weights.load_model('sd14', parts=('text_encoder',)).path)"
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": "0"}
+    command, root = [sys.executable, "-c", code], Path(weights.__file__).parent
+    environment = os.environ | settings
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
     assert server.downloads[-1] == "text_encoder/model.safetensors"
-    assert outputs[0] == outputs[1] != ""
+    assert done.stdout.startswith(str(tmp_path / "home"))

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXT_FILE, UNET_FILE, VAE_FILE
 
 import weights
+from cli import check
+from cli import train as training
 from loading import files, ldm
 from loading.configs import SD14_CONFIGS
 from loading.files import UserError
@@ -229,7 +231,7 @@ def test_what_is_written_in_the_original_layout_is_read_again(tiny, checkpoint):
     assert all(torch.equal(tensor, original[name]) for name, tensor in tensors.items())
 
 
-def test_a_checkpoint_without_autoencoder_trains(checkpoint):
+def test_a_checkpoint_without_autoencoder_trains(checkpoint, run, monkeypatch):
     tensors = load_file(checkpoint)
     save_file({n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")}, checkpoint)
     model = load_model(checkpoint, parts=("text_encoder", "unet"))
@@ -237,3 +239,7 @@ def test_a_checkpoint_without_autoencoder_trains(checkpoint):
     assert model.encode(["a cat"]).shape == (1, 77, 16)
     with pytest.raises(UserError, match=r"it has no first_stage_model\.\*"):
         _ = model.vae
+    for module in (check, training):
+        monkeypatch.setattr(module, "read_prompts", lambda preset: reference.FEW)
+    code, said = run(*reference.train(checkpoint, Path("x.safetensors")))
+    assert code == 0, said
