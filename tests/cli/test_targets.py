@@ -48,14 +48,18 @@ def test_the_same_target_twice_is_one():
 @pytest.mark.parametrize("name", ["blob style", "Blob Style", "blob"])
 def test_a_style_gets_the_preset_for_styles_and_that_is_said(name, capsys):
     assert target(name) == targets.Target(["blob style"], "emoji-style", "noto style")
-    assert "preset  emoji-style, as 'blob style' is a style" in capsys.readouterr().out
+    assert f"preset  emoji-style, as {name!r} is a style" in capsys.readouterr().out
+
+
+def test_the_other_preset_is_not_insisted_on(capsys):
+    assert target("blob style", preset="emoji").preset == "emoji-style"
+    assert target("red heart", preset="emoji-style").preset == "emoji"
+    assert "preset  emoji, as 'red heart' is no style" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("names", "given", "words"),
     [
-        (["blob style"], {"preset": "emoji"}, "is a style: leave --preset out"),
-        (["red heart"], {"preset": "emoji-style"}, "and 'red heart' is none: leave --preset out"),
         (["  "], {"model": "sd14"}, "the target is empty"),
         (["An  Object"], {"model": "sd14", "preset": "object"}, "is both target and surrogate"),
         (["x"], {"model": "sd14", "surrogate": " \t"}, "the surrogate is empty"),
