@@ -55,11 +55,6 @@ def defaults_of(model: str) -> dict[str, Any]:
     return SD_DEFAULTS | (read_json(path) if os.path.isfile(path) else {})
 
 
-def fill_in(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Give the arguments that nobody gave these values."""
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, 0) is None})
-
-
 def open_model(args: argparse.Namespace, parts: Sequence[str]) -> Model:
     """The model of --model on --device; only the files of `parts` are looked for. UserError as for `load_model`."""
     return load_model(args.model, getattr(torch, getattr(args, "dtype", "float32")), args.device, parts)
@@ -74,7 +69,8 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
     files = [read_gates(path) for path in args.gates]
     args.model = args.model or next((file.model for file in files if file.model), "sd14")
     drawing = files[0].drawing if files and args.model == files[0].model else {}
-    fill_in(args, defaults_of(args.model) | drawing)
+    defaults = defaults_of(args.model) | drawing
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, 0) is None})
     if args.model in NAMED:  # other models' sizes are in their files
         for file in files:
             check_fits(file, sizes_of(expected_unet(args.model)), args.model)
@@ -161,9 +157,8 @@ def check_fits(file: GateFile, wanted: tuple[int, dict[str, int]], name: str) ->
     """UserError if the gates' projections are not those of the U-Net of the model `name`: says of which they are."""
     (width, corrected), (d, widths) = sizes(file.gates), wanted
     if (width, corrected) != wanted:
-        fits = [known for known in NAMED if sizes_of(expected_unet(known)) == (width, corrected)]
-        advice = "Use the --model that it was trained for, or train gates for this one"
-        advice = f"It fits {NAMED[fits[0]]}: use --model {fits[0]}, or leave --model out" if fits else advice
+        known = f"It fits {NAMED.get(file.model, file.model)}: use --model {file.model}, or leave --model out"
+        advice = known if file.model else "Use the --model that it was trained for, or train gates for this one"
         raise UserError(
             f"{file.path} is of another model: it corrects {len(corrected)} projections of a context of width {width}, "
             f"{name} has {len(widths)} of width {d}. {advice}."
@@ -219,13 +214,7 @@ def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
             if number == 0:  # it warms up, and is not measured
                 begun = time.perf_counter()
             elif number == 3 and (seconds := (time.perf_counter() - begun) / 3 * (total - done)) >= 10:
-                tqdm.write(f"time    {text}: about {spoken(seconds)} ({total - done:,} steps)", file=sys.stdout)
+                spoken = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+                tqdm.write(f"time    {text}: about {spoken} ({total - done:,} steps)", file=sys.stdout)
             progress.update()
             yield step
-
-
-def spoken(seconds: float) -> str:
-    """A time as people say it: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from cli.common import command, open_model, slug
+from cli.common import command, free, open_model, slug
 from cli.pictures import check_picture, grid
 from loading.files import UserError, check_writable, write_text
 from loading.prompts import PRESETS, read_prompts
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> str | None:
         raise KeyboardInterrupt("what is measured is on disk: the same command goes on") from error
     print(table.text(figures, columns))
     for scenario, rows in pictures.items():
-        path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
+        path = free(args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}"))
         cases = table.cases(world, scenarios[scenario], budget)
         prompts = [cases[i].prompt for i in table.shown_columns(cases)]
         grid([torch.stack(list(row)).float() / 127.5 - 1 for row in rows], path, prompts, list(figures[scenario]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cli import train
 from cli.check import of_file
-from cli.common import command, defaults_of, fill_in, free, is_emoji, merge_gates, open_model, read_gates, slug
+from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
 from cli.generate import draw, say_openings
 from cli.options import parse
 from cli.pictures import change, check_picture, grid
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> str | None:
     args.model = args.model or "emoji"
     if not is_emoji(args.model):
         raise UserError("the demo is of the embedded model: leave --model out.")
-    fill_in(args, defaults_of(args.model))
+    settle(args)
     names = split(args.targets or ["red heart"], args.model)
     things = {normalised(thing): thing for thing in read_prompts("emoji").domain}
     if len(names) > 1 or normalised(names[0]) not in things:

@@ -22,7 +22,6 @@ from cli.common import SHUT, GateFile, bar, command, free, merge_gates, numbered
 from cli.pictures import change, check_picture, drawn_with, grid
 from loading.files import UserError
 from loading.prompts import spellings, within
-from speedup import speed_up
 from weights import Model
 
 
@@ -48,8 +47,6 @@ def run(args: argparse.Namespace) -> str:
     for sheet in sheets[:1]:
         check_picture(sheet.out)
     model = open_model(args, ("text_encoder", "unet", "vae"))
-    for network in (model.unet, model.vae):
-        speed_up(network)
     gates, kept = merge_gates(files, model) if files else None, 0
     for number, sheet in enumerate(sheets, 1):
         with many.naming(sheet.line):

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from cli.common import NAMED, command, metadata_of
+from cli.targets import styles
 from loading.hub import SD14
 from loading.prompts import PRESETS, read_prompts
 
@@ -23,8 +24,7 @@ def run(args: argparse.Namespace) -> str | None:
     if not gates:
         print("gates   none in gates/")
     prompts = read_prompts("emoji")
-    styles = [word for word in prompts.general if word.endswith(" style")]
-    for name, words in ("things", prompts.domain), ("styles", styles):
+    for name, words in ("things", prompts.domain), ("styles", styles()):
         print(f"\nThe embedded model's {len(words)} {name}:")
         print(textwrap.fill(", ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
     return command("train", prompts.domain[0], "--model", "emoji")

@@ -89,11 +89,6 @@ def add_model(parser: argparse.ArgumentParser, default: str = "the gates' own, e
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """For commands that only read: what trains or measures does so in float32."""
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
-
-
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How pictures are drawn. None: as the model's own defaults say."""
     parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's own)")
@@ -156,8 +151,8 @@ def generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
     parser.add_argument("--out", type=Path, help="the picture, of several a folder (default: images/<prompt>.png)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add_model(parser)
-    add_dtype(parser)
     add_sampling(parser)
 
 
@@ -166,7 +161,6 @@ def inspect(parser: argparse.ArgumentParser) -> None:
     positions(parser, "PROMPT_OR_GATES", "prompts", "a prompt, and gate files")
     parser.add_argument("--out", type=Path, help="draw the sentence with its openings (PNG)")
     add_model(parser)
-    add_dtype(parser)
 
 
 def check(parser: argparse.ArgumentParser) -> None:

@@ -27,28 +27,24 @@ def grid(rows: Sequence[Tensor], path: Path, columns: Sequence[str] = (), names:
 
 
 def sheet(rows: Sequence[Tensor], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
-    """The picture that `grid` writes."""
-    tiles = [[to_picture(each) for each in row] for row in rows]
-    width, height = tiles[0][0].size
+    """The picture that `grid` writes: small images are doubled."""
+    pixels = [
+        ((row.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy() for row in rows
+    ]
+    scale = 2 if pixels[0].shape[1] <= 128 else 1
+    height, width = scale * pixels[0].shape[1], scale * pixels[0].shape[2]
     wrapped = [textwrap.wrap(text, max(4, width // 7), max_lines=4, placeholder=" ...") for text in columns]
     left, top = 8 * max(map(len, names), default=0), LINE * max(map(len, wrapped), default=0)
-    page = Image.new("RGB", (left + width * len(tiles[0]), top + height * len(rows)), "white")
+    page = Image.new("RGB", (left + width * len(rows[0]), top + height * len(rows)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
     for column, lines in enumerate(wrapped):
         draw.multiline_text((left + column * width + 2, 1), "\n".join(lines), "black", font)
-    for row, pictures in enumerate(tiles):
+    for row, images in enumerate(pixels):
         draw.text((3, top + (row + 0.5) * height - LINE / 2), names[row] if names else "", "black", font)
-        for column, picture in enumerate(pictures):
+        for column, image in enumerate(images):
+            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             page.paste(picture, (left + column * width, top + row * height))
     return page
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """A picture of one image [3, H, W] in [-1, 1], twice its size where it is small."""
-    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    scale = 2 if picture.height <= 128 else 1
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def check_picture(path: Path) -> None:

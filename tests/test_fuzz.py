@@ -400,7 +400,7 @@ OPTIONS = {
         "--rank",
     ),
     "generate": ("--prompts", "--steps", "--guidance", "--sampler", "--dtype", "--gates", "--negative"),
-    "inspect": ("--dtype",),
+    "inspect": ("--out",),
     "check": ("--sentences",),
     "demo": ("--steps", "--guidance", "--sampler"),
 }

@@ -57,6 +57,21 @@ def test_gates_bring_their_models_way_of_drawing(run, gates, monkeypatch):
     assert [(each["steps"], each["guidance"], each["sampler"]) for each in asked] == [(2, 3.0, "dpm"), (3, 1, "dpm")]
 
 
+@pytest.mark.parametrize(("model", "how"), [("emoji", (20, 4.0, "dpm")), ("sd14", (50, 7.5, "ddim"))])
+def test_a_model_brings_its_own_way_of_drawing(model, how):
+    args = options.parse(["generate", "a cat", "--model", model])
+    common.settle(args)
+    assert (args.steps, args.guidance, args.sampler) == how
+
+
+def test_how_long_it_takes_is_said_beforehand_from_measured_steps(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(clock)))
+    for text, steps in ("long", 90), ("short", 1):  # three steps in 20 s
+        list(common.bar(range(steps), steps, text))
+    assert capsys.readouterr().out == "time    long: about 10 min (90 steps)\n"
+
+
 def test_gates_of_a_model_that_is_gone_say_which(run, tiny_original):
     write_gates(tiny_original, Path("b.safetensors"), model="elsewhere/model")
     code, said = run("generate", "a cat", "b.safetensors", model="")

@@ -78,6 +78,11 @@ def test_signs_and_other_scripts_are_targets_of_stable_diffusion(name):
     assert target(name, model="sd14").names == [name]
 
 
+def test_an_accent_may_be_one_letter_or_two():
+    names = {target(unicodedata.normalize(form, "Beyonc\u00e9"), model="sd14").names[0] for form in ("NFC", "NFD")}
+    assert len(names) == 1
+
+
 def test_what_is_offered_instead_is_near_in_meaning_not_in_spelling():
     assert targets.nearest("red heart", "emoji", 4)[0] == "red heart"
     assert any("heart" in name for name in targets.nearest("red heart", "emoji", 4)[1:])
