@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
             re.findall(r"--[\w-]+", message) if "unrecognized" in message else re.findall("COMMAND.*?'(.*?)'", message)
         )
         for word in odd:
-            near = difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1)
-            message += f" (did you mean {near[0]}?)" if near else ""
+            if near := difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1):
+                message = f"there is no {word}: did you mean {near[0]}?"
         super().error(message)
 
 

@@ -42,7 +42,7 @@ def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]
             names += parts
         else:
             several, one = command("train", *parts), command("train", text, "--one-name")
-            raise UserError(f"{text!r} may be one name or {len(parts)}. Several: {several}. One: {one}.")
+            raise UserError(f"{text!r} may be one name or {len(parts)}: give `{one}`, or `{several}`.")
     names = [spaced(name) for name in names]
     return list({normalised(name) or name: name for name in reversed(names)}.values())[::-1]
 

@@ -35,7 +35,7 @@ def test_several_things_that_the_model_knows_are_several_targets(text, capsys):
 
 @pytest.mark.parametrize("text", ["Martin Luther King, Jr.", "Simon and Garfunkel", "salt & pepper"])
 def test_what_may_be_one_name_or_two_is_refused_with_both_ways_to_say_it(text):
-    with pytest.raises(UserError, match=r"may be one name or 2. Several: .* One: .*--one-name"):
+    with pytest.raises(UserError, match=r"may be one name or 2: give `.*--one-name`, or `python cpe.py train .*`"):
         targets.split([text], "sd14")
     assert targets.split([text], "sd14", one_name=True) == [text]
 
