@@ -3,7 +3,7 @@
 import argparse
 
 import sampler
-from cli.common import check_out, command, merge_gates, open_model, settle
+from cli.common import bar, command, free, merge_gates, open_model, settle
 from cli.pictures import check_picture, grid
 from loading.files import UserError
 from study.attacks import Victim
@@ -19,22 +19,19 @@ def run(args: argparse.Namespace) -> str | None:
     if args.template.count("{}") != 1:
         raise UserError(f"--template: {args.template!r} needs one {{}}, where the target's name goes.")
     check_picture(args.out)
-    check_out(args.out)
     files = settle(args)
-    model, target, seeds = (
-        open_model(args, ("text_encoder", "unet", "vae")),
-        files[0].target,
-        range(args.seed, args.seed + 4),
-    )
-    gates = merge_gates(files, model)
+    model = open_model(args, ("text_encoder", "unet", "vae"))
+    gates, target, seeds = merge_gates(files, model), files[0].target, range(args.seed, args.seed + 4)
     victim, drawing = Victim(model, model, gates), (args.steps, args.guidance, args.sampler)
     plain = [args.template.replace("{}", target)] * len(seeds)
     rows = {"before": sampler.draw(model, plain, seeds, None, *drawing)}
     rows["erased"] = sampler.draw(model, plain, seeds, gates, *drawing)
-    for name in args.attacks or ATTACKS:
+    names = args.attacks or list(ATTACKS)
+    for name in bar(names, len(names), "attacks"):
         found = ATTACKS[name](victim, target, (args.template,), args.seed)
         print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f} in {found.seconds:.0f} s: {found.prompts[0]}")
         rows[name] = sampler.draw(model, found.contexts.expand(len(seeds), -1, -1), seeds, gates, *drawing)
-    grid(list(rows.values()), args.out, [f"seed {seed}" for seed in seeds], list(rows))
-    print(f"wrote   {args.out}")
+    out = free(args.out)
+    grid(list(rows.values()), out, [f"seed {seed}" for seed in seeds], list(rows))
+    print(f"wrote   {out}")
     return command("inspect", args.gates[0], plain[0])

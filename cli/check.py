@@ -6,7 +6,6 @@ measured by the same shift. Built on token_space.py; what a picture shows, follo
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,21 +13,19 @@ import torch
 from torch import Tensor
 
 import cpe
-from cli.common import GateFile, check_out, command, open_model, settle
+from cli.common import SHUT, GateFile, command, open_model, settle
 from cli.many import read_lines
 from loading.cache import cached_contexts
-from loading.files import UserError, shipped, write_text
+from loading.files import UserError, shipped
 from loading.prompts import anchor_words, normalised, read_prompts, within
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
-SHUT = 0.5  # below this share of its shift, a target may still be drawn
+WORST = 8  # how many sentences are printed
 
 
 def run(args: argparse.Namespace) -> str | None:
     """`check`: what gates do in sentences with their target, and in others. UserError for gates of another model."""
-    if args.json:
-        check_out(args.json, "--json")
     if args.texts or not args.gates:
         raise UserError("which gates? Give files that end in .safetensors: check gates/red-heart.safetensors")
     files = settle(args)
@@ -37,15 +34,9 @@ def run(args: argparse.Namespace) -> str | None:
         raise UserError(f"{args.sentences}: {odd[0]!r} needs one {{}}, where the target's name goes.")
     model = open_model(args, ("text_encoder", "unet"))
     space = TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm, model.tokens))
-    figures = {}
-    for file in files:
-        found = check(file, model, space, own)
-        print(found.text(args.worst))
-        figures[str(file.path)] = found.figures()
-    if args.json:
-        write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-        print(f"wrote   {args.json}")
-    return command("inspect", files[0].path, found.sentences[found.order()[0]])
+    found = [check(file, model, space, own) for file in files]
+    print("\n\n".join(each.text() for each in found))
+    return command("inspect", files[0].path, found[0].sentences[found[0].order()[0]])
 
 
 # --- Sentences ---------------------------------------------------------------------------------------------------
@@ -54,9 +45,7 @@ def run(args: argparse.Namespace) -> str | None:
 def of_file(name: str) -> list[str]:
     """The sentences of a file in prompts/; [] where there is none."""
     path = shipped("prompts") / f"{name}.txt"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -93,9 +82,8 @@ class Found:
     def shut_words(self) -> list[str]:
         """Words that stand in no sentence where the target goes, and in one where it stays."""
         words: dict[str, list[float]] = {}
-        own = set(normalised(self.target).split())
         for sentence, share in zip(self.sentences, self.reached.tolist(), strict=True):
-            for word in set(normalised(sentence).split()) - own:
+            for word in set(normalised(sentence).split()) - set(normalised(self.target).split()):
                 words.setdefault(word, []).append(share)
         return sorted((word for word, shares in words.items() if max(shares) < SHUT), key=lambda w: max(words[w]))
 
@@ -109,41 +97,29 @@ class Found:
             f"sentences{stays}; without it, prompts move by {self.moved.mean():.1%}, at most {self.moved.max():.0%}"
         )
 
-    def text(self, worst: int) -> str:
+    def text(self) -> str:
         """All that `check` prints of one file."""
-        lines = [f"\n{self.in_a_line()}", f"\nreached  in the {min(worst, len(self.sentences))} worst sentences"]
-        lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:worst]]
+        lines = [self.in_a_line(), "\nreached  in the worst sentences"]
+        lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:WORST]]
         if (self.reached >= SHUT).any() and (words := self.shut_words()):
             lines.append(f"\nit stays shut around: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
         lines.append("\n opened    moved  the widest openings in prompts without it")
-        widest = self.opened.argsort(descending=True)[:worst].tolist()
-        lines += [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest]
-        return "\n".join(lines)
-
-    def figures(self) -> dict:
-        """The same as numbers."""
-        pairs = zip(self.sentences, self.reached.tolist(), strict=True)
-        others = zip(self.others, self.opened.tolist(), self.moved.tolist(), strict=True)
-        return {
-            "target": self.target,
-            "reached": dict(pairs),
-            "others": {prompt: {"opened": opened, "moved": moved} for prompt, opened, moved in others},
-        }
+        widest = self.opened.argsort(descending=True)[:WORST].tolist()
+        return "\n".join(lines + [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest])
 
 
 @torch.no_grad()
 def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None) -> Found:
     """Try the gates of one file in the sentences of its preset, or in your `own`."""
-    preset, surrogate, eta = file.recipe
-    lines = list(own or held_out(preset))
-    sentences = [line.replace("{}", name) for name in file.names for line in lines]
+    concept, lines = file.concept, list(own or held_out(file.preset))
+    sentences = [line.replace("{}", name) for name in concept.names for line in lines]
     E = model.encode(sentences)
-    instead = cached_contexts(model, [line.replace("{}", surrogate) for line in lines]).to(E)
-    x = (1 + eta) * (instead.repeat(len(file.names), 1, 1) - E)
+    instead = cached_contexts(model, [line.replace("{}", concept.surrogate) for line in lines]).to(E)
+    x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
 
-    others = without(file.names, preset, lines)
+    others = without(concept.names, file.preset, lines)
     F = cached_contexts(model, others).to(E).split(16)
     opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
     energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
@@ -153,10 +129,9 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
 
 def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 150) -> list[str]:
     """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name."""
-    prompts = read_prompts(preset)
     try:
-        words = anchor_words(prompts, names)
-        words = [*words.domain, *words.general]
+        prompts = anchor_words(read_prompts(preset), names)
+        words = [*prompts.domain, *prompts.general]
     except ValueError:  # there are no others
         words = []
     parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]

@@ -6,8 +6,8 @@ best. No command asks for these again: `settle` fills in what the user left out.
 
 import argparse
 import hashlib
+import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -25,15 +25,16 @@ import torch
 from tqdm import tqdm
 
 import cpe
-from loading.files import UserError, check_writable, load_tensors, opened, read_json, read_shapes, shipped
+from deploy.targets import Concept, read_concept
+from loading.files import UserError, load_tensors, opened, read_json, shipped
 from loading.prompts import PRESETS
-from loading.tokens import vocabulary
 from weights import Model, expected_unet, load_model
 
-LARGEST_GATES = 2**26  # numbers in a gate file: a hundred times what the paper's largest recipe makes
 NAMED = {"emoji": "the embedded model", "sd14": "Stable Diffusion 1.x"}
 # How a model draws and is trained where no defaults.json in its folder says otherwise.
 SD_DEFAULTS = {"steps": 50, "guidance": 7.5, "sampler": "ddim", "preset": "celebrity"}
+DRAWING = {"steps": int, "guidance": float, "sampler": str}  # what gate files say of it
+SHUT = 0.5  # a gate that opens no further, or makes less of its change, erases little
 
 # --- Models ------------------------------------------------------------------------------------------------------
 
@@ -41,22 +42,17 @@ SD_DEFAULTS = {"steps": 50, "guidance": 7.5, "sampler": "ddim", "preset": "celeb
 @cache
 def is_emoji(model: str) -> bool:
     """Whether --model names the embedded model, or a folder with its vocabulary and U-Net: a copy, or a baked one."""
-    folder, ours = Path(os.path.expanduser(model)), shipped("emoji")
-    if model == "emoji" or not (folder / "unet").is_dir():
-        return model == "emoji"
+    folder, files = Path(os.path.expanduser(model)), ("tokenizer/vocab.json", "unet/config.json")
     try:
-        same = vocabulary(folder / "tokenizer") == vocabulary(ours / "tokenizer")
-        return same and read_json(folder / "unet/config.json") == read_json(ours / "unet/config.json")
+        return model == "emoji" or all(read_json(folder / f) == read_json(shipped("emoji") / f) for f in files)
     except UserError:  # what is wrong with it is said when it is opened
         return False
 
 
 def defaults_of(model: str) -> dict[str, Any]:
     """How a model draws best, and its preset: `defaults.json` in its folder, or Stable Diffusion's."""
-    for folder in (Path(os.path.expanduser(model)), *([shipped("emoji")] if is_emoji(model) else [])):
-        if (folder / "defaults.json").is_file():
-            return SD_DEFAULTS | read_json(folder / "defaults.json")
-    return SD_DEFAULTS
+    path = (shipped("emoji") if is_emoji(model) else Path(os.path.expanduser(model))) / "defaults.json"
+    return SD_DEFAULTS | (read_json(path) if os.path.isfile(path) else {})
 
 
 def open_model(args: argparse.Namespace, parts: Sequence[str]) -> Model:
@@ -67,22 +63,14 @@ def open_model(args: argparse.Namespace, parts: Sequence[str]) -> Model:
 def settle(args: argparse.Namespace) -> "list[GateFile]":
     """Fill in --model, --steps, --guidance, --sampler where nobody said them, from the gate files; returns these.
 
-    UserError for a gate file that is damaged, comes twice, or does not fit the model: before a model is downloaded.
+    UserError for a gate file that is damaged, or does not fit the model: before a model is downloaded.
     """
-    real = [os.path.realpath(path) for path in args.gates]
-    if twice := [path for i, path in enumerate(args.gates) if real[i] in real[:i]]:
-        raise UserError(f"the gate file {twice[0]} is given twice: give it once.")
+    args.gates = list(dict.fromkeys(args.gates))
     files = [read_gates(path) for path in args.gates]
-    models = list(dict.fromkeys(file.model for file in files if file.model))
-    drawing = files[0].drawing if files and args.model in (None, files[0].model) else {}
-    if args.model is None and len(models) > 1:
-        raise UserError(f"these gates are of different models ({', '.join(models)}): give those of one, or --model.")
-    if args.model is None and models and models[0] not in NAMED and not os.path.exists(os.path.expanduser(models[0])):
-        raise UserError(f"{files[0].path} was trained for {models[0]}, which is not here: say --model and its place.")
-    args.model = args.model or next(iter(models), "sd14")
-    for name, value in (defaults_of(args.model) | drawing).items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
+    args.model = args.model or next((file.model for file in files if file.model), "sd14")
+    drawing = files[0].drawing if files and args.model == files[0].model else {}
+    defaults = defaults_of(args.model) | drawing
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, 0) is None})
     if args.model in NAMED:  # other models' sizes are in their files
         for file in files:
             check_fits(file, sizes_of(expected_unet(args.model)), args.model)
@@ -94,50 +82,20 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
 
 @dataclass
 class GateFile:
-    """A gate file, and what its metadata says."""
+    """A gate file, and what its metadata says; what it leaves open is as its model's preset has it."""
 
     path: Path
     gates: cpe.ResAG
     metadata: dict[str, str]
+    model: str | None  # that it was made for
+    preset: str
+    concept: Concept  # names, surrogate, eta
+    drawing: dict[str, Any]  # how its model draws best: steps, guidance, sampler
 
     @property
     def target(self) -> str:
-        """What it erases; no terminal obeys it."""
-        name = self.metadata.get("target") or self.metadata.get("prompts") or self.path.stem
-        return "".join(letter if letter.isprintable() else "?" for letter in name)
-
-    @property
-    def names(self) -> list[str]:
-        """The target and its aliases."""
-        return [self.target, *map(str, self.said("aliases", list))]
-
-    @property
-    def recipe(self) -> tuple[str, str, float]:
-        """The preset, the surrogate, and eta; of a file that does not say so, the preset of its model."""
-        preset = self.metadata.get("preset", "")
-        preset = preset if preset in PRESETS else defaults_of(self.model or "sd14")["preset"]
-        eta = self.said("eta", float) or self.said("eta", int) or PRESETS[preset].eta
-        return preset, self.metadata.get("surrogate", PRESETS[preset].surrogate), float(eta)
-
-    @property
-    def model(self) -> str | None:
-        """The model it was made for; of a file that does not say so, the known one that it fits."""
-        fits = [name for name in NAMED if sizes_of(expected_unet(name)) == sizes(self.gates)]
-        return self.metadata.get("model") or next(iter(fits), None)
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """How its model draws best: steps, guidance, sampler."""
-        drawing, kinds = self.said("drawing", dict), {"steps": int, "guidance": (int, float), "sampler": str}
-        return {name: drawing[name] for name, kind in kinds.items() if isinstance(drawing.get(name), kind)}
-
-    def said(self, name: str, kind: type) -> Any:
-        """What the metadata says in JSON; empty where it says nothing, or nothing of that kind."""
-        try:
-            value = json.loads(self.metadata.get(name, "null"))
-        except (ValueError, RecursionError):
-            value = None
-        return value if isinstance(value, kind) else kind()
+        """What it erases."""
+        return self.concept.names[0]
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -152,15 +110,26 @@ def metadata_of(path: Path) -> dict[str, str]:
 def read_gates(path: Path) -> GateFile:
     """A gate file, checked; UserError where there is none."""
     if not os.path.exists(path):
-        first = command("train", "--target", "...")
-        raise UserError(f"the gate file {path} does not exist: check its name, or train it first: {first}")
-    if (size := sum(map(math.prod, read_shapes(path).values()))) > LARGEST_GATES:  # before memory is taken for them
-        raise UserError(f"{path} has {size:,} numbers: that is no gate file, as `train` writes it.")
-    tensors, metadata = load_tensors(path)
+        raise UserError(f"the gate file {path} does not exist: check its name, or train it first.")
+    tensors, said = load_tensors(path)
     try:
-        return GateFile(path, cpe.from_tensors(tensors), metadata)
-    except ValueError as error:
+        return gate_file(path, cpe.from_tensors(tensors), said)
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
+
+
+def gate_file(path: Path, gates: cpe.ResAG, said: dict[str, str]) -> GateFile:
+    """Gates and what their metadata says; ValueError for nonsense there."""
+    # No terminal obeys what a file says.
+    metadata = {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in said.items()}
+    fits = [name for name in NAMED if sizes_of(expected_unet(name)) == sizes(gates)]
+    model = metadata.get("model") or next(iter(fits), None)
+    preset = metadata.get("preset")
+    preset = preset if preset in PRESETS else defaults_of(model or "sd14")["preset"]
+    concept = read_concept({"prompts": path.stem} | metadata, PRESETS[preset])
+    drawing = json.loads(metadata.get("drawing", "{}"))
+    drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
+    return GateFile(path, gates, metadata, model, preset, concept, drawing)
 
 
 def merge_gates(files: Sequence[GateFile], model: Model) -> cpe.ResAG:
@@ -187,16 +156,13 @@ def sizes_of(unet: torch.nn.Module) -> tuple[int, dict[str, int]]:
 def check_fits(file: GateFile, wanted: tuple[int, dict[str, int]], name: str) -> None:
     """UserError if the gates' projections are not those of the U-Net of the model `name`: says of which they are."""
     (width, corrected), (d, widths) = sizes(file.gates), wanted
-    if (width, corrected) == wanted:
-        return
-    fits = [known for known in NAMED if sizes_of(expected_unet(known)) == (width, corrected)]
-    advice = "Use the --model that it was trained for, or train gates for this one"
-    if fits:
-        advice = f"It fits {NAMED[fits[0]]}: use --model {fits[0]}, or leave --model out"
-    raise UserError(
-        f"{file.path} is of another model: it corrects {len(corrected)} projections of a context of width {width}, "
-        f"{name} has {len(widths)} of width {d}. {advice}."
-    )
+    if (width, corrected) != wanted:
+        known = f"It fits {NAMED.get(file.model, file.model)}: use --model {file.model}, or leave --model out"
+        advice = known if file.model else "Use the --model that it was trained for, or train gates for this one"
+        raise UserError(
+            f"{file.path} is of another model: it corrects {len(corrected)} projections of a context of width {width}, "
+            f"{name} has {len(widths)} of width {d}. {advice}."
+        )
 
 
 # --- Names of files ----------------------------------------------------------------------------------------------
@@ -209,41 +175,22 @@ def slug(name: str) -> str:
     """
     plain = unicodedata.normalize("NFKC", name).casefold()
     words = "-".join(re.findall(r"\w+", plain))
-    lost = re.sub(r"[\w\s.,'’-]", "", plain) or not words
-    if re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", words):  # Windows needs these itself
-        words += "-target"
-    if lost or len(words.encode()) > 80:
+    lost = re.sub(r"[\w\s.,'’-]", "", plain) or len(words.encode()) > 80 or not words
+    if lost or re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", words):  # which Windows needs itself
         digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
         words = f"{words.encode()[:71].decode(errors='ignore')}-{digest}".lstrip("-")
     return words
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """x.png, x-2.png, x-3.png, ..."""
+    """x.png, x-2.png, x-3.png, ...: nothing is overwritten."""
     yield path
-    number = 2
-    while True:
-        yield path.with_stem(f"{path.stem}-{number}")
-        number += 1
+    yield from (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
 
 
 def free(path: Path) -> Path:
     """The first of the numbered names where nothing is yet."""
     return next(each for each in numbered(path) if not os.path.lexists(each))
-
-
-def check_out(path: Path, option: str = "--out") -> None:
-    """`check_writable`, whose UserError names the option that the path comes from."""
-    try:
-        check_writable(path)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from error
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """UserError for a blank prompt: what a shell makes of a variable that is not set."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("the prompt is empty: give some words. (`generate` draws without a prompt at --guidance 0.)")
 
 
 def command(*words: object) -> str:
@@ -254,41 +201,20 @@ def command(*words: object) -> str:
 # --- Progress ----------------------------------------------------------------------------------------------------
 
 
-def bar(iterable: Iterable | None, total: int, text: str) -> tqdm:
-    """A progress bar on the terminal; None of torchrun's processes but the first shows one."""
-    quiet = sys.stderr is None or int(os.environ.get("LOCAL_RANK", "0") or 0) > 0
+def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
+    """Steps behind a progress bar; after the first few, how long all of them take is said, unless that is short.
+
+    `done` of the `total` steps were made before. None of torchrun's processes but the first shows a bar.
+    """
+    quiet = sys.stderr is None or os.environ.get("LOCAL_RANK", "0") != "0"
     often = 0.1 if quiet or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
-    return tqdm(iterable, total=total, desc=text, leave=False, mininterval=often, disable=quiet)
-
-
-def forecast(steps: Iterable, total: int, text: str) -> Iterator:
-    """Steps behind a progress bar; how long all of them take is said after the first few."""
-    timed = Forecast(total, text)
-    for step in bar(steps, total, text):
-        timed.step()
-        yield step
-
-
-class Forecast:
-    """Says beforehand how long something takes, from its first steps: `step()` after each of them."""
-
-    def __init__(self, steps: int, text: str, after: int = 3, least: float = 10.0):
-        self.steps, self.text, self.after, self.least = steps, text, after, least
-        self.done, self.begun = -1, 0.0
-
-    def step(self) -> None:
-        """Count; the first step, which warms up, is not measured. Silent below `least` seconds in all."""
-        self.done += 1
-        if self.done == 0:
-            self.begun = time.perf_counter()
-        elif self.done == self.after:
-            seconds = (time.perf_counter() - self.begun) / self.after * self.steps
-            if seconds >= self.least:
-                tqdm.write(f"time    {self.text}: about {spoken(seconds)} ({self.steps:,} steps)", file=sys.stdout)
-
-
-def spoken(seconds: float) -> str:
-    """A time as people say it: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    with tqdm(total=total, initial=done, desc=text, leave=False, mininterval=often, disable=quiet) as progress:
+        begun = 0.0
+        for number, step in enumerate(steps):
+            if number == 0:  # it warms up, and is not measured
+                begun = time.perf_counter()
+            elif number == 3 and (seconds := (time.perf_counter() - begun) / 3 * (total - done)) >= 10:
+                spoken = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+                tqdm.write(f"time    {text}: about {spoken} ({total - done:,} steps)", file=sys.stdout)
+            progress.update()
+            yield step

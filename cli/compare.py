@@ -5,11 +5,11 @@ import json
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from cli.common import bar, check_out, command, open_model, slug
+from cli.common import command, free, open_model, slug
 from cli.pictures import check_picture, grid
-from loading.files import UserError, write_text
+from loading.files import UserError, check_writable, write_text
 from loading.prompts import PRESETS, read_prompts
 from study import compare as table
 from study.erased import ABLATIONS, METHODS, NONE, QUICK_ROWS, Method
@@ -22,18 +22,18 @@ def run(args: argparse.Namespace) -> str | None:
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
     check_picture(args.out)
-    for path, option in ((args.out, "--out"), (args.markdown, "--markdown"), (args.json, "--json")):
-        if path:
-            check_out(path, option)
+    for path in filter(None, (args.markdown, args.json)):
+        check_writable(path)
     scenarios, methods = asked(args)
     args.model = args.model or "emoji"
     world = World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)
     print(table.forecast(world, scenarios, methods, budget, args.seed))
     figures, pictures = {}, {}
+    cells = table.run(world, scenarios, methods, budget, args.seed)
     try:
-        cells = table.run(world, scenarios, methods, budget, args.seed)
-        for scenario, method, row, images in bar(cells, len(scenarios) * (len(methods) + 1), "comparing"):
+        cells = tqdm(cells, "comparing", len(scenarios) * (len(methods) + 1), leave=False)
+        for scenario, method, row, images in cells:
             figures.setdefault(scenario, {})[method] = row
             pictures.setdefault(scenario, []).append(images)
     except FloatingPointError as error:
@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> str | None:
         raise KeyboardInterrupt("what is measured is on disk: the same command goes on") from error
     print(table.text(figures, columns))
     for scenario, rows in pictures.items():
-        path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
+        path = free(args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}"))
         cases = table.cases(world, scenarios[scenario], budget)
         prompts = [cases[i].prompt for i in table.shown_columns(cases)]
-        grid([from_bytes(row) for row in rows], path, prompts, list(figures[scenario]))
+        grid([torch.stack(list(row)).float() / 127.5 - 1 for row in rows], path, prompts, list(figures[scenario]))
         print(f"wrote   {path}")
     if args.markdown:
         write_text(args.markdown, table.markdown(figures, columns))
@@ -89,8 +89,3 @@ def of_targets(targets: Sequence[str], preset: str) -> dict[str, Scenario]:
     if (surrogate := PRESETS[preset].surrogate) in targets:
         raise UserError(f"{surrogate!r} is what targets of --preset {preset} become: choose another target.")
     return {", ".join(targets): Scenario(tuple(dict.fromkeys(targets)), preset)}
-
-
-def from_bytes(pixels: Sequence[Tensor]) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of bytes [3, H, W]."""
-    return torch.stack(list(pixels)).float() / 127.5 - 1

@@ -6,17 +6,19 @@ It shows twelve pictures before and after, and counts what CLIP sees in four tim
 import argparse
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from cli import options, train
+from cli import train
 from cli.check import of_file
-from cli.common import check_out, command, defaults_of, free, is_emoji, merge_gates, numbered, read_gates, slug
-from cli.generate import check_sampling, draw, say_openings
+from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
+from cli.generate import draw, say_openings
+from cli.options import parse
 from cli.pictures import change, check_picture, grid
-from cli.targets import nearest, split, target_of
+from cli.targets import nearest, split
 from loading.files import UserError
 from loading.prompts import normalised, read_prompts
 from study import evaluate
+from weights import Model
 
 SEEDS = 4  # pictures of every prompt that are judged
 
@@ -26,9 +28,7 @@ def run(args: argparse.Namespace) -> str | None:
     args.model = args.model or "emoji"
     if not is_emoji(args.model):
         raise UserError("the demo is of the embedded model: leave --model out.")
-    for name, value in defaults_of(args.model).items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
+    settle(args)
     names = split(args.targets or ["red heart"], args.model)
     things = {normalised(thing): thing for thing in read_prompts("emoji").domain}
     if len(names) > 1 or normalised(names[0]) not in things:
@@ -36,10 +36,12 @@ def run(args: argparse.Namespace) -> str | None:
     target = things[normalised(names[0])]
     out = args.out or Path("images") / f"demo-{slug(target)}.png"
     check_picture(out)
-    check_out(out)
-    check_sampling(args)
-    gate_file, model = train_demo(args, target, out.with_suffix(".safetensors"))
-    file = read_gates(gate_file)
+    gates_out, same = (
+        out.with_suffix(".safetensors"),
+        [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")],
+    )
+    train.run(parse(["train", target, "--out", str(gates_out), *same]))
+    file, model = read_gates(gates_out), open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = merge_gates([file], model)
 
     cases = pictures(target, args.model)
@@ -50,25 +52,8 @@ def run(args: argparse.Namespace) -> str | None:
     say_openings(model, gates, [file], [text for group, text, _ in cases if group != "neighbours"])
     out = free(out)
     grid([images[::SEEDS] for images in rows.values()], out, [text for _, text, _ in cases], list(rows))
-    print(f"wrote   {out} and {gate_file}")
-    return command("inspect", gate_file, cases[3][1])
-
-
-def train_demo(args: argparse.Namespace, target: str, out: Path) -> tuple[Path, "train.Model"]:
-    """The gates of the demo, as `train` makes them; those of an earlier one are used again."""
-    asked = options.parse(["train", target, "--model", args.model, "--device", args.device, "--seed", str(args.seed)])
-    asked.how = train.how(asked)
-    shop = train.Workshop(asked)
-    job = train.Job(target_of([target], asked), out, "")
-    job.settings = shop.settings(job.target)
-    for job.out in numbered(out):
-        try:
-            train.finish(shop, job)
-            return job.out, train.open_model(asked, ("text_encoder", "unet", "vae", "clip"))
-        except UserError:
-            if not job.out.is_file():  # not one of other settings that is in the way
-                raise
-    raise AssertionError("numbers do not end")
+    print(f"wrote   {out}")
+    return command("inspect", gates_out, cases[3][1])
 
 
 def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
@@ -84,16 +69,15 @@ def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
     return cases + near
 
 
-def print_table(cases: list[tuple[str, str, str]], rows: dict[str, torch.Tensor], model: "train.Model") -> None:
+def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], model: Model) -> None:
     """What CLIP sees: the share of pictures in which the thing is recognised, before and after."""
     concepts = read_prompts("emoji").domain
     features = evaluate.name_features(model.clip, model.tokenizer, concepts)
     seen = {name: evaluate.recognise(model.clip, images, features).tolist() for name, images in rows.items()}
-    wanted = [thing for _, _, thing in cases for _ in range(SEEDS)]
-    print(f"\n{'recognised by CLIP':24}{'pictures':>9}{'before':>9}{'after':>9}  the pictures")
+    wanted = [(group, thing) for group, _, thing in cases for _ in range(SEEDS)]
+    print(f"\n{'recognised by CLIP':34}{'before':>8}{'after':>8}  the pictures")
     for group in dict.fromkeys(group for group, _, _ in cases):
-        mine = [i for i in range(len(wanted)) if cases[i // SEEDS][0] == group]
-        shares = {name: sum(concepts[found[i]] == wanted[i] for i in mine) / len(mine) for name, found in seen.items()}
-        word = change(rows["before"][mine], rows["after"][mine])[1]
-        what = "the erased thing" if group != "neighbours" else "themselves"
-        print(f"{f'{group}: {what}':32}"[:34] + f"{len(mine):4}{shares['before']:8.0%}{shares['after']:9.0%}  {word}")
+        mine = [i for i, (of_group, _) in enumerate(wanted) if of_group == group]
+        before, after = (sum(concepts[found[i]] == wanted[i][1] for i in mine) / len(mine) for found in seen.values())
+        what = f"{group}: {'themselves' if group == 'neighbours' else 'the erased thing'}"
+        print(f"{what:34}{before:8.0%}{after:8.0%}  {change(rows['before'][mine], rows['after'][mine])}")

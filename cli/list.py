@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from cli.common import NAMED, command, metadata_of
+from cli.targets import styles
 from loading.hub import SD14
 from loading.prompts import PRESETS, read_prompts
 
@@ -15,18 +16,15 @@ def run(args: argparse.Namespace) -> str | None:
     for name, recipe in PRESETS.items():
         eta = f"eta {recipe.eta:g}, lambda {recipe.lam:g}, {recipe.stages} stages"
         print(f"preset  {name:12} becomes {recipe.surrogate!r}; {eta}")
-    gates = [(path, metadata_of(path)) for path in sorted(Path("gates").glob("*.safetensors"))]
     print()
-    for path, said in gates:
-        if "run" in said:
-            print(f"gates   {path}: an unfinished run")
-        elif name := said.get("target") or said.get("prompts"):
-            print(f"gates   {path}: erases {name} from {said.get('model', 'its model')}")
+    gates = sorted(Path("gates").glob("*.safetensors"))
+    for path, said in ((path, metadata_of(path)) for path in gates):
+        erases = f"erases {said.get('target', path.stem)} from {said.get('model', 'its model')}"
+        print(f"gates   {path}: {'an unfinished run' if 'run' in said else erases}")
     if not gates:
         print("gates   none in gates/")
     prompts = read_prompts("emoji")
-    styles = [word for word in prompts.general if word.endswith(" style")]
-    for name, words in ("things", prompts.domain), ("styles", styles):
+    for name, words in ("things", prompts.domain), ("styles", styles()):
         print(f"\nThe embedded model's {len(words)} {name}:")
         print(textwrap.fill(", ".join(words), 110, initial_indent="  ", subsequent_indent="  "))
     return command("train", prompts.domain[0], "--model", "emoji")

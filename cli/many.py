@@ -7,63 +7,25 @@ WORLD_SIZE say counts only where torchrun has set its variables, and only for fi
 """
 
 import csv
-import io
 import os
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from loading.files import UserError
 
-LARGEST = 64 << 20  # bytes of a file of lines
 
-
-class Process(NamedTuple):
-    """Which of the processes that torchrun started this is: `rank` of `size`, and the `local`-th on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-
-
-def this_process() -> Process:
-    """What torchrun's variables say; the only one where torchrun did not start it. UserError for nonsense there."""
+def share(everything: Sequence) -> Sequence:
+    """What this of torchrun's processes works on, everything[rank::world_size]; all of it where there is but one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Process()
-    said = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    with suppress(ValueError, TypeError):
-        process = Process(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"]))
-        if 0 <= process.rank < process.size and process.local >= 0:
-            return process
-    words = ", ".join(f"{name}={value}" for name, value in said.items())
-    raise UserError(f"{words} in the environment is nothing that torchrun sets: unset them, or start with torchrun.")
+        return everything
+    return everything[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
 
 
-def device_of(device: str, process: Process) -> str:
-    """The device of a process: on a machine with several graphics cards, its own. UserError if there are too few."""
-    if device != "cuda" or not torch.cuda.is_available() or process.size == 1:
-        return device
-    if process.local >= (cards := torch.cuda.device_count()):
-        found = f"{cards} graphics card{'s' * (cards != 1)}"
-        raise UserError(f"process {process.local} of this machine finds {found}: start fewer.")
-    return f"cuda:{process.local}"
-
-
-@contextmanager
-def stopped_by_torchrun(process: Process) -> Iterator[None]:
-    """Ends as after Ctrl-C (KeyboardInterrupt), the state saved, when torchrun stops this process as another failed."""
-    if process.size == 1:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def own_device(kind: str) -> str:
+    """The device of this process: each that torchrun started has a graphics card of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ else kind
 
 
 @contextmanager
@@ -75,24 +37,12 @@ def naming(line: str) -> Iterator[None]:
         raise UserError(f"{line}: {error}" if line else str(error)) from error
 
 
-# --- Lines -------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> str:
-    """A text file; UserError when it cannot be read, is no text in UTF-8, or larger than 64 MiB."""
+def read_text(path: Path) -> list[str]:
+    """The lines of a text file; UserError when it cannot be read, or is no text in UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:  # or endless, as some devices are
-            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: give a text file, one entry a line.")
-        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Check its name.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8.") from error
-    if "\0" in text:
-        raise UserError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1} is not text: it holds a NUL.")
-    return text
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8 ({error}): check the file.") from error
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -100,14 +50,13 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
     UserError as for `read_text`, or when there are no entries.
     """
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1)]
-    comments = [number for number, line in lines if line == "#" or line.startswith(("# ", "##", "#!"))]
-    lines = [(number, line) for number, line in lines if line and number not in comments]
-    if not lines:
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path), 1) if line.strip()]
+    entries = [(number, line) for number, line in lines if line != "#" and not line.startswith(("# ", "##"))]
+    if not entries:
         raise UserError(f"{path} has no lines but blank ones and comments (# ...): write one entry a line.")
-    if comments:
-        print(f"passed  {len(comments)} comment line{'s' * (len(comments) > 1)} of {path}")
-    return lines
+    if passed := len(lines) - len(entries):
+        print(f"passed  {passed} comment line{'s' * (passed > 1)} of {path}")
+    return entries
 
 
 class Drawing(NamedTuple):
@@ -120,11 +69,9 @@ class Drawing(NamedTuple):
     case: str | None = None  # its name in a benchmark
 
 
-COLUMNS = {
-    "seed": ("evaluation_seed", "seed", "sd_seed"),
-    "guidance": ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_scale"),
-    "case": ("case_number",),
-}
+# As the benchmarks call them.
+SEED = ("evaluation_seed", "seed", "sd_seed")
+GUIDANCE = ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_scale")
 
 
 def read_drawings(path: Path) -> list[Drawing]:
@@ -133,38 +80,25 @@ def read_drawings(path: Path) -> list[Drawing]:
     UserError as for `read_lines`, or for a seed or a guidance scale that is no number.
     """
     text = read_text(path)
-    columns = next(csv.reader([text.split("\n", 1)[0]]), [])
+    columns = next(csv.reader(text), [])
     if path.suffix.lower() != ".csv" and "prompt" not in columns:
         return [Drawing(number, line) for number, line in read_lines(path)]
-    reader = csv.DictReader(io.StringIO(text))
-    if "prompt" not in (reader.fieldnames or []):
-        raise UserError(f"{path} has no column `prompt` (only {', '.join(map(str, reader.fieldnames or []))}).")
-    used = {name: next((c for c in names if c in reader.fieldnames), None) for name, names in COLUMNS.items()}
-    if unknown := [c for c in reader.fieldnames if c and c not in ("prompt", *used.values())]:
+    if "prompt" not in columns:
+        raise UserError(f"{path} has no column `prompt` (only {', '.join(columns)}).")
+    if unknown := [name for name in columns if name not in ("prompt", "case_number", *SEED, *GUIDANCE)]:
         print(f"passed  columns {', '.join(unknown)} of {path}")
-    drawings = []
+    reader, drawings = csv.DictReader(line + "\n" for line in text), []
     for row in reader:
-        said = {name: (row.get(column) or "").strip() or None for name, column in used.items() if column}
-        with naming(f"{path}, line {reader.line_num}"):
-            if prompt := (row.get("prompt") or "").strip():
-                drawings.append(drawing(reader.line_num, prompt, said))
+        seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
+        if prompt := (row["prompt"] or "").strip():
+            try:
+                seed, guidance = seed and int(float(seed)), guidance and float(guidance)
+                if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
+                    raise ValueError(f"seed {seed}, guidance {guidance}")
+            except (ValueError, OverflowError) as error:
+                said = "seeds are whole numbers from 0, guidance scales 0 to 100"
+                raise UserError(f"{path}, line {reader.line_num}: {error}; {said}.") from error
+            drawings.append(Drawing(reader.line_num, prompt, seed, guidance, row.get("case_number")))
     if not drawings:
         raise UserError(f"{path} has no prompts: fill its column `prompt`.")
     return drawings
-
-
-def drawing(line: int, prompt: str, said: dict[str, str | None]) -> Drawing:
-    """A row of a CSV file; UserError for what is no number."""
-    try:
-        seed = said.get("seed") and int(float(said["seed"]))
-        guidance = said.get("guidance") and float(said["guidance"])
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{error}: seeds are whole numbers, guidance scales numbers.") from error
-    if (seed is not None and not 0 <= seed < 2**63) or (guidance is not None and not 0 <= guidance <= 100):
-        raise UserError(f"seed {seed}, guidance {guidance}: seeds are 0 or more, guidance scales up to 100.")
-    return Drawing(line, prompt, seed, guidance, said.get("case"))
-
-
-def share(everything: Sequence, process: Process) -> Sequence:
-    """The lines of a process: everything[rank::world_size]."""
-    return everything[process.rank :: process.size]

@@ -2,79 +2,72 @@
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from loading.files import UserError, atomic
+from loading.files import UserError, atomic, check_writable
 
 LINE = 14  # pixels of a line of text
 
 
 def grid(rows: Sequence[Tensor], path: Path, columns: Sequence[str] = (), names: Sequence[str] = (),
-         settings: str = "") -> None:  # fmt: skip
+         said: str = "") -> None:  # fmt: skip
     """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG; small ones doubled. UserError as for `atomic`.
 
-    `columns` stand over them, `names` before the rows; `settings` go into the file, for `drawn_with`.
+    `columns` stand over them, `names` before the rows; what is `said` goes into the file, for `evaluate`.
     """
-    image = sheet(rows, columns, names)
     info = PngInfo()
-    if settings:
-        info.add_itxt("cpe", settings)
+    if said:
+        info.add_itxt("cpe", said)
     with atomic(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
+        sheet(rows, columns, names).save(temporary, "PNG", pnginfo=info)
 
 
 def sheet(rows: Sequence[Tensor], columns: Sequence[str], names: Sequence[str]) -> Image.Image:
-    """The picture that `grid` writes."""
-    tiles = [[to_picture(each) for each in row] for row in rows]
-    width, height = tiles[0][0].size
+    """The picture that `grid` writes: small images are doubled."""
+    pixels = [
+        ((row.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy() for row in rows
+    ]
+    scale = 2 if pixels[0].shape[1] <= 128 else 1
+    height, width = scale * pixels[0].shape[1], scale * pixels[0].shape[2]
     wrapped = [textwrap.wrap(text, max(4, width // 7), max_lines=4, placeholder=" ...") for text in columns]
     left, top = 8 * max(map(len, names), default=0), LINE * max(map(len, wrapped), default=0)
-    page = Image.new("RGB", (left + width * len(tiles[0]), top + height * len(rows)), "white")
+    page = Image.new("RGB", (left + width * len(rows[0]), top + height * len(rows)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
     for column, lines in enumerate(wrapped):
-        for i, line in enumerate(lines):
-            draw.text((left + column * width + 2, i * LINE + 1), line, "black", font)
-    for row, pictures in enumerate(tiles):
-        if names:
-            draw.text((3, top + (row + 0.5) * height - LINE / 2), names[row], "black", font)
-        for column, picture in enumerate(pictures):
+        draw.multiline_text((left + column * width + 2, 1), "\n".join(lines), "black", font)
+    for row, images in enumerate(pixels):
+        draw.text((3, top + (row + 0.5) * height - LINE / 2), names[row] if names else "", "black", font)
+        for column, image in enumerate(images):
+            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             page.paste(picture, (left + column * width, top + row * height))
     return page
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """A picture of one image [3, H, W] in [-1, 1], twice its size where it is small."""
-    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    scale = 2 if picture.height <= 128 else 1
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
 def check_picture(path: Path) -> None:
-    """UserError unless the name of a picture is one of a PNG."""
+    """UserError unless a PNG can be written at a path; asked before the work."""
     if path.suffix.lower() not in (".png", ""):
         raise UserError(f"{path}: pictures are written as PNG, choose a name that ends in .png.")
+    check_writable(path)
 
 
 def drawn_with(path: Path) -> str:
-    """The settings that `grid` put into a PNG; "" if it is not there, damaged, or says none."""
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError), Image.open(path) as image:
-        image.load()
-        return image.info.get("cpe", "")
-    return ""
+    """What `grid` put into a PNG; "" if it is damaged, or says nothing."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("cpe", "")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
 
 
-def change(before: Tensor, after: Tensor) -> tuple[float, str]:
-    """How far an image moved: the mean absolute difference, of 2 at most, and a word for it."""
+def change(before: Tensor, after: Tensor) -> str:
+    """How far an image moved, as people say it, and the mean absolute difference, of 2 at most."""
     moved = (before - after).abs().mean().item()
     words = ((0.01, "unchanged"), (0.05, "hardly changed"), (0.15, "somewhat changed"), (2.1, "another picture"))
-    return moved, next(word for limit, word in words if moved < limit) if moved == moved else "broken"
+    return f"{next(word for limit, word in words if moved < limit)} ({moved:.3f} of 2)"
 
 
 def openings(tokens: Sequence[str], values: Tensor, names: Sequence[str]) -> Image.Image:
@@ -92,8 +85,3 @@ def openings(tokens: Sequence[str], values: Tensor, names: Sequence[str]) -> Ima
             draw.text((x + 4, y + 4), token, "black", font)
             x += width
     return page.resize((2 * page.width, 2 * page.height), Image.Resampling.LANCZOS)
-
-
-def stack(images: Sequence[Tensor]) -> Tensor:
-    """Images of one size as a batch [B, 3, H, W]."""
-    return torch.stack(list(images))

@@ -5,6 +5,7 @@ What is recognised is acted on, and said; what could mean two things is refused,
 
 import argparse
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,18 +42,23 @@ def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]
             names += parts
         else:
             several, one = command("train", *parts), command("train", text, "--one-name")
-            raise UserError(f"{text!r} may be one name or {len(parts)}. Several: {several}. One: {one}.")
-    spaced = [" ".join(name.split()) for name in names]
-    return list({normalised(name) or name: name for name in reversed(spaced)}.values())[::-1]
+            raise UserError(f"{text!r} may be one name or {len(parts)}: give `{one}`, or `{several}`.")
+    names = [spaced(name) for name in names]
+    return list({normalised(name) or name: name for name in reversed(names)}.values())[::-1]
+
+
+def spaced(name: str) -> str:
+    """A name with single spaces and composed letters: an accent may be written as one letter or two."""
+    return unicodedata.normalize("NFC", " ".join(name.split()))
 
 
 def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     """A target with the preset and the surrogate it needs; UserError for a name that cannot be erased."""
-    names = list(dict.fromkeys(" ".join(name.split()) for name in names))
+    names = list(dict.fromkeys(map(spaced, names)))
     preset = args.preset or defaults_of(args.model)["preset"]
     if is_emoji(args.model):
-        names[0], preset = style_of(names[0], preset, args.preset)
-    surrogate = " ".join((PRESETS[preset].surrogate if args.surrogate is None else args.surrogate).split())
+        names[0], preset = style_of(names[0], preset)
+    surrogate = spaced(PRESETS[preset].surrogate if args.surrogate is None else args.surrogate)
     if not surrogate:
         raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
     for name in names:
@@ -73,31 +79,20 @@ def styles() -> list[str]:
     return [word for word in read_prompts("emoji").general if word.endswith(" style")]
 
 
-def style_of(name: str, preset: str, asked: str | None) -> tuple[str, str]:
-    """A target of the embedded model and its preset: styles have one of their own. UserError if another was asked."""
+def style_of(name: str, preset: str) -> tuple[str, str]:
+    """A target of the embedded model and its preset: styles have one of their own, whichever was asked for."""
     plain = normalised(name)
     style = next((s for s in styles() if plain in (s, s.removesuffix(" style"))), None)
-    if style is None:
-        if preset == "emoji-style":
-            known = ", ".join(styles())
-            raise UserError(f"--preset emoji-style erases styles ({known}), and {name!r} is none: leave --preset out.")
-        return name, preset
-    if asked == "emoji":
-        raise UserError(f"{name!r} is a style: leave --preset out, or give --preset emoji-style.")
-    if asked is None:
-        print(f"preset  emoji-style, as {style!r} is a style")
-    return style, asked or "emoji-style"
-
-
-def known_words() -> set[str]:
-    """The words of the embedded model's concepts."""
-    prompts = read_prompts("emoji")
-    return {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
+    meant = "emoji-style" if style else "emoji" if preset == "emoji-style" else preset
+    if meant != preset:
+        print(f"preset  {meant}, as {name!r} is {'a' if style else 'no'} style")
+    return style or name, meant
 
 
 def check_known(names: Sequence[str], model: str) -> None:
     """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
-    words = known_words()
+    prompts = read_prompts("emoji")
+    words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
     for name in names:
         if not normalised(name) or not set(normalised(name).split()) <= words:
             raise UserError(

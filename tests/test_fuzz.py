@@ -324,7 +324,7 @@ def test_any_file_of_prompts(lines):
             assert template.format("x") == template.replace("{}", "x")
 
 
-def trainer() -> cpe.Trainer:
+def trainer() -> runs.Trainer:
     """A trainer of the smallest gates."""
     draw = torch.Generator().manual_seed(0)
     layers = {f"mid.{x}.weight": torch.randn(4, 4, generator=draw) for x in ("to_q", "to_k", "to_v", "to_out.0")}
@@ -333,7 +333,7 @@ def trainer() -> cpe.Trainer:
         "x", eta=0.3, lam=1.0, r=2, stages=2, first_steps=2, later_steps=2, attack_steps=4, deltas=2, anchors=2
     )
     layers = cpe.Layers.of(layers)
-    return cpe.Trainer(
+    return runs.Trainer(
         cpe.ResAG(layers.widths, 4, 2, generator=draw), cpe.Losses(layers, cpe.Data(*contexts), 0.3), recipe, draw
     )
 
@@ -343,7 +343,7 @@ def state() -> dict[str, torch.Tensor]:
     made = trainer()
     for _ in zip(range(4), made):  # noqa: B905 the shorter one ends it
         pass
-    return runs.state_of(made)
+    return made.state()
 
 
 @cases(0.05)
@@ -352,7 +352,7 @@ def state() -> dict[str, torch.Tensor]:
 def test_any_state_to_go_on_from(content):
     made = trainer()
     with ends_well(ValueError, FloatingPointError):
-        runs.restore(made, content)
+        made.load_state(content)
         assert sum(1 for _ in made) <= 8
 
 
@@ -400,11 +400,11 @@ OPTIONS = {
         "--rank",
     ),
     "generate": ("--prompts", "--steps", "--guidance", "--sampler", "--dtype", "--gates", "--negative"),
-    "inspect": ("--prompt", "--dtype", "--gates"),
-    "check": ("--sentences", "--worst", "--json", "--gates"),
-    "demo": ("--target", "--steps", "--guidance", "--sampler"),
+    "inspect": ("--out",),
+    "check": ("--sentences",),
+    "demo": ("--steps", "--guidance", "--sampler"),
 }
-FLAGS = {"train": ("--resume", "--literal", "--one-name"), "generate": ("--before-after",)}
+FLAGS = {"train": ("--resume", "--one-name"), "generate": ("--before-after",)}
 VALUES = (
     st.sampled_from(["emoji", "context", "dpm", "float16", "bfloat16", "1e400", "nan", "-1", "١", "9" * 5000])
     | st.sampled_from(
@@ -471,7 +471,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     made = SimpleNamespace(gates=cpe.ResAG(layers[1], layers[0]))
     monkeypatch.setattr(training, "trainer_of", lambda *_: made)
     monkeypatch.setattr(training, "solved", lambda *_: made.gates)
-    monkeypatch.setattr(runs.Run, "train", lambda *_: None)
+    monkeypatch.setattr(training, "train", lambda *_: None)
     monkeypatch.setattr(demo, "print_table", lambda *_: None)
     monkeypatch.setattr(demo, "nearest", lambda *_: ["dog face", "cat", "fox", "crab"])
     for module in (drawing, demo):

@@ -223,7 +223,7 @@ def write_gates(folder: Path, out: Path, seed: int = 0, **metadata: str) -> Path
 def bake(model: Path, out: Path, gates: Path, *more: str) -> list[str]:
     """Arguments of a short baking; writes the gate file."""
     write_gates(model, gates)
-    settings = ["--steps-scale", "0.03", "--images", "0", "--model", str(model)]
+    settings = ["--steps-scale", "0.03", "--model", str(model)]
     return ["bake", str(gates), "--out", str(out), *settings, *more]
 
 

@@ -6,14 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, generate
 
 from cli import main, options, report
-from cli.main import memory_advice, out_of_memory, told_by_system
 
 
 @pytest.mark.parametrize("command", ["", *options.COMMANDS])
@@ -36,38 +34,25 @@ def test_the_script_is_the_command_line():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "there is no command 'trian': did you mean train?"),
-        (["fly"], "there is no command 'fly': choose among demo, train"),
+        (["trian"], "did you mean train?"),
+        (["fly"], "invalid choice: 'fly'"),
         (["generate", "a\0b"], "is not text"),
         (["generate", "a\udce9b"], "is not text"),
-    ],
-)
-def test_what_no_command_can_be_is_one_line(arguments, words, capsys):
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
         (["train", "x", "--preset", "none"], "invalid choice"),
         (["train", "x", "--steps-scale", "-1"], "is not between"),
         (["train", "x", "--steps-scale", "nan"], "is not between"),
         (["generate", "x", "--steps", "0"], "is not between"),
         (["generate", "x", "--sampler", "euler"], "invalid choice"),
         (["generate", "x", "--guidence", "4"], "did you mean --guidance?"),
-        (["generate", "x", "--zone", "0.5"], "gates have no dead zone any more"),
-        (["train", "x", "--gate", "context"], "`train --how solve` makes gates that change the context"),
-        (["generate", "x", "--json", "x"], "only compare, check and evaluate write figures"),
     ],
 )
-def test_wrong_options_end_with_exit_code_2_and_a_way_on(arguments, words, capsys):
+def test_what_no_command_can_be_ends_with_exit_code_2_and_a_way_on(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.startswith("usage: cpe.py")
 
 
 def test_positions_are_text_or_gate_files_wherever_they_stand():
@@ -76,24 +61,25 @@ def test_positions_are_text_or_gate_files_wherever_they_stand():
     assert args.gates == [Path("odd"), Path("x.safetensors")]
     assert options.parse(["train", "--target", "a", "b", "--seed", "1", "c"]).targets == ["a", "b", "c"]
     assert options.parse(["train", "--target", "a", "--target", "b"]).targets == ["a", "b"]
-    assert options.parse(["inspect", "x.safetensors", "--prompt", "a cat"]).prompts == [
-        "a cat"
-    ]  # as it was said before
     assert options.parse(["generate"]).prompts == []
 
 
-def test_an_error_of_the_system_without_a_file_is_not_blamed_on_standard_output(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "cpe.py: Resource temporarily unavailable\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "cpe.py: x: Permission denied\n"),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence(run, monkeypatch, error, words):
     def fail(*_):
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise error
 
     monkeypatch.setattr("cli.list.metadata_of", fail)
     Path("gates").mkdir()
     Path("gates/x.safetensors").touch()
     code, said = run("list")
-    assert code == 2
-    assert "the system refused something: Resource temporarily unavailable" in said
-    assert "standard output" not in said
-    assert told_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
+    assert (code, said.endswith(words)) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +98,10 @@ def test_too_little_memory_says_what_to_try(run, monkeypatch, error):
 
     monkeypatch.setattr("cli.generate.open_model", fail)
     code, said = run("generate", "a cat", "a dog")
-    assert code == 2
-    assert "out of memory on cpu. Try: close other programs, --dtype bfloat16 (half the memory), fewer prompts" in said
-    assert "--device cpu" in memory_advice(Namespace(device="cuda"))
-    assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert (code, said.startswith("cpe.py: out of memory: close other programs, or try fewer prompts at once")) == (
+        2,
+        True,
+    )
 
 
 def test_another_error_is_a_traceback(run, monkeypatch):
@@ -137,20 +123,13 @@ def test_an_interruption_while_torch_is_imported_is_no_traceback(monkeypatch, ca
     assert "interrupted; nothing half-written is left" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")
-@pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
-def test_output_that_nobody_can_read_is_no_traceback(tiny_original, tmp_path, to):
+def test_output_that_nobody_reads_on_is_no_traceback(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
     command = [sys.executable, ROOT / "cpe.py", "list"]
-    if to == "closed pipe":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open(to, os.O_WRONLY)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     os.close(writer)
-    assert done.returncode == 2
-    assert done.stderr.startswith("cpe.py: standard output cannot be written")
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (2, "cpe.py: Broken pipe\n")
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

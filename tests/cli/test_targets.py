@@ -35,7 +35,7 @@ def test_several_things_that_the_model_knows_are_several_targets(text, capsys):
 
 @pytest.mark.parametrize("text", ["Martin Luther King, Jr.", "Simon and Garfunkel", "salt & pepper"])
 def test_what_may_be_one_name_or_two_is_refused_with_both_ways_to_say_it(text):
-    with pytest.raises(UserError, match=r"may be one name or 2. Several: .* One: .*--one-name"):
+    with pytest.raises(UserError, match=r"may be one name or 2: give `.*--one-name`, or `python cpe.py train .*`"):
         targets.split([text], "sd14")
     assert targets.split([text], "sd14", one_name=True) == [text]
 
@@ -48,14 +48,18 @@ def test_the_same_target_twice_is_one():
 @pytest.mark.parametrize("name", ["blob style", "Blob Style", "blob"])
 def test_a_style_gets_the_preset_for_styles_and_that_is_said(name, capsys):
     assert target(name) == targets.Target(["blob style"], "emoji-style", "noto style")
-    assert "preset  emoji-style, as 'blob style' is a style" in capsys.readouterr().out
+    assert f"preset  emoji-style, as {name!r} is a style" in capsys.readouterr().out
+
+
+def test_the_other_preset_is_not_insisted_on(capsys):
+    assert target("blob style", preset="emoji").preset == "emoji-style"
+    assert target("red heart", preset="emoji-style").preset == "emoji"
+    assert "preset  emoji, as 'red heart' is no style" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("names", "given", "words"),
     [
-        (["blob style"], {"preset": "emoji"}, "is a style: leave --preset out"),
-        (["red heart"], {"preset": "emoji-style"}, "and 'red heart' is none: leave --preset out"),
         (["  "], {"model": "sd14"}, "the target is empty"),
         (["An  Object"], {"model": "sd14", "preset": "object"}, "is both target and surrogate"),
         (["x"], {"model": "sd14", "surrogate": " \t"}, "the surrogate is empty"),
@@ -72,6 +76,11 @@ def test_what_cannot_be_erased_is_said(names, given, words):
 @pytest.mark.parametrize("name", ["♥", "!!!", "C++", "日本", "é"])
 def test_signs_and_other_scripts_are_targets_of_stable_diffusion(name):
     assert target(name, model="sd14").names == [name]
+
+
+def test_an_accent_may_be_one_letter_or_two():
+    names = {target(unicodedata.normalize(form, "Beyonc\u00e9"), model="sd14").names[0] for form in ("NFC", "NFD")}
+    assert len(names) == 1
 
 
 def test_what_is_offered_instead_is_near_in_meaning_not_in_spelling():

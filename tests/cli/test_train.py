@@ -50,7 +50,6 @@ def test_it_writes_one_gate_file_that_knows_all_about_itself(run, tiny_original)
     assert expected.items() <= metadata.items()
     assert json.loads(metadata["drawing"]) == {"steps": 50, "guidance": 7.5, "sampler": "ddim"}
     assert metadata["fingerprint"] == weights.load_model(tiny_original).fingerprint
-    assert set(json.loads(metadata["losses"])) == {"erase", "adversarial", "anchor", "attack", "total"}
     assert len(cpe.from_tensors(tensors).w_qs) == 1
 
 
@@ -73,16 +72,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run):
     a, b, c = (load_file(f"{name}.safetensors") for name in "abc")
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert not torch.equal(a[cpe.W_QS], c[cpe.W_QS])
-
-
-def test_the_papers_own_losses_train_the_same_gates(run):
-    settings = ("--first-steps", "6", "--later-steps", "3", "--attack-steps", "3")
-    assert run("train", "red heart", "--preset", "emoji", *settings, "--out", "fast.safetensors")[0] == 0
-    assert run("train", "red heart", "--preset", "emoji", *settings, "--literal", "--out", "plain.safetensors")[0] == 0
-    fast, plain = load_file("fast.safetensors"), load_file("plain.safetensors")
-    for name in fast:
-        torch.testing.assert_close(fast[name], plain[name], rtol=1e-2, atol=1e-3)
-    assert load_tensors("plain.safetensors")[1]["literal"] == "true"
 
 
 def test_every_number_of_the_recipe_is_an_option_that_the_file_stores(run):
@@ -126,7 +115,7 @@ def test_a_finished_gate_file_stays_however_its_target_is_written(run, monkeypat
     [
         (("--seed", "1"), "seed"),
         (("--alias", "love"), "aliases"),
-        (("--steps-scale", "0.03"), "steps"),
+        (("--steps-scale", "0.03"), "first-steps"),
         (("--lambda", "7"), "lambda"),
         (("--preset", "object"), "preset, surrogate, eta"),
     ],
@@ -148,7 +137,7 @@ def test_a_gate_file_of_another_version_can_be_used_but_is_not_finished(run, ver
     del metadata["version"]
     save_tensors(GATES, tensors, metadata | ({"version": version} if version else {}))
     code, said = run(*TRAIN)
-    assert (code, "trained with other settings (version of cpe.py)" in said) == (2, True)
+    assert (code, "trained with other settings (version)" in said) == (2, True)
     assert run("generate", "a cat", GATES, "--steps", "1")[0] == 0
 
 
@@ -168,7 +157,7 @@ def test_a_finished_file_stays_only_if_it_was_made_of_the_same(run, tiny, monkey
         GATES.write_bytes(GATES.read_bytes()[:-1])
     code, said = run(*command)
     assert code == 2
-    how = "no finished gate file" if changed == "file" else "trained with other settings (prompts or layers)"
+    how = "no finished gate file" if changed == "file" else "trained with other settings (inputs)"
     assert f"{GATES} is there already, {how}: choose another --out, or remove it." in said
 
 
@@ -218,7 +207,7 @@ def test_what_cannot_be_mended_by_going_on_is_said(run, monkeypatch):
     monkeypatch.setattr(cpe.Trainer, "update", diverge)
     code, said = run(*TRAIN)
     assert code == 2
-    assert "the loss became nan in phase 1, step 1: try another --seed, or smaller --first-lr and --later-lr" in said
+    assert "the loss became nan in phase 1, step 1. Try another --seed, or smaller learning rates" in said
     assert not list(Path("gates").glob("*"))
 
 
@@ -260,33 +249,15 @@ def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypat
     assert (code, f"wrote   {GATES}" in said, "took " in said) == (0, True, True)
 
 
-def test_a_target_that_diverges_does_not_hold_up_the_others(run, monkeypatch):
-    build, made = train.trainer_of, []
-
-    def build_one(shop, target):
-        trainer = build(shop, target)
-        made.append(target)
-        if len(made) == 1:
-            trainer.recipe = replace(trainer.recipe, first_lr=float("inf"))
-        return trainer
-
-    monkeypatch.setattr(train, "trainer_of", build_one)
-    code, said = run("train", "red heart", "dog face", *SHORT, "--warmup", "0")
-    assert code == 2
-    assert "1 of 2 targets diverged. red heart: the loss became nan" in said
-    assert list(contents("gates")) == ["dog-face.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "no lines but"),
         ("# only this\n\n", "no lines but"),
-        ("cat\n\nCAT!\n", "line 3 ('CAT!') is the same target as targets.txt, line 1 ('cat')"),
-        ("cat\n, feline", "line 2: a name is missing before or after a comma"),
+        ("cat\n\nCAT\n", "line 3: 'CAT' is the same target as targets.txt, line 1"),
+        ("cat\n, feline", "line 2: the target is empty"),
         ("an object\n", "line 1: 'an object' is both target and surrogate"),
-        ("cat\na\0b\n", "line 2 is not text"),
-        ("caf\udce9", "not a text file in UTF-8"),
+        ("caf\udce9", "cannot be read as text in UTF-8"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypatch, text, words):
@@ -296,12 +267,6 @@ def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypat
     assert code == 2
     assert words in said
     assert [path.name for path in tmp_path.iterdir()] == ["targets.txt"]
-
-
-def test_an_endless_file_of_lines_is_not_read_to_its_end(run, monkeypatch):
-    monkeypatch.setattr("cli.many.LARGEST", 1 << 20)
-    code, said = run("train", "--targets", "/dev/zero")
-    assert (code, "/dev/zero is larger than 1 MiB" in said) == (2, True)
 
 
 def test_torchrun_starts_it(tiny_original, tmp_path):
@@ -386,7 +351,7 @@ def test_a_state_of_another_run_is_refused_and_left_alone(run, monkeypatch, kind
     before = state.read_bytes()
     code, said = run(*TRAIN, "--resume")
     assert code == 2
-    words = {"settings": "other settings", "damaged": "not a whole", "shapes": "this state is of another run"}
+    words = {"settings": "other settings", "damaged": "is damaged", "shapes": "this state is of another run"}
     assert words[kind] in said
     assert state.read_bytes() == before
 
@@ -398,12 +363,7 @@ def test_the_state_of_an_unfinished_run_is_no_gate_file(run, monkeypatch):
     assert (code, "the state of an unfinished run" in said) == (2, True)
 
 
-def test_resume_says_when_there_is_nothing_to_go_on_with(run):
-    with pytest.warns(UserWarning, match=r"there is no .*state.safetensors to go on with: this run begins anew"):
-        assert run(*TRAIN, "--resume")[0] == 0
-
-
-def trainer_of(seed: int) -> cpe.Trainer:
+def trainer_of(seed: int) -> runs.Trainer:
     """A small trainer on random numbers."""
     chance = torch.Generator().manual_seed(seed)
     sizes = {"to_q": (8, 8), "to_k": (8, 12), "to_v": (8, 12), "to_out.0": (8, 8)}
@@ -412,7 +372,7 @@ def trainer_of(seed: int) -> cpe.Trainer:
     data = cpe.Data(*(torch.randn(n, 7, 12, generator=chance) for n in (4, 4, 9, 1)))
     recipe = cpe.Recipe("", lam=10.0, r=3, k=2, stages=2, first_steps=4, later_steps=3, attack_steps=2, anchors=5)
     gates = cpe.ResAG(layers.widths, 12, 3, 2, generator=chance)
-    return cpe.Trainer(gates, token_space.Losses(layers, data, recipe.eta), recipe, chance)
+    return runs.Trainer(gates, token_space.Losses(layers, data, recipe.eta), recipe, chance)
 
 
 @pytest.mark.parametrize("missing", ["generator", "position", "gates.w_qs", "optimizer.0.exp_avg", "deltas"])
@@ -420,11 +380,11 @@ def test_a_state_without_one_of_its_tensors_is_of_another_run(missing):
     trainer = trainer_of(0)
     for _ in zip(range(6), trainer):  # noqa: B905 the shorter one ends it
         pass
-    state = runs.state_of(trainer)
+    state = trainer.state()
     assert missing in state
-    runs.restore(trainer_of(0), state)
+    trainer_of(0).load_state(state)
     with pytest.raises(ValueError, match="this state is of another run"):
-        runs.restore(trainer_of(0), {name: tensor for name, tensor in state.items() if name != missing})
+        trainer_of(0).load_state({name: tensor for name, tensor in state.items() if name != missing})
 
 
 def test_a_full_disk_is_named_and_what_was_trained_is_not_lost(run, monkeypatch):

@@ -1,0 +1,85 @@
+"""bake, export, attack: what is written has a name by default, and stands in nobody's way."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny import FEW, contents, write_gates
+
+from cli import bake
+from deploy import bake as baking
+from deploy import targets
+from loading.files import load_tensors
+
+BAKE = ("bake", "--steps-scale", "0.002")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Nothing here depends on how many prompts there are."""
+    monkeypatch.setattr(bake, "read_prompts", lambda preset: FEW)
+    monkeypatch.setattr(bake, "training_prompts", partial(targets.training_prompts, least=8, total=8))
+
+
+def test_a_baked_model_is_named_after_its_target_and_draws_without_gates(run, gates):
+    code, said = run(*BAKE, gates)
+    assert code == 0, said
+    assert "wrote   models/red-heart: " in said
+    assert " without red heart" in said
+    assert "next    python cpe.py generate 'a picture of a red heart' --model models/red-heart" in said
+    assert f"red heart: left, {baking.HELD_OUT[0]!r}" in said  # what is lost, in sentences that it never saw
+    assert run("generate", "a red heart", "--steps", "1", "--model", "models/red-heart")[0] == 0
+    before = contents("models")
+    code, said = run(*BAKE, gates)
+    assert (code, "models/red-heart exists already: choose another name, or remove it" in said) == (2, True)
+    assert contents("models") == before
+
+
+def test_a_baked_model_is_exported_as_one_file(run, gates):
+    assert run(*BAKE, gates, "--out", "one.safetensors")[0] == 0  # at once
+    assert run(*BAKE, gates)[0] == 0
+    export = ("export", "--model", "models/red-heart", "--out", "two.safetensors")  # or from the folder
+    code, said = run(*export)
+    assert (code, "wrote   two.safetensors" in said) == (0, True), said
+    assert load_tensors("two.safetensors")[0].keys() == load_tensors("one.safetensors")[0].keys()
+    code, said = run(*export)
+    assert (code, "give the name of a new file" in said) == (2, True)
+    code, said = run("export", gates)
+    assert (code, "python cpe.py bake red-heart.safetensors --out erased.safetensors" in said) == (2, True)
+
+
+def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
+    update, done = baking.Baker.update, []
+
+    def interrupted(baker):
+        done.append(1)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(baker)
+
+    settings = ("bake", gates, "--steps-scale", "0.005")
+    assert run(*settings, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(baking.Baker, "update", interrupted)
+        code, said = run(*settings, "--out", "x")
+    assert (code, "go on with --resume" in said) == (130, True)
+    assert not Path("x").exists()
+    assert run(*settings, "--out", "x", "--resume")[0] == 0
+    assert contents("x") == contents("whole")
+
+
+def test_gates_of_two_presets_are_not_baked_into_one(run, gates, tiny_original):
+    write_gates(tiny_original, Path("b.safetensors"), target="dog", preset="object")
+    code, said = run(*BAKE, gates, "b.safetensors")
+    assert (code, "different presets (emoji, object)" in said) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["attack.png", "attack-2.png"])
+def test_pictures_of_attacks_are_numbered(run, gates, name):
+    if name == "attack-2.png":
+        Path("images").mkdir()
+        Path("images/attack.png").write_bytes(b"mine")
+    code, said = run("attack", gates, "--with", "revival", "--steps", "1", "--guidance", "1")
+    assert (code, f"wrote   images/{name}" in said) == (0, True), said
