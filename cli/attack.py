@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> str | None:
     rows["erased"] = sampler.draw(model, plain, seeds, gates, *drawing)
     for name in args.attacks or ATTACKS:
         found = ATTACKS[name](victim, target, (args.template,), args.seed)
-        print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f} in {found.seconds:.0f} s: {found.prompts[0]}")
+        print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f}: {found.prompts[0]}")
         rows[name] = sampler.draw(model, found.contexts.expand(len(seeds), -1, -1), seeds, gates, *drawing)
     grid(list(rows.values()), args.out, [f"seed {seed}" for seed in seeds], list(rows))
     print(f"wrote   {args.out}")
