@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import sampler  # noqa: E402
 from study import evaluate  # noqa: E402
-from study.erased import METHODS, Erased, tuned  # noqa: E402
+from study.erased import METHODS, NONE, settings_of  # noqa: E402
 from study.world import SCENARIOS, World, sentences  # noqa: E402
 from weights import load_model  # noqa: E402
 
@@ -29,9 +29,8 @@ def main() -> None:
     """Draw, judge and print a row for every eraser."""
     world, scenario = World(load_model("emoji")), SCENARIOS["neighbours"]
     target, frames = world.concepts.index(TARGET), sentences("emoji", "held-out")
-    order = [
-        c for c in evaluate.nearest(world.features, target, len(world.concepts) - 1) if world.concepts[c] != "cloud"
-    ]
+    order = (world.features @ world.features[target]).argsort(descending=True).tolist()
+    order = [c for c in order if world.concepts[c] not in (TARGET, "cloud")]
     near, others = order[:COUNT], evaluate.spread(order[20:], COUNT)
     groups = {
         "captions": [(world.prompt(TARGET, i), target) for i in range(COUNT)],
@@ -43,11 +42,8 @@ def main() -> None:
     print(f"| {COUNT} pictures each | {' | '.join(groups)} | seconds |")
     print("|---" + "|---:" * (len(groups) + 1) + "|")
     for name in ROWS:
-        begun = time.perf_counter()
-        method = METHODS.get(name)
-        erased = (
-            method.build(world, scenario, 0, **tuned(method, scenario)) if method else Erased(world.model, None, 0, 0)
-        )
+        begun, method = time.perf_counter(), METHODS.get(name, NONE)
+        erased = method.build(world, scenario, 0, **settings_of(method, scenario))
         seconds, cells = time.perf_counter() - begun, []
         for rows in groups.values():
             prompts, expected = zip(*rows, strict=True)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import sampler  # noqa: E402
 from cli.pictures import grid  # noqa: E402
-from study.erased import METHODS  # noqa: E402
+from study.erased import METHODS, NONE, settings_of  # noqa: E402
 from study.world import SCENARIOS, World  # noqa: E402
 from weights import load_model  # noqa: E402
 
@@ -33,12 +33,10 @@ def main() -> None:
     """Draw and write."""
     world = World(load_model("emoji"))
     scenario, rows, names = SCENARIOS["neighbours"], [], ["before", "CPE", "UCE"]
-    for method in (None, METHODS["cpe, solved"], METHODS["uce"]):
-        settings = method.settings if method else {}
-        erased = method.build(world, scenario, 0, **settings) if method else None
-        model, gates = (erased.model, erased.gates) if erased else (world.model, None)
+    for method in (NONE, METHODS["cpe, solved"], METHODS["uce"]):
+        erased = method.build(world, scenario, 0, **settings_of(method, scenario))
         with torch.no_grad():
-            rows.append(sampler.draw(model, PROMPTS, range(len(PROMPTS)), gates, 30, 4.0, "dpm"))
+            rows.append(sampler.draw(erased.model, PROMPTS, range(len(PROMPTS)), erased.gates, 30, 4.0, "dpm"))
     out = ROOT / "figures" / "strip.png"
     grid(rows, out, PROMPTS, names)
     print(f"wrote   {out}")

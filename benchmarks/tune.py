@@ -1,14 +1,17 @@
-"""Tune every eraser of the comparison on targets that no scenario holds: eight settings each, linear ones beyond.
+"""Tune the erasers of the comparison on targets that no scenario holds; captions and sentences are scored alike.
 
-    python benchmarks/tune.py [--model emoji] [--methods cpe uce ...]
+    python benchmarks/tune.py [--model emoji] [--methods uce rece ...]
+    python benchmarks/tune.py --methods "uce, many"     # and so on: ten targets at once
+    python benchmarks/tune.py --methods "uce, crowd"    # fifty
+    python benchmarks/tune.py --methods "uce, style"    # two styles
 
-A setting is scored on images by H, of captions and of sentences. Of settings within 0.01
-of the best, which is less than an image, that one wins which changes least of what should stay. Cells are kept on
-disk: an interrupted run goes on, two runs side by side share the work.
-Prints score, change, seconds and the recognised share of every group, then the best: what `TUNED` of compare.py holds,
-and, of CPE, how its preset would have to differ ("cpe" and "surrogate": {} or the first is as it is).
-"uce, many" and so on ask linear erasers for ten targets at once (`MANY` of compare.py), "uce, fifty" and so on for
-fifty (`CROWD`), "uce, styles" and so on for a style (`STYLE`). "cpe, mlp" and so on try four lambdas of other gates.
+A setting is scored on images by H, of captions and of sentences. Of settings within 0.01 of the best, which is less
+than an image, that one wins which changes least of what should stay. Cells are kept on disk: an interrupted run goes
+on, two runs side by side share the work.
+
+Prints how many images a setting takes; then, setting by setting, score, change, seconds (of the eraser, and in all)
+and the recognised share of every group; then the best, which study/tuned.json holds (of "many" and so on what differs
+from one target; of CPE it would have to be the preset's).
 """
 
 import argparse
@@ -16,6 +19,7 @@ import dataclasses
 import itertools
 import pprint
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from loading.prompts import read_prompts
 from study import compare, erased, evaluate, variants
 from study.erased import ABLATIONS, METHODS
-from study.world import GONE, SCENARIOS, Budget, Scenario, World
+from study.world import SCENARIOS, Budget, Scenario, World
 from weights import load_model
 
 TARGETS = [Scenario(("tiger face",)), Scenario(("soccer ball",))]
@@ -38,6 +42,7 @@ LISTED = [name for i, name in enumerate(read_prompts("emoji").domain) if i % 3 !
 FIFTY = Scenario(tuple(evaluate.spread(LISTED, 50)))
 STYLES = [Scenario(("blob style",), "emoji-style"), Scenario(("fluent style",), "emoji-style")]
 BUDGET = Budget(erased=8, near=1, others=1, sentences=12, attacked=0, steps=10)
+PAST = [0.0, 1.0]  # eta: CPE's preset for styles has 1
 
 
 def product(**choices: list) -> list[dict]:
@@ -45,150 +50,67 @@ def product(**choices: list) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-FEW = {"images": [4], "sampling_steps": [20]}  # pictures that MACE makes for itself: the authors' take longer
+def one_changed(**choices: list) -> list[dict]:
+    """Nothing changed, then one thing at a time."""
+    return [{}, *({name: value} for name, values in choices.items() for value in values)]
 
 
-GRIDS = {  # eight each; the first values are the papers' where they name one, of CPE the preset and a step around it
-    "cpe": [
-        {},
-        *(
-            {n: v}
-            for n, v in [
-                ("lam", 30.0),
-                ("lam", 100.0),
-                ("lam", 1000.0),
-                ("k", 1),
-                ("k", 8),
-                ("templates", 1),
-                ("rise", 0.0),
-            ]
-        ),
-    ],
+SAID = {"sentences": [True]}  # targets, surrogates and what stays in CPE's sentences
+BOTH = {"sentences": [False, True]}
+TAILS = SAID | {"padding": [True]}  # and the padding, which has seen the name, goes with it
+ONCE = {"rounds": [1]}  # of RECE
+FEW = {"lr": [1e-5], "images": [4], "sampling_steps": [20]}  # of MACE: few pictures, the authors' take longer
+OPPOSITE = SAID | {"images": [8], "sampling_steps": [20]}  # of ESD-x
+
+# The first values are the papers' where they name one; of CPE the preset, and a step around it.
+GRIDS = {
+    "cpe": one_changed(lam=[30.0, 100.0, 1000.0], k=[1, 8], templates=[1], rise=[0.0]),
     "cpe, solved": product(weight=[10.0, 1.0], bend=[0.25, 0.1], k=[8, 16]),
-    "uce": product(padding=[False, True], templates=["kept", "all"], s_p=[1.0, 0.1]),
-    "rece": product(rounds=[3, 1], templates=["", "kept"], s_p=[0.1, 1.0]),
-    "mace": product(lr=[1e-5, 1e-3], keep=[0.0, 1.0], lam=[10.0, 0.1], **FEW),
-    "speed": product(threshold=[1.0, 0.1], templates=["", "all"], augment=[10, 0]),
-    "esd": product(lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0], images=[8], sampling_steps=[20]),
+    "uce": product(**BOTH, padding=[False, True], s_p=[1.0, 3.0, 10.0, 30.0])
+    + product(**TAILS, s_p=[3.0, 10.0, 30.0], eta=[0.3, 1.0]),
+    "rece": product(**BOTH, rounds=[3, 1], s_p=[0.1, 1.0])
+    + product(**TAILS, **ONCE, s_p=[1.0, 3.0, 10.0, 30.0])
+    + product(**TAILS, **ONCE, s_p=[3.0, 10.0], eta=[0.3, 1.0]),
+    "mace": product(**BOTH, **FEW, keep=[0.0, 1.0], lam=[10.0, 0.1])
+    + product(**SAID, **FEW, keep=[0.3, 3.0, 10.0, 30.0], lam=[0.1])
+    + product(**SAID, **FEW | {"lr": [1e-4, 1e-3]}, keep=[1.0], lam=[0.1])
+    + product(**SAID, **FEW, keep=[3.0, 10.0], lam=[0.1], eta=[0.3, 1.0]),
+    "speed": product(**BOTH, threshold=[3.0, 1.0, 0.3, 0.1])
+    + product(**TAILS, threshold=[3.0, 1.0, 0.3, 0.1], augment=[0])
+    + product(**SAID, threshold=[1.0, 0.3], eta=[0.3, 1.0]),
+    "esd": product(**OPPOSITE, lr=[5e-5, 2e-4, 5e-4, 1e-3], negative=[1.0, 3.0])
+    + product(**OPPOSITE, lr=[2e-4], negative=[5.0, 7.0, 10.0]),
     "lora": product(k=[4, 8], lam=[3.0, 10.0, 30.0, 100.0]),
 }
-
-
-BEYOND = {  # and more of linear erasers: beyond these where their best lay at an edge, and what came to mind later
-    "uce": product(padding=[False], templates=["all"], s_p=[3.0, 10.0])
-    + product(padding=[False, True], templates=["pairs"], s_p=[1.0, 3.0, 10.0])
-    + product(padding=[True], templates=["pairs"], s_p=[30.0, 100.0])
-    + product(padding=[True], templates=["pairs"], s_p=[3.0, 10.0, 30.0], eta=[0.3, 1.0]),
-    "rece": product(rounds=[1], templates=["kept"], s_p=[0.03, 0.01])
-    + product(rounds=[1, 3], templates=["pairs"], s_p=[0.1, 1.0])
-    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[1.0, 3.0, 10.0, 30.0])
-    + product(rounds=[1], templates=["pairs"], padding=[True], s_p=[3.0, 10.0], eta=[0.3, 1.0]),
-    "mace": product(lr=[1e-5], keep=[3.0, 10.0, 30.0, 100.0], lam=[0.1], **FEW)
-    + product(lr=[1e-5], keep=[1.0, 10.0], lam=[0.1, 10.0, 1e3], templates=["kept"], **FEW)
-    + product(lr=[1e-5], keep=[0.3, 3.0], lam=[0.1], templates=["kept"], **FEW)
-    + product(lr=[1e-4, 1e-3], keep=[1.0], lam=[0.1], templates=["kept"], **FEW)
-    + product(lr=[1e-5], keep=[3.0, 10.0], lam=[0.1], templates=["kept"], eta=[0.3, 1.0], **FEW),
-    "speed": product(threshold=[3.0, 0.3], templates=["all"], augment=[10])
-    + product(threshold=[1.0, 0.1], templates=["pairs"], augment=[10, 0])
-    + product(threshold=[3.0, 1.0, 0.3], templates=["pairs"], padding=[True], augment=[0])
-    + product(threshold=[1.0, 0.3], templates=["all"], augment=[10], eta=[0.3, 1.0]),
-    "esd": product(lr=[2e-4], negative=[5.0, 7.0, 10.0], images=[8], sampling_steps=[20]),
-}
-
-
-PAST = [0.0, 1.0]  # eta: CPE's preset for styles has 1
-
+LONGER = {"first_steps": [3000], "later_steps": [750], "attack_steps": [300]}  # of LoRA, which learns ten in one run
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[10.0, 30.0], bend=[0.25, 0.5], lam=[100.0, 1000.0])),
-    # Other gates than the paper's, with the preset's lambda and those around it.
-    **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.KINDS},
-    # What linear erasers need for many targets at once.
-    "uce, many": (
-        "uce",
-        [TEN],
-        product(templates=["all", "kept"], padding=[False], s_p=[3.0, 10.0, 30.0, 100.0])
-        + product(templates=["pairs"], padding=[True], s_p=[3.0, 10.0, 30.0, 100.0])
-        + product(templates=["pairs"], padding=[True], s_p=[30.0, 100.0], eta=[0.3]),
-    ),
-    "rece, many": (
-        "rece",
-        [TEN],
-        product(templates=["kept", ""], rounds=[3], s_p=[0.3, 1.0, 3.0, 10.0])
-        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[1.0, 3.0, 10.0, 30.0])
-        + product(templates=["pairs"], padding=[True], rounds=[1], s_p=[10.0, 30.0], eta=[0.3]),
-    ),
-    "mace, many": (
-        "mace",
-        [TEN],
-        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], **FEW)
-        + product(lr=[1e-5], keep=[10.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
-    ),
-    "speed, many": (
-        "speed",
-        [TEN],
-        product(threshold=[0.1, 0.03, 0.01, 0.003], templates=["", "all"], augment=[10])
-        + product(threshold=[10.0, 3.0, 1.0, 0.3], templates=[""], augment=[10])
-        + product(threshold=[1.0, 0.3, 0.1, 0.03], templates=["pairs"], padding=[True], augment=[0])
-        + product(threshold=[0.03, 0.01], templates=[""], augment=[10], eta=[0.3]),
-    ),
-    "esd, many": ("esd", [TEN], [erased.TUNED["esd"] | {"steps": 200 * n} for n in (1, 2, 3)]),
-    "lora, many": (
-        "lora",
-        [TEN],
-        product(k=[8], lam=[30.0, 10.0, 3.0]) + product(k=[8], lam=[10.0, 30.0], longer=[3.0]),
-    ),
-    # And for fifty.
-    "uce, fifty": (
-        "uce",
-        [FIFTY],
-        product(templates=["pairs"], padding=[True], s_p=[30.0, 100.0, 200.0, 300.0], eta=[0.3]),
-    ),
-    "rece, fifty": (
-        "rece",
-        [FIFTY],
-        product(templates=["pairs"], padding=[True], rounds=[1], s_p=[30.0, 100.0, 300.0], eta=[0.3]),
-    ),
-    "mace, fifty": (
-        "mace",
-        [FIFTY],
-        product(lr=[1e-5], keep=[10.0, 30.0, 100.0], lam=[0.1], templates=["kept"], eta=[0.3], **FEW),
-    ),
-    "speed, fifty": (
-        "speed",
-        [FIFTY],
-        product(threshold=[10.0, 3.0, 1.0, 0.3, 0.1, 0.01], templates=[""], augment=[10]),
-    ),
-    # And for styles.
-    "uce, styles": ("uce", STYLES, product(templates=["pairs"], padding=[True], s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST)),
-    "rece, styles": (
-        "rece",
-        STYLES,
-        product(rounds=[1], templates=["pairs"], padding=[True], s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST),
-    ),
-    "mace, styles": (
-        "mace",
-        STYLES,
-        product(lr=[1e-5], keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], templates=["kept"], eta=PAST, **FEW),
-    ),
-    "speed, styles": (
-        "speed",
-        STYLES,
-        product(threshold=[3.0, 1.0, 0.3, 0.1], templates=["all"], augment=[10], eta=PAST),
-    ),
-    "esd, styles": (
-        "esd",
-        STYLES,
-        product(lr=[2e-4, 5e-4], negative=[3.0, 5.0], steps=[200, 400], images=[8], sampling_steps=[20]),
-    ),
-    "lora, styles": ("lora", STYLES, product(k=[4], lam=[3.0, 10.0, 30.0, 100.0])),
-}
+    **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.GATES},
+    "uce, many": ("uce", [TEN], product(**TAILS, s_p=[3.0, 10.0, 30.0, 100.0], eta=[0.0, 0.3])),
+    "rece, many": ("rece", [TEN], product(**BOTH, rounds=[3], s_p=[0.3, 3.0])
+                   + product(**TAILS, **ONCE, s_p=[3.0, 10.0, 30.0], eta=[0.0, 0.3])),
+    "mace, many": ("mace", [TEN], product(**SAID, **FEW, keep=[1.0, 3.0, 10.0], lam=[0.1], eta=[0.0, 0.3])),
+    "speed, many": ("speed", [TEN], product(**BOTH, threshold=[3.0, 1.0, 0.3, 0.1, 0.03, 0.01])
+                    + product(**TAILS, threshold=[1.0, 0.1], augment=[0])),
+    "esd, many": ("esd", [TEN], product(**OPPOSITE, lr=[2e-4], negative=[5.0], steps=[200, 400, 600])),
+    "lora, many": ("lora", [TEN], product(k=[8], lam=[30.0, 10.0, 3.0]) + product(k=[8], lam=[10.0, 30.0], **LONGER)),
+    "uce, crowd": ("uce", [FIFTY], product(**TAILS, s_p=[30.0, 100.0, 200.0, 300.0], eta=[0.3])),
+    "rece, crowd": ("rece", [FIFTY], product(**TAILS, **ONCE, s_p=[30.0, 100.0, 300.0], eta=[0.3])),
+    "mace, crowd": ("mace", [FIFTY], product(**SAID, **FEW, keep=[10.0, 30.0, 100.0], lam=[0.1], eta=[0.3])),
+    "speed, crowd": ("speed", [FIFTY], product(sentences=[False], threshold=[10.0, 3.0, 1.0, 0.3, 0.1, 0.01])),
+    "uce, style": ("uce", STYLES, product(**TAILS, s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST)),
+    "rece, style": ("rece", STYLES, product(**TAILS, **ONCE, s_p=[0.3, 1.0, 3.0, 10.0], eta=PAST)),
+    "mace, style": ("mace", STYLES, product(**SAID, **FEW, keep=[0.3, 1.0, 3.0, 10.0], lam=[0.1], eta=PAST)),
+    "speed, style": ("speed", STYLES, product(**SAID, threshold=[3.0, 1.0, 0.3, 0.1], eta=PAST)),
+    "esd, style": ("esd", STYLES, product(**OPPOSITE, lr=[2e-4, 5e-4], negative=[3.0, 5.0], steps=[200, 400])),
+    "lora, style": ("lora", STYLES, product(k=[4], lam=[3.0, 10.0, 30.0, 100.0])),
+}  # fmt: skip
 
 
-def score(figures: dict) -> tuple[float, float]:
-    """H, of captions and sentences, and minus the mean change of what should stay: larger is better."""
-    kept = [group for name, group in figures["groups"].items() if name not in GONE]
-    return figures["H"], -sum(group["change"] for group in kept) / len(kept)
+def asked(name: str) -> tuple[str, list[Scenario], list[dict]]:
+    """The method, the scenarios and the settings of a question."""
+    return ASIDE.get(name) or (name, TARGETS, GRIDS[name])
 
 
 def main() -> None:
@@ -196,32 +118,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, *ASIDE])
+    parser.add_argument("--first", type=int, help="only so many settings of each")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    erased.TUNED.clear()  # start from every eraser's own defaults
-    erased.MANY.clear()
-    erased.CROWD.clear()
-    erased.STYLE.clear()
+    for table in erased.TUNED.values():
+        table.clear()  # start from every eraser's own defaults
     world, best = World(load_model(args.model)), {}
     for name in args.methods:
-        found = []
-        eraser, scenarios, grid = ASIDE.get(name) or (name, TARGETS, GRIDS[name] + BEYOND.get(name, []))
+        found, (eraser, scenarios, grid) = [], asked(name)
         kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
-        for settings in grid:
-            method = dataclasses.replace((METHODS | ABLATIONS)[eraser], settings=settings)
+        print(f"{name}: {len(grid)} settings of {sum(len(o.cases) for o in kept.values())} images each", flush=True)
+        for settings in grid[: args.first]:
+            begun, method = time.perf_counter(), dataclasses.replace((METHODS | ABLATIONS)[eraser], settings=settings)
             cells = [
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
             ]
-            mean = tuple(sum(values) / len(cells) for values in zip(*map(score, cells), strict=True))
-            groups = [f"{100 * compare.share(g):.0f}" for cell in cells for g in cell["groups"].values() if g["images"]]
-            seconds = sum(cell["seconds"] for cell in cells) / len(cells)
-            found.append((mean, settings))
-            print(f"{name:18}{mean[0]:6.3f}{-mean[1]:8.4f}{seconds:7.1f} s  {settings}", *groups, flush=True)
-        top = max(mean[0] for mean, _ in found)
-        near = [(mean, settings) for mean, settings in found if mean[0] > top - 0.01]
-        best[name] = max(near, key=lambda pair: pair[0][1])[1]
+            # larger is better: H, of captions and of sentences, and less change of what should stay
+            score, change = (sum(cell[key] for cell in cells) / len(cells) for key in ("H", "change"))
+            found.append((score, -change, settings))
+            shares = [f"{100 * hits / n:.0f}" for cell in cells for hits, n in cell["counts"].values() if n]
+            took = f"{sum(c['seconds'] for c in cells):.0f} of {time.perf_counter() - begun:.0f} s"
+            print(f"{name:14}{score:6.3f}{change:8.4f}  {took:14}  {settings}", *shares, flush=True)
+        top = max(found, key=lambda row: row[0])[0]
+        best[name] = max((row for row in found if row[0] > top - 0.01), key=lambda row: row[1])[2]
     pprint.pp({"best": best}, width=110)
 
 

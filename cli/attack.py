@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> str | None:
     names = args.attacks or list(ATTACKS)
     for name in bar(names, len(names), "attacks"):
         found = ATTACKS[name](victim, target, (args.template,), args.seed)
-        print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f} in {found.seconds:.0f} s: {found.prompts[0]}")
+        print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f}: {found.prompts[0]}")
         rows[name] = sampler.draw(model, found.contexts.expand(len(seeds), -1, -1), seeds, gates, *drawing)
     out = free(args.out)
     grid(list(rows.values()), out, [f"seed {seed}" for seed in seeds], list(rows))

@@ -13,7 +13,7 @@ from loading.files import UserError, check_writable, write_text
 from loading.prompts import PRESETS, read_prompts
 from study import compare as table
 from study.erased import ABLATIONS, METHODS, NONE, QUICK_ROWS, Method
-from study.world import ABLATION_SCENARIOS, LONG, QUICK, SCENARIOS, Budget, Scenario, World
+from study.world import ABLATION_SCENARIOS, LONG, QUICK, SCENARIOS, STYLES, Budget, Scenario, World
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> str | None:
         raise UserError(f"training diverged ({error}): try another --seed.") from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("what is measured is on disk: the same command goes on") from error
-    print(table.text(figures, columns))
+    print(table.markdown(figures, columns, most=7))
     for scenario, rows in pictures.items():
         path = free(args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}"))
         cases = table.cases(world, scenarios[scenario], budget)
@@ -80,10 +80,7 @@ def check_known(names: Sequence[str], known: dict, what: str) -> None:
 
 def of_targets(targets: Sequence[str], preset: str) -> dict[str, Scenario]:
     """A scenario of the targets that were given; UserError for one that CLIP cannot look for."""
-    prompts = read_prompts(preset)
-    known = prompts.domain
-    if preset.endswith("style"):
-        known = list(dict.fromkeys(word.rpartition(", ")[2] for word in prompts.domain))
+    known = [f"{style} style" for style in STYLES] if preset.endswith("style") else read_prompts(preset).domain
     if unknown := [name for name in targets if name not in known]:
         raise UserError(f"{unknown[0]!r} is not in prompts/{preset}.txt: CLIP could not look for it.")
     if (surrogate := PRESETS[preset].surrogate) in targets:

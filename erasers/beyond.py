@@ -2,7 +2,8 @@
 
     eta        erase past the surrogate, as CPE's erase loss does: `further`
     padding    move and preserve the tail of a name, EOS and padding with it, not the last token alone: see common.py
-    sentences  targets, and perhaps surrogates, in the templates of CPE's gates: pass `common.filled(templates, names)`
+    sentences  targets and surrogates in the templates of CPE's gates: pass `common.filled(templates, names)`; MACE,
+               ESD-x and LoRA put names into sentences themselves: pass `templates`
 
 Built on torch.
 """

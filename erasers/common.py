@@ -113,12 +113,10 @@ def predict(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor | in
 
 @torch.no_grad()
 def trajectories(
-    model: Model, prompt: str, images: int, steps: int, guidance: float, generator: torch.Generator,
-    method: str = "ddim",
-) -> Tensor:  # fmt: skip
-    """All x_t on the way from noise to images of a prompt, [steps + 1, images, c, h, w]; the last are the images."""
+    model: Model, prompts: Sequence[str], steps: int, guidance: float, generator: torch.Generator, method: str = "ddim"
+) -> Tensor:
+    """All x_t on the way from noise to a picture of each prompt, [steps + 1, B, c, h, w]; the last are the pictures."""
     c, size = model.unet.config["in_channels"], model.unet.config["sample_size"]
-    noise = torch.randn(images, c, size, size, generator=generator).to(model.device, model.dtype)
-    prompts = [""] * images * (guidance != 1) + [prompt] * images
-    kv = model.unet.keys_values(model.encode(prompts))
+    noise = torch.randn(len(prompts), c, size, size, generator=generator).to(model.device, model.dtype)
+    kv = model.unet.keys_values(model.encode([""] * len(prompts) * (guidance != 1) + list(prompts)))
     return torch.stack([noise, *sampler.sample(model.unet, model.schedule, noise, kv, steps, guidance, method)])

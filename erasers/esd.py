@@ -6,34 +6,38 @@ eps_0 - negative (eps_c - eps_0), with negative = n - 1 = 1. Steps, rate and gui
 sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over. Built on common.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from erasers.common import Weights, finished, precision, predict, trajectories
+from erasers.common import Weights, filled, finished, precision, predict, trajectories
 from weights import Model
 
 
 def esd_steps(
     model: Model, targets: list[str], weights: Weights, seed: int, *, steps: int = 200, lr: float = 5e-5,
     guidance: float = 3.0, negative: float = 1.0, images: int = 16, sampling_steps: int = 50,
+    templates: Sequence[str] = ("{}",),
 ) -> Iterator[float]:  # fmt: skip
-    """Train `weights` in place, one loss per step. x_t is of `images` trajectories per target, drawn beforehand."""
-    generator = torch.Generator().manual_seed(seed)
-    unet, times = model.unet, model.schedule.timesteps(sampling_steps)
-    paths = [trajectories(model, name, images, sampling_steps, guidance, generator) for name in targets]
-    named, empty = model.encode(targets), model.encode([""])
+    """Train `weights` in place, one loss per step. x_t is of `images` trajectories per target, drawn beforehand.
+
+    `templates` are ours: each trajectory has one of them, spread over all, instead of the bare name.
+    """
+    generator, times = torch.Generator().manual_seed(seed), model.schedule.timesteps(sampling_steps)
+    chosen = [templates[j * len(templates) // images] for j in range(images)]
+    prompts = [filled(chosen, [name]) for name in targets]
+    paths = [trajectories(model, some, sampling_steps, guidance, generator) for some in prompts]
     optimizer = torch.optim.Adam([W.requires_grad_() for W in weights.values()], lr=lr)
     for _ in range(steps):
         i, j, s = (torch.randint(n, (1,), generator=generator).item() for n in (len(targets), images, sampling_steps))
-        x, t, c = paths[i][s, j : j + 1], times[s], named[i : i + 1]
+        x, t, both = paths[i][s, j : j + 1], times[s], model.encode([prompts[i][j], ""])
         with torch.no_grad():
-            eps_c, eps_0 = predict(unet, {}, torch.cat([x, x]), t, torch.cat([c, empty])).chunk(2)
+            eps_c, eps_0 = predict(model.unet, {}, torch.cat([x, x]), t, both).chunk(2)
             # eps_0 - negative (eps_c - eps_0): as far from the concept as guidance goes towards it
             goal = eps_0 - negative * (eps_c - eps_0)
-        loss = F.mse_loss(predict(unet, weights, x, t, c), goal)
+        loss = F.mse_loss(predict(model.unet, weights, x, t, both[:1]), goal)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

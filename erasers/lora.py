@@ -14,8 +14,6 @@ import token_space
 from erasers.common import Weights, filled, finished, one_each, projections, tokens
 from weights import Model
 
-TEMPLATES = ("a photo of {}", "{}", "a {}", "a photo of a {}", "a picture of {}", "an image of a {}")
-
 
 class LoRA(cpe.ResAG):
     """A ResAG of one concept with everything open: no attention, H = E, and no gate, g = 1."""
@@ -53,7 +51,7 @@ def lora_trainer(
 
 def lora(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
-    recipe: cpe.Recipe = cpe.PRESETS["celebrity"], templates: Sequence[str] = TEMPLATES,
+    recipe: cpe.Recipe = cpe.PRESETS["celebrity"], templates: Sequence[str] = ("{}", "a photo of {}"),
 ) -> Weights:  # fmt: skip
     """A LoRA trained as CPE trains its gates, folded into the weights. The anchors are mixed from `preserved`."""
     trainer = lora_trainer(model, targets, surrogate, preserved, seed, recipe, templates)

@@ -53,7 +53,7 @@ def influential(
 
 
 def null_edit(
-    W: Tensor, A: Tensor, T: Tensor, R: Tensor, C2: Tensor, rho: float = 1.0, mu: float = 0.0, threshold: float = 0.1
+    W: Tensor, A: Tensor, T: Tensor, R: Tensor, C2: Tensor, rho: float = 1.0, threshold: float = 0.1
 ) -> Tensor:
     """W' [d_l, d] = W + Delta with Delta blind to the kept tokens R [n, d] and to the rows of C2 [m, d].
 
@@ -64,14 +64,14 @@ def null_edit(
     U = vectors[:, values < threshold]  # P = U U^T
     # N = P (T P + rho I)^-1 = U (U^T T U + rho I)^-1 U^T
     N = U @ torch.linalg.solve(U.T @ T @ U + rho * torch.eye(U.shape[1], dtype=U.dtype), U.T)
-    S = C2 @ N @ C2.T + mu * torch.eye(len(C2), dtype=U.dtype)
-    # Delta = W (A - T) P Q M,   P Q M = N - N C2^T (C2 N C2^T + mu I)^-1 C2 N;  pinv: a row of C2 may lie in R's span
+    S = C2 @ N @ C2.T
+    # Delta = W (A - T) P Q M,   P Q M = N - N C2^T (C2 N C2^T)^-1 C2 N;  pinv: a row of C2 may lie in R's span
     return W + W @ (A - T) @ (N - N @ C2.T @ torch.linalg.pinv(S, hermitian=True) @ C2 @ N)
 
 
 def speed(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
-    rho: float = 1.0, mu: float = 0.0, threshold: float = 0.1, augment: int = 10, prefilter: bool = True,
+    rho: float = 1.0, threshold: float = 0.1, augment: int = 10, prefilter: bool = True,
     padding: bool = False, eta: float = 0.0,
 ) -> Weights:  # fmt: skip
     """The last token of every target is read as the surrogate's; of "nudity" alone, all tokens but BOS, as in theirs.
@@ -94,5 +94,5 @@ def speed(
         # the edit that nothing holds back: W (A - T) (T + I)^-1
         edit = torch.linalg.solve(T + torch.eye(len(T), dtype=T.dtype), W @ (A - T), left=False)
         R = influential(W, kept, edit, augment, generator, prefilter) if augment else kept
-        edited[key] = null_edit(W, A, T, R, C2, rho, mu, threshold)
+        edited[key] = null_edit(W, A, T, R, C2, rho, threshold)
     return finished(model, edited)

@@ -2,7 +2,7 @@
 
     victim = Victim(original, erased=original.with_unet(uce(...)))       # a linear eraser, or
     victim = Victim(original, erased=original, gates=gates)              # CPE
-    found = learned_tokens(victim, "cat", ["a picture of a {}"])         # what to generate with, and what it cost
+    found = learned_tokens(victim, "cat", ["a picture of a {}"])         # what to generate with
     images = sampler.draw(victim.erased, found.contexts, range(len(found.contexts)), victim.gates)
 
 All have one signature, `(victim, target, templates, seed) -> Found`. An attack only looks for inputs: it never changes
@@ -15,15 +15,13 @@ the victim, and its success is the share of the images drawn with them that an e
     prompting4debugging  a prompt    greedy coordinates    noise prediction    P4D, Chin et al. 2024 (arXiv 2309.06135)
     ring_a_bell          a prompt    greedy coordinates    text encoder alone  Tsai et al. 2024 (arXiv 2310.10012)
 
-The first two stand here, the others in searches.py. The first two need the original's keys and values, the next three
-its pictures, the last one its text encoder. They are strong on purpose, all gradients and weights at hand: an eraser
-that withstands them has something to show. Sentences that no eraser was trained in are no attack: compare.py has them.
+The first two stand here, the others in searches.py. They are strong on purpose, all gradients and weights at hand: an
+eraser that withstands them has something to show.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
-the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures, l projections.
+the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +30,7 @@ from torch import Tensor
 
 import cpe
 from erasers.common import projections
+from erasers.rece import revive
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -70,16 +69,12 @@ class Victim:
 
 @dataclass(frozen=True)
 class Found:
-    """What an attack found: one context per template, to generate with; `before` and `after` is what it minimised.
-
-    `before` is the loss of the plain prompts. The two are None where nothing is minimised.
-    """
+    """What an attack found: one context per template, to generate with, and the loss of the plain prompts and of it."""
 
     contexts: Tensor  # [P, T, d]
     prompts: list[str]  # as a person would read them; learned words are written as <1>, <2>, ...
-    before: float | None
-    after: float | None
-    seconds: float
+    before: float
+    after: float
 
 
 def fill(templates: Sequence[str], words: str) -> list[str]:
@@ -100,7 +95,7 @@ class RevivalLoss:
     """
 
     def __init__(self, victim: Victim, E: Tensor):
-        self.victim = victim
+        self.victim, self.E = victim, E
         original = {key: W.cpu() for key, W in victim.original.cross_attention().items()}
         self.w = TokenSpace(cpe.Layers.of(original, spectral_norm, E.shape[1])).w
         with torch.no_grad():
@@ -111,75 +106,68 @@ class RevivalLoss:
         """sum_l w_l |x_l|^2 over tokens and features, [P]."""
         return sum(self.w[name] * x.square().sum(dim=(1, 2)) for name, x in kv.items())
 
-    def metric(self) -> Tensor:
-        """sum_l w_l V_l^T V_l [d, d], float64: how strongly the erased weights V react to a change of a token."""
-        erased = projections(self.victim.erased)
-        return sum(w * erased[f"{name}.weight"].T @ erased[f"{name}.weight"] for name, w in self.w.items())
-
     def __call__(self, context: Tensor) -> Tensor:
         """The loss [P] of contexts [P, T, d], in units of the target's own keys and values."""
         kv = self.victim.keys_values(context)
         return self.weighted({name: kv[name] - goal for name, goal in self.goal.items()}) / self.energy
 
+    @torch.no_grad()
+    def best(self, tried: Sequence[Tensor]) -> tuple[Tensor, float]:
+        """Of contexts [P, T, d] that were tried those of the lowest loss, prompt by prompt, and its mean."""
+        losses, which = torch.stack([self(contexts) for contexts in tried]).min(dim=0)
+        return torch.stack(list(tried))[which, torch.arange(len(which))], losses.mean().item()
 
-def revived(goal: RevivalLoss, E: Tensor, rho: float = 1e-3, rounds: int = 5) -> Tensor:
-    """Contexts [P, T, d] that mean to the erased model what E means to the original: RECE's solve, kept where it helps.
-
-    A gate is not linear: every round takes its correction as a constant, r = R(c) at the context of the round before.
-    Without gates r = 0, and all rounds are the same.
-
-        c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
-    """
-    victim = goal.victim
-    W, V = (projections(model) for model in (victim.original, victim.erased))
-    C = E.cpu().double()
-    gram = sum(v.T @ v for v in V.values()) + rho * torch.eye(C.shape[-1], dtype=C.dtype)
-    best, lowest, context = E, goal(E), E
-    for _ in range(rounds):
-        kv = victim.keys_values(context) if victim.gates is not None else {}
-        cross = torch.zeros_like(C)
-        for key, v in V.items():
-            r = kv[key.removesuffix(".weight")].cpu().double() - context.cpu().double() @ v.T if kv else 0
-            cross += (C @ W[key].T - r) @ v
-        # c' = (rho I + sum V^T V)^-1 sum V^T (W c - r)
-        context = torch.linalg.solve(gram, cross, left=False).to(E)
-        loss = goal(context)
-        best = torch.where((loss < lowest)[:, None, None], context, best)
-        lowest = torch.minimum(loss, lowest)
-    return best
+    def found(self, tried: Sequence[Tensor], mark: str, prompts: Sequence[str]) -> Found:
+        """What an attack found, of all that it tried; the plain contexts are among that."""
+        contexts, lowest = self.best([self.E, *tried])
+        return Found(contexts, [f"{mark} {prompt}" for prompt in prompts], self.best([self.E])[1], lowest)
 
 
 @torch.no_grad()
-def revival(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    rho: float = 1e-3,
-    rounds: int = 5,
-) -> Found:
-    """RECE's closed form: the context that makes the edited projections say what the original ones said. No chance.
+def revived(goal: RevivalLoss, rho: float = 1e-3, rounds: int = 5) -> list[Tensor]:
+    """Contexts [P, T, d] that mean to the erased model what E means to the original, one for every round.
 
-        c' = (rho I + sum_l V_l^T V_l)^-1 (sum_l V_l^T W_l) c             V edited, W original, every token c
+    A gate is not linear: every round takes its correction as a constant, r = R(c) at the context of the round before.
+    Without gates r = 0, and one round is all.
+
+        c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
+    """
+    victim, E, found = goal.victim, goal.E, [goal.E]
+    W, V = (projections(model) for model in (victim.original, victim.erased))
+    for _ in range(rounds if victim.gates is not None else 1):
+        R = victim.gates.residuals(found[-1]) if victim.gates is not None else {}
+        r = {f"{name}.weight": x.flatten(0, 1).cpu().double() for name, x in R.items()}
+        found.append(revive(W, V, E.flatten(0, 1).cpu().double(), rho, r).to(E).view_as(E))
+    return found[1:]
+
+
+def revival(
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *,
+    rho: float = 1e-3, rounds: int = 5,
+) -> Found:  # fmt: skip
+    """RECE's closed form: the context that makes the edited projections say what the original ones said. No chance.
 
     RECE knows linear maps only. Taken with the weights alone it would leave gates untouched (V = W) and find nothing:
     against gates it is repeated `rounds` times, see `revived`. `rho` is RECE's for art; a smaller one revives more.
     """
-    start = time.perf_counter()
     prompts = fill(templates, target)
-    E = victim.original.encode(prompts)
-    goal = RevivalLoss(victim, E)
-    contexts = revived(goal, E, rho, rounds)
-    before, after = goal(E).mean().item(), goal(contexts).mean().item()
-    return Found(contexts, [f"<revived> {p}" for p in prompts], before, after, time.perf_counter() - start)
+    goal = RevivalLoss(victim, victim.original.encode(prompts))
+    return goal.found(revived(goal, rho, rounds), "<revived>", prompts)
+
+
+def whitening(goal: RevivalLoss) -> Tensor:
+    """(sum_l w_l V_l^T V_l)^-1/2 [d, d]: how far to go in each direction for the erased weights V to react alike."""
+    V = projections(goal.victim.erased)
+    metric = sum(w * V[f"{name}.weight"].T @ V[f"{name}.weight"] for name, w in goal.w.items())
+    values, vectors = torch.linalg.eigh(metric)
+    # Directions that the erased weights hardly read would need endless steps.
+    return (vectors * values.clamp(min=1e-6 * values[-1]).rsqrt() @ vectors.T).to(goal.E)
 
 
 def descend(goal: RevivalLoss, base: Tensor, root: Tensor, steps: int) -> Tensor:
     """Contexts [P, T, d] of lower loss near `base` [P, T, d], by L-BFGS over y with E' = base + y root.
 
-    root = (sum_l w_l V_l^T V_l)^-1/2 [d, d] whitens: of edited weights the loss is then |y - y*|^2 + const, a round
-    bowl.
+    Of edited weights the loss is |y - y*|^2 + const with the `whitening` as root [d, d]: a round bowl.
     """
     scale = goal.energy.sqrt().view(-1, 1, 1)
     y = torch.zeros_like(base, requires_grad=True)
@@ -196,15 +184,9 @@ def descend(goal: RevivalLoss, base: Tensor, root: Tensor, steps: int) -> Tensor
 
 
 def learned_embeddings(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    steps: int = 150,
-    starts: int = 2,
-    noise: float = 1e-3,
-) -> Found:
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *,
+    steps: int = 150, starts: int = 2, noise: float = 1e-3,
+) -> Found:  # fmt: skip
     """CPE's own attack: a change delta of every token's embedding that undoes the erasure in keys and values.
 
         min over delta   sum_l w_l |KV_l(E + delta) - W_l E|^2
@@ -212,21 +194,9 @@ def learned_embeddings(
     One delta per prompt, the best of `starts` + 2 descents: from delta = 0, from the closed form of `revival`, and from
     noise of `noise` |E|_F as in the paper. It takes AdamW; L-BFGS also finds the exact optimum of edited weights.
     """
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    prompts = fill(templates, target)
+    generator, prompts = torch.Generator().manual_seed(seed), fill(templates, target)
     E = victim.original.encode(prompts)
     goal = RevivalLoss(victim, E)
-    values, vectors = torch.linalg.eigh(goal.metric())
-    # Directions that the erased weights hardly read would need endless steps.
-    root = (vectors * values.clamp(min=1e-6 * values[-1]).rsqrt() @ vectors.T).to(E)
-    drawn = torch.randn(starts, *E.shape, generator=generator).to(E)
-    sigma = noise * E.norm(dim=(1, 2), keepdim=True)
-    with torch.no_grad():
-        bases = [E, revived(goal, E), *(E + sigma * one for one in drawn)]
-    tried = torch.stack([E, *(descend(goal, base, root, steps) for base in bases)])  # [starts + 3, P, T, d]
-    with torch.no_grad():
-        losses = torch.stack([goal(contexts) for contexts in tried])  # [starts + 3, P]
-    best = losses.argmin(dim=0)
-    contexts = tried[best, torch.arange(len(E))]
-    before, after = losses[0].mean().item(), losses.amin(dim=0).mean().item()
-    return Found(contexts, [f"<learned> {p}" for p in prompts], before, after, time.perf_counter() - start)
+    sigma, drawn = noise * E.norm(dim=(1, 2), keepdim=True), torch.randn(starts, *E.shape, generator=generator)
+    bases, root = [E, goal.best([E, *revived(goal)])[0], *(E + sigma * one for one in drawn.to(E))], whitening(goal)
+    return goal.found([descend(goal, base, root, steps) for base in bases], "<learned>", prompts)

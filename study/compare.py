@@ -8,10 +8,12 @@ unerased model's, of the same seeds; and what attacks get back. Cells are measur
 Built on world, erased, attacks and evaluate.
 """
 
+import hashlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -25,30 +27,24 @@ from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import PRESETS
 from study import evaluate
 from study.attacks import Victim
-from study.erased import NONE, VERSIONS, Erased, Method, digest, tuned
+from study.erased import NONE, Erased, Method, settings_of
 from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
 from weights import Model
 
 FULL = Budget()
-ALL = 4  # version of all measurements: raise it when a change makes stored figures wrong
-FIGURES = {"groups", "style", "clip_score", "cmmd", "seconds", "parameters", "bytes", "attacks", "H"}  # of a cell
+VERSION = 5  # of all measurements: raise it when a change of the code makes stored figures wrong
 
 # --- One cell ----------------------------------------------------------------------------------------------------
 
 
 def cell_path(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> Path:
-    """The file of a cell: its name is made of everything that decides its figures, but what versions stand for.
-
-    That is the code, with its constants: attacks, judge, defaults of erasers.
-    """
-    recipe, eraser = asdict(PRESETS[scenario.preset]), method.name.split(",")[0]
-    if eraser not in ("cpe", "lora"):  # of CPE's recipe they use the surrogate, and perhaps its anchors
-        recipe = {"surrogate": recipe["surrogate"]}
-    parts = [ALL, VERSIONS.get(eraser, 1), world.fingerprint, asdict(scenario), method.name, method.settings, recipe]
-    parts += [world.concepts, asdict(world.listed(scenario)), tuned(method, scenario), asdict(budget), seed]
+    """The file of a cell: its name is made of everything that decides its figures, but the code."""
+    parts = [VERSION, world.fingerprint, world.concepts, method.name, settings_of(method, scenario), seed]
+    parts += [asdict(each) for each in (scenario, PRESETS[scenario.preset], world.listed(scenario), budget)]
     parts += [asdict(case) for case in cases(world, scenario, budget)]
-    return cache_folder() / "compare" / f"{digest(parts)}.safetensors"
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "compare" / f"{name}.safetensors"
 
 
 def draw(model: Model, contexts: Tensor, seeds: Sequence[int], gates: torch.nn.Module | None, budget: Budget) -> Tensor:
@@ -76,153 +72,107 @@ def recognised(world: World, all_cases: Sequence[Case], images: Tensor) -> list[
     return [expected in one if isinstance(one, list) else expected == one for one, expected in found]
 
 
-def read_cell(path: Path) -> tuple[dict, Tensor] | None:
-    """Figures and images of a cell that was measured before; None if it is not there yet, or damaged."""
-    try:
-        tensors, metadata = load_tensors(path)
-        figures = json.loads(metadata["figures"])
-        return (figures, tensors["images"]) if set(figures) >= FIGURES else None
-    except (UserError, KeyError, TypeError, ValueError):
-        return None
-
-
 def measure(
-    world: World,
-    scenario: Scenario,
-    method: Method,
-    budget: Budget = FULL,
-    seed: int = 0,
+    world: World, scenario: Scenario, method: Method, budget: Budget = FULL, seed: int = 0,
     originals: Callable[[], Originals] | None = None,
-) -> tuple[dict, Tensor]:
+) -> tuple[dict, Tensor]:  # fmt: skip
     """Figures of one cell and its images as bytes [B, 3, H, W], from disk if they are there.
 
     FloatingPointError where the eraser's training diverges; UserError for a disk that cannot be written.
     """
     path = cell_path(world, scenario, method, budget, seed)
-    if found := read_cell(path):
-        return found
+    with suppress(UserError, KeyError, ValueError):  # not there yet, or damaged
+        tensors, metadata = load_tensors(path)
+        return json.loads(metadata["figures"]), tensors["images"]
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **(tuned(method, scenario) | method.settings))
-    seconds = time.perf_counter() - begun + erased.spared
+    erased = method.build(world, scenario, seed, **settings_of(method, scenario))
+    seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    own = erased.model.text_encoder is not world.model.text_encoder
-    contexts = erased.model.encode([case.prompt for case in before.cases]) if own else before.contexts
-    images = draw(erased.model, contexts, before.seeds, erased.gates, budget)
-    figures = figures_of(world, before, images)
-    figures |= {"seconds": seconds, "parameters": erased.parameters, "bytes": erased.bytes}
-    figures["attacks"] = under_attack(world, scenario, erased, budget, seed) if budget.attacked else {}
-    figures["H"] = harmonic(figures)
+    images = draw(erased.model, before.contexts, before.seeds, erased.gates, budget)
+    figures = figures_of(world, before, images) | {"seconds": seconds, "parameters": erased.parameters}
+    if budget.attacked:
+        figures["counts"] |= under_attack(world, scenario, erased, budget, seed)
+    figures["H"] = evaluate.combined_interval(H, parts_of_H(figures))[0]
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
     return figures, pixels
 
 
 def figures_of(world: World, before: Originals, images: Tensor) -> dict:
-    """Of all cases' images [B, 3, H, W]: hits and change per group; style, CLIP score, CMMD of all that should stay.
+    """Of all cases' images [B, 3, H, W]: "counts" of (recognised, all) by column; and how what should stay has changed.
 
-    Strange words count only where the model itself draws the thing.
+    Strange words count only where the model itself draws the thing. "style": of captions that should stay and name one.
     """
-    hits, groups = recognised(world, before.cases, images), {}
-    moved, features = evaluate.change(before.images, images), evaluate.image_features(world.clip, images)
-    for group in dict.fromkeys(case.group for case in before.cases):
-        rows = [i for i, case in enumerate(before.cases) if case.group == group]
+    hits, all_cases, counts = recognised(world, before.cases, images), before.cases, {}
+    for group in dict.fromkeys(case.group for case in all_cases):
+        rows = [i for i, case in enumerate(all_cases) if case.group == group]
         rows = [i for i in rows if before.hits[i]] if group == "strange words" else rows
-        change = moved[rows].mean().item() if rows else 0.0
-        groups[group] = {"images": len(rows), "hits": sum(hits[i] for i in rows), "change": change}
-    kept = [i for i, case in enumerate(before.cases) if case.group not in GONE]
-    styles, seen = [f"{style} style" for style in world.styles], world.see(images, "style").tolist()
-    captions = [i for i in kept if before.cases[i].group in GROUPS[:4]]
-    styled = [(i, s) for i in captions for s, style in enumerate(styles) if style in before.cases[i].prompt]
+        counts[group] = [sum(hits[i] for i in rows), len(rows)]
+    kept = [i for i, case in enumerate(all_cases) if case.group not in GONE]
+    seen, captions = world.see(images, "style").tolist(), [i for i in kept if all_cases[i].group in GROUPS[:4]]
+    styled = [seen[i] == s for i in captions for s, style in enumerate(world.styles)
+              if f"{style} style" in all_cases[i].prompt]  # fmt: skip
+    features = evaluate.image_features(world.clip, images[kept])
     return {
-        "groups": groups,
-        "style": {"images": len(styled), "hits": sum(seen[i] == s for i, s in styled)},
-        "clip_score": evaluate.clip_score(features[kept], before.prompts[kept]).mean().item(),
-        "cmmd": evaluate.cmmd(before.features[kept], features[kept]),
+        "counts": counts | {"style": [sum(styled), len(styled)]},
+        "change": evaluate.change(before.images[kept], images[kept]).mean().item(),
+        "CLIP score": evaluate.clip_score(features, before.prompts[kept]).mean().item(),
+        "CMMD": evaluate.cmmd(before.features[kept], features),
     }
 
 
-def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict:
-    """Images per attack on the first target that are recognised as it."""
+def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict[str, list[int]]:
+    """By attack on the first target: images that are recognised as it, and all."""
     victim, found, target = Victim(world.model, erased.model, erased.gates), {}, scenario.targets[0]
     known, judge = (world.styles, "style") if scenario.style else (world.concepts, "concept")
-    template, wanted = "a picture of a robot, {}" if scenario.style else "a picture of a {}", target
+    template = "a picture of a robot, {}" if scenario.style else "a picture of a {}"
     for name, attack in ATTACKS.items():
         searches = budget.searches if name in RANDOM else 1
         each = torch.arange(max(1, budget.attacked // searches))
         tried = [attack(victim, target, (template,), seed + i).contexts for i in range(searches)]
         contexts = torch.cat([E[each % len(E)] for E in tried])
         seen = world.see(draw(erased.model, contexts, range(len(contexts)), erased.gates, budget), judge)
-        hits = (seen == known.index(wanted.removesuffix(" style"))).sum().item()
-        found[name] = {"images": len(contexts), "hits": hits}
+        found[name] = [(seen == known.index(target.removesuffix(" style"))).sum().item(), len(contexts)]
     return found
-
-
-# --- H -----------------------------------------------------------------------------------------------------------
-
-
-def share(group: dict) -> float:
-    """Share of a group's images that are recognised."""
-    return group["hits"] / group["images"]
-
-
-def parts_of_H(figures: dict) -> list[dict]:
-    """The groups of images that H is made of: erased in captions and in sentences, then all that is kept."""
-    groups = {name: group for name, group in figures["groups"].items() if group["images"]}
-    kept = [group for name, group in groups.items() if name not in GONE]
-    return [groups["erased"], groups.get("sentences", groups["erased"]), *kept]
-
-
-def H(shares: Sequence[float]) -> float:
-    """MACE's H of the shares of `parts_of_H`: of erasing in captions, of keeping (the mean), of erasing in sentences.
-
-    Without sentences erasing in captions counts twice.
-    """
-    erased, said, *kept = shares
-    return evaluate.harmonic_mean(erased, sum(kept) / len(kept), said)
-
-
-def harmonic(figures: dict) -> float:
-    """H of a cell."""
-    return H([share(group) for group in parts_of_H(figures)])
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
 
-COLUMNS = (*GROUPS, "style", "H", "CLIP score", "CMMD", "change", *ATTACKS, "seconds", "parameters", "bytes")
+NUMBERS = {"CLIP score": ".1f", "CMMD": ".2f", "change": ".3f", "seconds": ".0f", "parameters": ",.0f"}
+COLUMNS = (*GROUPS, "style", "H", *NUMBERS, *ATTACKS)
 QUICK_COLUMNS = ("erased", "sentences", "near, unlisted", "others", "kept in sentences", "H")
 
 
+def parts_of_H(figures: dict) -> list[list[int]]:
+    """The counts that H is made of: erased in captions and in sentences, then of all groups that are kept.
+
+    Without sentences the captions stand for them.
+    """
+    groups = {name: figures["counts"][name] for name in GROUPS if figures["counts"].get(name, [0, 0])[1]}
+    kept = [count for name, count in groups.items() if name not in GONE]
+    return [groups["erased"], groups.get("sentences", groups["erased"]), *kept]
+
+
+def H(shares: Sequence[float]) -> float:
+    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of the shares of `parts_of_H`; 0 if any of the three fails.
+
+    3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept)
+    """
+    erased, said, *kept = shares
+    parts = (1 - erased, 1 - said, sum(kept) / len(kept))
+    return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
+
+
 def cells(figures: dict) -> dict[str, str]:
-    """Figures as the table prints them: shares in per cent and H, with 95 % intervals; empty where not measured."""
-
-    def percent(group: dict | None) -> str:
-        if not group or not group["images"]:
-            return ""
-        low, high = evaluate.interval(group["hits"], group["images"])
-        return f"{100 * share(group):.0f} ({100 * low:.0f}–{100 * high:.0f})"
-
-    groups = figures["groups"]
-    low, high = evaluate.combined_interval(H, [(part["hits"], part["images"]) for part in parts_of_H(figures)])
-    known = f" ({low:.2f}–{high:.2f})" if figures["H"] else ""  # what moves one share at a time says nothing of a 0
-    kept = [group for name, group in groups.items() if name not in GONE]
-    moved = sum(g["change"] * g["images"] for g in kept) / max(1, sum(g["images"] for g in kept))
-    return (
-        {name: percent(groups.get(name)) for name in GROUPS}
-        | {"style": percent(figures["style"]), "H": f"{figures['H']:.2f}{known}"}
-        | {"CLIP score": f"{figures['clip_score']:.1f}", "CMMD": f"{figures['cmmd']:.2f}", "change": f"{moved:.3f}"}
-        | {name: percent(figures["attacks"].get(name)) for name in ATTACKS}
-        | {"seconds": f"{figures['seconds']:.0f}"}
-        | {name: f"{figures[name]:,}" if name in figures else "" for name in ("parameters", "bytes")}
-    )
-
-
-def added(counts: Sequence[dict]) -> dict:
-    """Several groups as one: images and hits added, the change their mean per image."""
-    images = sum(group["images"] for group in counts)
-    total = {"images": images, "hits": sum(group["hits"] for group in counts)}
-    if all("change" in group for group in counts):
-        total["change"] = sum(group["change"] * group["images"] for group in counts) / max(1, images)
-    return total
+    """Figures as the table prints them: shares in per cent and H, with 95 % intervals; no cell where not measured."""
+    shown = {name: format(figures[name], how) for name, how in NUMBERS.items() if name in figures}
+    for name, (hits, images) in figures["counts"].items():
+        if images:
+            low, high = evaluate.interval(hits, images)
+            shown[name] = f"{100 * hits / images:.0f} ({100 * low:.0f}–{100 * high:.0f})"
+    middle, low, high = evaluate.combined_interval(H, parts_of_H(figures))
+    # what moves one share at a time says nothing of a 0
+    return shown | {"H": f"{middle:.2f}" + (f" ({low:.2f}–{high:.2f})" if middle else "")}
 
 
 def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
@@ -230,43 +180,27 @@ def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
     scenarios, total = list(table.values()), {}
     for method in (name for name in scenarios[0] if all(name in scenario for scenario in scenarios)):
         rows = [scenario[method] for scenario in scenarios]
-        figures: dict = {name: statistics.mean(row[name] for row in rows) for name in ("clip_score", "cmmd", "seconds")}
-        for name in ("groups", "attacks"):
-            keys = dict.fromkeys(key for row in rows for key in row[name])
-            figures[name] = {key: added([row[name][key] for row in rows if key in row[name]]) for key in keys}
-        figures["style"] = added([row["style"] for row in rows])
-        total[method] = figures | {"H": harmonic(figures)}
+        counts = {}
+        for name, (hits, images) in (pair for row in rows for pair in row["counts"].items()):
+            before = counts.get(name, [0, 0])
+            counts[name] = [before[0] + hits, before[1] + images]
+        means = {name: statistics.mean(row[name] for row in rows) for name in NUMBERS if name != "parameters"}
+        total[method] = {"counts": counts, **means}
     return total
 
 
-def tables(figures: dict[str, dict[str, dict]], columns: Sequence[str] = COLUMNS) -> Iterable[list[list[str]]]:
-    """Tables of {scenario: {method: figures}}, rows of cells with a head and no empty column; first all pooled."""
-    pool = {f"All {len(figures)} scenarios": pooled(figures)} if len(figures) > 1 else {}
+def markdown(figures: dict[str, dict[str, dict]], columns: Sequence[str] = COLUMNS, most: int = len(COLUMNS)) -> str:
+    """Tables of {scenario: {method: figures}}, all pooled first: aligned, `most` columns side by side, none empty."""
+    pool, lines = {f"All {len(figures)} scenarios": pooled(figures)} if len(figures) > 1 else {}, []
     for scenario, rows in (pool | figures).items():
         shown = {method: cells(row) for method, row in rows.items()}
-        used = [c for c in columns if any(row[c] for row in shown.values())]
-        yield [[scenario, *used], *([method, *(row[c] for c in used)] for method, row in shown.items())]
-
-
-def markdown(figures: dict[str, dict[str, dict]], columns: Sequence[str] = COLUMNS) -> str:
-    """The tables in Markdown."""
-    lines = []
-    for head, *rows in tables(figures, columns):
-        lines += [f"**{head[0]}**", "", f"| | {' | '.join(head[1:])} |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
-    return "\n".join(lines)
-
-
-def text(figures: dict[str, dict[str, dict]], columns: Sequence[str] = COLUMNS, most: int = 7) -> str:
-    """The same for a terminal: aligned, at most so many columns side by side."""
-    lines = []
-    for rows in tables(figures, columns):
-        for start in range(1, len(rows[0]), most):
-            part = [[row[0], *row[start : start + most]] for row in rows]
-            widths = [max(map(len, column)) + 2 for column in zip(*part, strict=True)]
-            lines += [""]
-            for name, *row in part:
-                lines += [name.ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(row, widths[1:], strict=True))]
+        used = [c for c in columns if any(c in row for row in shown.values())]
+        lines += [f"**{scenario}**", ""]
+        for part in (used[i : i + most] for i in range(0, len(used), most)):
+            table = [["", *part], *([method, *(row.get(c, "") for c in part)] for method, row in shown.items())]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            head, *body = (" | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in table)
+            lines += [f"| {head} |", "|" + "---:|" * len(widths), *(f"| {row} |" for row in body), ""]
     return "\n".join(lines)
 
 
@@ -280,29 +214,24 @@ def shown_columns(all_cases: Sequence[Case]) -> list[int]:
 
 
 def forecast(world: World, scenarios: dict[str, Scenario], methods: Sequence[Method], budget: Budget, seed: int) -> str:
-    """How many cells are to be measured yet, of how many images, and about how long that takes: one image is timed."""
-    left = images = 0
-    for scenario in scenarios.values():
-        for method in (NONE, *methods):
-            if not cell_path(world, scenario, method, budget, seed).is_file():
-                left, images = left + 1, images + len(cases(world, scenario, budget))
+    """How many cells are to be measured yet, of how many images, and about how long that takes: some are timed."""
+    left = [
+        len(cases(world, scenario, budget)) for scenario in scenarios.values() for method in (NONE, *methods)
+        if not cell_path(world, scenario, method, budget, seed).is_file()
+    ]  # fmt: skip
     if not left:
         return "every cell is on disk"
-    context = world.model.encode(["a picture"] * 8)
-    draw(world.model, context[:1], range(1), None, budget)
-    begun = time.perf_counter()
-    draw(world.model, context, range(8), None, budget)
-    minutes = images * (time.perf_counter() - begun) / 8 / 60
-    more = ", training and attacks come on top" if budget.attacked else ", training comes on top"
-    return f"{left} cells, {images} images: about {max(1, round(minutes))} min to draw{more}"
+    context, seconds = world.model.encode(["a picture"] * 8), 0.0
+    for _ in range(2):  # the first is slower
+        begun = time.perf_counter()
+        draw(world.model, context, range(8), None, budget)
+        seconds = time.perf_counter() - begun
+    minutes, more = sum(left) * seconds / 8 / 60, "training and attacks" if budget.attacked else "training"
+    return f"{len(left)} cells, {sum(left)} images: about {max(1, round(minutes))} min to draw, {more} on top"
 
 
 def run(
-    world: World,
-    scenarios: dict[str, Scenario],
-    methods: Sequence[Method],
-    budget: Budget,
-    seed: int = 0,
+    world: World, scenarios: dict[str, Scenario], methods: Sequence[Method], budget: Budget, seed: int = 0
 ) -> Iterable[tuple[str, str, dict, list[Tensor]]]:
     """Measure every cell, the unerased model first: yields (scenario, method, figures, images [3, H, W] to show)."""
     for name, scenario in scenarios.items():

@@ -6,7 +6,7 @@
 Works with any CLIP that `weights.load_clip` opens (the layout of openai/clip-vit-*); the embedded model brings its
 own. Built on clip.py. Shapes: B images [B, 3, H, W] in [-1, 1], C names, p width of CLIP's projection.
 Sources: zero-shot recognition, Radford et al. 2021 (arXiv 2103.00020); CLIP score, Hessel et al. 2021 (2104.08718);
-CMMD, Jayasumana et al. 2024 (2401.09603); the harmonic mean H, Lu et al. 2024 (MACE, 2403.06135).
+CMMD, Jayasumana et al. 2024 (2401.09603).
 """
 
 import csv
@@ -67,12 +67,6 @@ def recognise_style(clip: CLIP, images: Tensor, captions: Tensor) -> Tensor:
     return logits.logsumexp(dim=1).argmax(dim=-1)
 
 
-def nearest(features: Tensor, index: int, count: int) -> list[int]:
-    """Indices of the `count` other names whose unit features [C, p] are nearest to those of name `index`."""
-    order = (features @ features[index]).argsort(descending=True).tolist()
-    return [i for i in order if i != index][:count]
-
-
 def spread(items: Sequence[T], count: int) -> Sequence[T]:
     """At most `count` items, evenly spaced from the first; of fewer than twice as many the first `count`."""
     return items[:: max(1, len(items) // count)][:count]
@@ -103,15 +97,6 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return (before - after).abs().flatten(1).mean(dim=1)
 
 
-def harmonic_mean(erased: float, kept: float, sentences: float) -> float:
-    """MACE's H in [0, 1]: 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - sentences)); 0 if any of the three fails.
-
-    erased, sentences: accuracy on the target in templates and in sentences (low is good); kept: on what must stay.
-    """
-    parts = (1 - erased, kept, 1 - sentences)
-    return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
-
-
 def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share over images, each of its own seed (Wilson 1927): honest even at 0 of n.
 
@@ -124,9 +109,9 @@ def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float
 
 
 def combined_interval(
-    statistic: Callable[[Sequence[float]], float], counts: Sequence[tuple[int, int]]
-) -> tuple[float, float]:
-    """95 % confidence interval of a statistic of several shares, each of its own images: (successes, images) of each.
+    statistic: Callable[[Sequence[float]], float], counts: Sequence[Sequence[int]]
+) -> tuple[float, float, float]:
+    """A statistic of several shares, each of its own images, (successes, images), and its 95 % confidence interval.
 
     The statistic rises or falls with each share. Each is moved alone to the ends of its `interval`; what these moves
     make is added as independent errors are (MOVER, Zou and Donner 2008). Of H its upper end is
@@ -138,7 +123,7 @@ def combined_interval(
         ends = [statistic([*shares[:i], end, *shares[i + 1 :]]) for end in interval(*count)]
         # low = S - sqrt(sum_i (S - S_i,low)^2), and high likewise
         down, up = down + (middle - min(ends)) ** 2, up + (max(ends) - middle) ** 2
-    return middle - down**0.5, middle + up**0.5
+    return middle, middle - down**0.5, middle + up**0.5
 
 
 # --- Pictures in a folder ----------------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ textual_inversion learns new words, as CCE does; learned_tokens, prompting4debug
 anybody could type. Their signature, and letters: attacks.py, on which this is built.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,24 +69,24 @@ def noise_loss(victim: Victim, samples: Samples, contexts: Tensor) -> Tensor:
     return (predicted.unflatten(0, (B, S)) - samples.noise).square().mean(dim=(1, 2, 3, 4))
 
 
-def pictures(
-    model: Model, prompts: Sequence[str], count: int, steps: int, guidance: float, generator: torch.Generator
-) -> Tensor:
-    """Latents [>= count, c, h, w] that the original model draws for the prompts, as many for each."""
-    each = -(-count // len(prompts))
-    return torch.cat([trajectories(model, p, each, steps, guidance, generator)[-1] for p in prompts])
+def drawn_samples(
+    model: Model, prompts: Sequence[str], count: int, images: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Samples]:
+    """Latents [>= images, c, h, w] that the original model draws for the prompts, and `count` samples of them."""
+    latents = trajectories(model, list(prompts) * -(-images // len(prompts)), steps, 7.5, generator)[-1]
+    return latents, sampled(model, latents, count, generator)
+
+
+def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
+    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as for `embed`."""
+    embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
+    return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
 
 
 def invert(
-    victim: Victim,
-    templates: Sequence[str],
-    X: Tensor,
-    images: Tensor,
-    steps: int,
-    samples: int,
-    lr: float,
+    victim: Victim, templates: Sequence[str], X: Tensor, images: Tensor, steps: int, samples: int, lr: float,
     generator: torch.Generator,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Words [1, n, e] trained from X on fresh samples every step, by Adam with a learning rate that falls to zero."""
     X = X.clone().requires_grad_()
     optimizer = torch.optim.Adam([X], lr=lr)
@@ -101,25 +100,10 @@ def invert(
     return X.detach()
 
 
-def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
-    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as for `embed`."""
-    embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
-    return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
-
-
 def textual_inversion(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    steps: int = 25,
-    samples: int = 4,
-    images: int = 8,
-    lr: float = 0.2,
-    sampling_steps: int = 20,
-    guidance: float = 7.5,
-) -> Found:
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *,
+    steps: int = 25, samples: int = 4, images: int = 8, lr: float = 0.2, sampling_steps: int = 20,
+) -> Found:  # fmt: skip
     """New words in place of the target's name, learned from the original's pictures: as many as the name has tokens.
 
         min over X   E |eps_erased(x_t, t, clip("a picture of a X")) - eps|^2
@@ -129,10 +113,9 @@ def textual_inversion(
     counts standard deviations of the vocabulary's embeddings, so that it means the same to any text encoder.
     ValueError as for `embed`.
     """
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model = victim.erased
-    drawn = pictures(victim.original, fill(templates, target), images, sampling_steps, guidance, generator)
-    held = sampled(model, drawn, 4 * samples, generator)
+    generator, model = torch.Generator().manual_seed(seed), victim.erased
+    prompts = fill(templates, target)
+    drawn, held = drawn_samples(victim.original, prompts, 4 * samples, images, sampling_steps, generator)
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     name = table[torch.tensor(model.tokenizer.ids(target), device=table.device)][None]
     tried = [name]
@@ -143,8 +126,7 @@ def textual_inversion(
         losses = torch.cat([noise_loss(victim, held, each[None]) for each in contexts])
     best = losses.argmin().item()
     words = " ".join(f"<{i + 1}>" for i in range(name.shape[1]))
-    prompts = fill(templates, words if best else target)
-    return Found(contexts[best], prompts, losses[0].item(), losses[best].item(), time.perf_counter() - start)
+    return Found(contexts[best], fill(templates, words) if best else prompts, losses[0].item(), losses[best].item())
 
 
 # --- Through words -----------------------------------------------------------------------------------------------
@@ -179,18 +161,14 @@ def swaps(
 
 
 def search(
-    model: Model,
-    templates: Sequence[str],
-    loss: Callable[[Tensor], Tensor],
-    length: int,
-    steps: int,
-    candidates: int,
-    generator: torch.Generator,
-) -> tuple[list[str], float]:
-    """Words for the {} of templates that make `loss` of contexts [B, P, T, d] -> [B] small: the prompts, and the loss.
+    model: Model, plain: Sequence[str], templates: Sequence[str], loss: Callable[[Tensor], Tensor], length: int,
+    steps: int, candidates: int, generator: torch.Generator,
+) -> Found:  # fmt: skip
+    """`length` words for the {} of templates that make `loss` of contexts [B, P, T, d] -> [B] small.
 
     Greedy coordinates (as HotFlip's and GCG's): the gradient proposes `candidates` single swaps, the loss itself
     chooses, so that it never rises. Only `whole_words` are tried: a prompt is read as exactly the tokens that were.
+    `plain` are the prompts that it is compared with. ValueError as for `embed`.
     """
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     words = torch.tensor(whole_words(model.tokenizer), device=table.device)
@@ -202,79 +180,56 @@ def search(
         with torch.no_grad():
             scores = loss(learned_contexts(model, templates, table[neighbours]))
         ids, lowest = neighbours[scores.argmin()], scores.min().item()
-    found = " ".join(model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist())
-    return fill(templates, found), lowest
+    found = fill(templates, " ".join(model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist()))
+    with torch.no_grad():
+        return Found(model.encode(found), found, loss(model.encode(list(plain))[None]).item(), lowest)
+
+
+def by_noise(
+    victim: Victim, prompts: Sequence[str], templates: Sequence[str], length: int, seed: int, *,
+    predicted: bool = False, steps: int = 15, candidates: int = 8, samples: int = 6, images: int = 8,
+    sampling_steps: int = 20,
+) -> Found:  # fmt: skip
+    """`search` for words with which the erased model tells the noise in the target's pictures, the same few throughout.
+
+    With `predicted` the goal is no true noise but what the original predicts under the target's prompts.
+    """
+    original, generator = victim.original, torch.Generator().manual_seed(seed)
+    _, fixed = drawn_samples(original, prompts, samples, images, sampling_steps, generator)
+    if predicted:
+        E = original.encode(prompts)[torch.arange(samples) % len(prompts)]
+        with torch.no_grad():
+            fixed = replace(fixed, noise=Victim(original, original).noise(fixed.latents, fixed.timesteps, E))
+
+    def loss(contexts: Tensor) -> Tensor:
+        return noise_loss(victim, fixed, contexts)
+
+    return search(victim.erased, prompts, templates, loss, length, steps, candidates, generator)
 
 
 def learned_tokens(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    length: int = 5,
-    steps: int = 15,
-    candidates: int = 8,
-    samples: int = 6,
-    images: int = 8,
-    sampling_steps: int = 20,
-    guidance: float = 7.5,
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *, length: int = 5, **effort: int
 ) -> Found:
     """A prefix of real words before the prompt, one for all templates: UnlearnDiffAtk's threat model and loss.
 
         min over w_1 ... w_n   mean over samples of |eps_erased(x_t, t, clip("w_1 ... w_n a picture of a cat")) - eps|^2
 
-    Its projected gradient is replaced by `search`; the samples stay the same. ValueError as for `embed`.
+    Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
     """
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model, prompts = victim.erased, fill(templates, target)
-    drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
-    fixed = sampled(model, drawn, samples, generator)
-
-    def loss(contexts: Tensor) -> Tensor:
-        return noise_loss(victim, fixed, contexts)
-
-    found, lowest = search(model, [f"{{}} {p}" for p in prompts], loss, length, steps, candidates, generator)
-    with torch.no_grad():
-        before = loss(model.encode(prompts)[None]).item()
-    return Found(model.encode(found), found, before, lowest, time.perf_counter() - start)
+    prompts = fill(templates, target)
+    return by_noise(victim, prompts, [f"{{}} {prompt}" for prompt in prompts], length, seed, **effort)
 
 
 def prompting4debugging(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    length: int = 8,
-    steps: int = 15,
-    candidates: int = 8,
-    samples: int = 6,
-    images: int = 8,
-    sampling_steps: int = 20,
-    guidance: float = 7.5,
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *, length: int = 8, **effort: int
 ) -> Found:
     """P4D-N: a prompt of `length` words with which the erased model predicts what the original does with the target.
 
         min over w_1 ... w_n   mean |eps_erased(x_t, t, clip("w_1 ... w_n")) - eps_original(x_t, t, clip(target))|^2
 
-    The goal is no true noise but the original's prediction. Its projected gradient is replaced by `search`.
+    Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
     """
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model, prompts, before = victim.erased, fill(templates, target), Victim(victim.original, victim.original)
-    drawn = pictures(victim.original, prompts, images, sampling_steps, guidance, generator)
-    fixed = sampled(model, drawn, samples, generator)
-    with torch.no_grad():
-        E = victim.original.encode(prompts)[torch.arange(samples) % len(prompts)]
-        fixed = Samples(fixed.latents, fixed.timesteps, before.noise(fixed.latents, fixed.timesteps, E))
-
-    def loss(contexts: Tensor) -> Tensor:
-        return noise_loss(victim, fixed, contexts)
-
-    found, lowest = search(model, ["{}"], loss, length, steps, candidates, generator)
-    with torch.no_grad():
-        plain = loss(model.encode(prompts)[None]).item()
-    return Found(model.encode(found), found, plain, lowest, time.perf_counter() - start)
+    return by_noise(victim, fill(templates, target), ["{}"], length, seed, predicted=True, **effort)
 
 
 # Pairs of prompts with and without the concept, from which Ring-A-Bell takes its direction.
@@ -282,17 +237,9 @@ PAIRS = ("a {}", "a photo of a {}", "a big {}", "{} on a table", "one {} and not
 
 
 def ring_a_bell(
-    victim: Victim,
-    target: str,
-    templates: Sequence[str] = TEMPLATES,
-    seed: int = 0,
-    *,
-    without: str = "thing",
-    strength: float = 3.0,
-    length: int = 8,
-    steps: int = 30,
-    candidates: int = 16,
-) -> Found:
+    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *,
+    without: str = "thing", strength: float = 3.0, length: int = 8, steps: int = 30, candidates: int = 16,
+) -> Found:  # fmt: skip
     """Ring-A-Bell: real words whose context has the concept's direction in it. It never sees the erased U-Net.
 
         c = mean over pairs of clip(with the concept) - clip(without it)
@@ -300,8 +247,7 @@ def ring_a_bell(
 
     The prompts name `without` in place of the target. The authors' genetic search is replaced by `search`.
     """
-    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
-    model, plain = victim.original, fill(templates, without)
+    generator, model, plain = torch.Generator().manual_seed(seed), victim.original, fill(templates, without)
     with torch.no_grad():
         direction = (model.encode(fill(PAIRS, target)) - model.encode(fill(PAIRS, without))).mean(dim=0)
         base = model.encode(plain)
@@ -310,10 +256,8 @@ def ring_a_bell(
     def loss(contexts: Tensor) -> Tensor:
         return (contexts - goal).square().sum(dim=(1, 2, 3)) / base.square().sum()
 
-    found, lowest = search(model, ["{}"] * len(templates), loss, length, steps, candidates, generator)
-    with torch.no_grad():
-        before = loss(base[None]).item()
-    return Found(victim.erased.encode(found), found, before, lowest, time.perf_counter() - start)
+    found = search(model, plain, ["{}"] * len(templates), loss, length, steps, candidates, generator)
+    return replace(found, contexts=victim.erased.encode(found.prompts))
 
 
 # --- All attacks -------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ GROUPS = (
     "sentences", "kept in sentences", "strange words", "kept beside",
 )  # fmt: skip
 GONE = ("erased", "sentences", "strange words")  # these should not be recognised; all others should
+STYLES = ("noto", "twemoji", "fluent", "blob")  # of the embedded model
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Scenario:
         """Whether a way of drawing is erased, not a thing."""
         return self.preset.endswith("style")
 
-    def names(self, target: str) -> list[str]:
+    @property
+    def names(self) -> list[str]:
+        """All names that are to go."""
+        return [*self.targets, *self.aliases]
+
+    def names_of(self, target: str) -> list[str]:
         """A target and its aliases: those of a scenario belong to its first target."""
         return [target, *(self.aliases if target == self.targets[0] else ())]
 
@@ -123,6 +129,12 @@ def sentences(preset: str, kind: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+def frames(preset: str, kind: str, count: int) -> list[str]:
+    """`count` of these sentences, spread over all of them and again from the first where there are fewer."""
+    known = sentences(preset, kind)
+    return [known[i * max(len(known), count) // count % len(known)] for i in range(count if known else 0)]
+
+
 class World:
     """A model, its judge, and the concepts and styles that it knows.
 
@@ -133,7 +145,7 @@ class World:
         self.model = model
         self.clip, self.tokenizer = load_clip(clip, device=model.device) if clip else (model.clip, model.tokenizer)
         self.concepts = read_prompts(preset).domain
-        self.styles = ("noto", "twemoji", "fluent", "blob") if preset.startswith("emoji") else ()
+        self.styles = STYLES if preset.startswith("emoji") else ()
         self.layers = cpe.Layers.of(model.cross_attention(), spectral_norm)
         self.space = TokenSpace(self.layers)
         self.colours = ("white", "blue", "yellow", "green", "pink")
@@ -174,7 +186,7 @@ class World:
         prompts = read_prompts(scenario.preset)
         frames = [*prompts.frames, *sentences(scenario.preset, "frames")]
         prompts = dataclasses.replace(prompts, templates=[*prompts.templates, *frames], frames=[])
-        return anchor_words(prompts, [*scenario.targets, *scenario.aliases, *self.held_out])
+        return anchor_words(prompts, [*scenario.names, *self.held_out])
 
     def see(self, images: Tensor, judge: str) -> Tensor:
         """What CLIP recognises in images [B, 3, H, W]: indices of concepts or of styles [B], of "half" [B, 2]."""
@@ -196,8 +208,7 @@ Row = tuple[str, str, int, str]  # group, prompt, expected, judge
 
 def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
     """All images of a scenario, each with a seed of its own. ValueError for a target that the world does not know."""
-    plain, said = (style_rows, style_sentences) if scenario.style else (concept_rows, concept_sentences)
-    rows = [*plain(world, scenario, budget), *said(world, scenario, budget)]
+    rows = (style_rows if scenario.style else concept_rows)(world, scenario, budget)
     return [Case(group, prompt, seed, expected, judge) for seed, (group, prompt, expected, judge) in enumerate(rows)]
 
 
@@ -213,17 +224,13 @@ def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
 
 
 def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
-    """Captions, when things are erased."""
+    """Captions, then sentences, when things are erased: in sentences targets and what stays take turns."""
+    groups, name = members(world, scenario), world.concepts
     each = (max(1, budget.erased // len(scenario.targets)), budget.near, budget.near, budget.others)
-    for (group, concepts), images in zip(members(world, scenario).items(), each, strict=True):
-        for n, c in enumerate(concepts):
-            for i in range(images):
-                yield group, world.prompt(world.concepts[c], n + i), c, "concept"
-
-
-def concept_sentences(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
-    """Sentences, when things are erased: targets and what stays take turns, as sentences do."""
-    targets, *kept = members(world, scenario).values()
+    for (group, concepts), images in zip(groups.items(), each, strict=True):
+        yield from ((group, world.prompt(name[c], n + i), c, "concept")
+                    for n, c in enumerate(concepts) for i in range(images))  # fmt: skip
+    targets, *kept = groups.values()
     stay = [c for group in zip(*(evaluate.spread(group, 10) for group in kept), strict=False) for c in group]
     asked = (
         ("sentences", "held-out", targets, max(budget.sentences, len(targets))),
@@ -231,42 +238,40 @@ def concept_sentences(world: World, scenario: Scenario, budget: Budget) -> Itera
         ("strange words", "strange", targets, max(budget.erased, len(targets))),
     )
     for group, kind, concepts, count in asked:
-        frames = sentences(scenario.preset, kind)
-        for i in range(count if frames else 0):
+        for i, frame in enumerate(frames(scenario.preset, kind, count)):
             c = concepts[i % len(concepts)]
-            yield group, frames[i * len(frames) // count % len(frames)].replace("{}", world.concepts[c]), c, "concept"
-    frames = sentences(scenario.preset, "beside")
-    for i in range(budget.sentences if frames else 0):
+            yield group, frame.replace("{}", name[c]), c, "concept"
+    for i, frame in enumerate(frames(scenario.preset, "beside", budget.sentences)):
         c, other = targets[i % len(targets)], stay[i % len(stay)]
-        prompt = frames[i % len(frames)].replace("{}", world.concepts[c]).replace("{other}", world.concepts[other])
-        yield "kept beside", prompt, other, "half"
+        yield "kept beside", frame.replace("{}", name[c]).replace("{other}", name[other]), other, "half"
 
 
 def style_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
-    """Captions, when a style is erased: near are the other styles, others are things."""
-    erased = scenario.targets[0].removesuffix(" style")
-    kept = [style for style in world.styles if style != erased]
-    listed = [c for c in world.concepts if c not in world.held_out]
-    for i in range(budget.erased):
-        concept = world.held_out[3 * i % len(world.held_out)]
-        yield "erased", world.prompt(concept, i, erased), world.styles.index(erased), "style"
-    for group, concepts in (("near, listed", listed), ("near, unlisted", world.held_out)):
-        for i in range(10 * budget.near):
-            style = kept[i % len(kept)]
-            yield group, world.prompt(concepts[5 * i % len(concepts)], i, style), world.styles.index(style), "style"
-    for i, concept in enumerate(world.held_out[::2][:30]):
-        yield "others", world.prompt(concept, i, ""), world.concepts.index(concept), "concept"
+    """Captions, then sentences, when a style is erased: near are the other styles, others are things without a style.
 
-
-def style_sentences(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:
-    """Sentences, when a style is erased: about a thing in that style, in another, and the thing itself."""
+    In sentences it is a thing in that style, or in another; beside the style, the thing itself must stay.
+    """
     erased, things = scenario.targets[0].removesuffix(" style"), world.held_out
     kept = [style for style in world.styles if style != erased]
-    for group, kind in (("sentences", "held-out"), ("strange words", "strange"), ("kept in sentences", "held-out")):
-        frames = sentences("emoji", kind)
-        for i in range(budget.sentences if frames else 0):
-            style = kept[i % len(kept)] if group == "kept in sentences" else erased
-            prompt = f"{frames[i % len(frames)].replace('{}', things[5 * i % len(things)])}, {style} style"
+    listed = [c for c in world.concepts if c not in things]
+    captions = (
+        ("erased", budget.erased, things, 3, [erased]),
+        ("near, listed", 10 * budget.near, listed, 5, kept),
+        ("near, unlisted", 10 * budget.near, things, 5, kept),
+    )
+    for group, count, concepts, stride, styles in captions:
+        for i in range(count):
+            style = styles[i % len(styles)]
+            prompt = world.prompt(concepts[stride * i % len(concepts)], i, style)
+            yield group, prompt, world.styles.index(style), "style"
+    for i, thing in enumerate(things[::2][:30]):
+        yield "others", world.prompt(thing, i, ""), world.concepts.index(thing), "concept"
+    said = (("sentences", "held-out", [erased]), ("strange words", "strange", [erased]),
+            ("kept in sentences", "held-out", kept))  # fmt: skip
+    for group, kind, styles in said:
+        for i, frame in enumerate(frames("emoji", kind, budget.sentences)):
+            style = styles[i % len(styles)]
+            prompt = f"{frame.replace('{}', things[5 * i % len(things)])}, {style} style"
             yield group, prompt, world.styles.index(style), "style"
     for i in range(budget.sentences):
         thing = things[7 * i % len(things)]

@@ -30,6 +30,19 @@ def test_esd_lowers_its_loss(model: Model) -> None:
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
+def test_esd_trains_in_the_sentences_that_it_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, read, encode = [], [], model.encode
+    monkeypatch.setattr(
+        esd, "trajectories", lambda _, prompts, *__: drawn.append(prompts) or normal(3, 4, 4, 4, 4).float()
+    )
+    monkeypatch.setattr(model, "encode", lambda prompts: read.append(prompts[0]) or encode(prompts))
+    trained = {key: W.clone() for key, W in model.unet.state_dict().items() if ".attn2." in key}
+    settings = {"steps": 8, "images": 4, "sampling_steps": 2, "templates": ["a {}", "my {}"]}
+    list(esd.esd_steps(model, ["cat"], trained, 0, **settings))
+    assert drawn == [["a cat", "a cat", "my cat", "my cat"]]
+    assert set(read) == {"a cat", "my cat"}
+
+
 # --- MACE --------------------------------------------------------------------------------------------------------
 
 

@@ -11,25 +11,16 @@ from benchmarks import tune
 from loading.cache import cache_folder
 from loading.files import save_tensors
 from loading.prompts import PRESETS, anchor_prompts, normalised, prepare
-from study import compare
+from study import compare, evaluate
+from study import erased as rows_of_table
 from study import world as worlds
-from study.erased import ABLATIONS, CROWD, MANY, METHODS, STYLE, TUNED, Erased, Method, tuned
+from study.erased import ABLATIONS, METHODS, TUNED, Erased, Method, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, World, cases
 from weights import load_model
 
 SMALL = Budget(erased=2, near=1, others=1, sentences=4, attacked=0, steps=1, guidance_scale=1.0)
 TUNING = {target for scenario in (*tune.TARGETS, tune.TEN, tune.FIFTY, *tune.STYLES) for target in scenario.targets}
-UNTOUCHED = Method("untouched", lambda world, scenario, seed: Erased(world.model, None, 0, 0))
-
-
-@pytest.fixture(scope="module")
-def world(tiny_original):
-    return World(load_model(str(tiny_original)))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+UNTOUCHED = Method("untouched", lambda world, scenario, seed: Erased(world.model, None, 0))
 
 
 def noisy(world, scenario, seed):
@@ -37,7 +28,7 @@ def noisy(world, scenario, seed):
     generator = torch.Generator().manual_seed(seed)
     W = {k: w for k, w in world.model.cross_attention().items() if k.endswith(("to_k.weight", "to_v.weight"))}
     edited = {k: w + torch.randn(w.shape, generator=generator) for k, w in W.items()}
-    return Erased(world.model.with_unet(edited), None, 7, 28)
+    return Erased(world.model.with_unet(edited), None, 7)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -60,13 +51,13 @@ def test_aliases_of_a_target_are_erased_with_it_and_not_kept(world, monkeypatch)
     assert "red heart" in world.listed(SCENARIOS["object"]).domain
 
 
-@pytest.mark.parametrize("name", ["object", "10 at once"])
-def test_lora_and_the_rows_with_cpes_anchors_have_those_of_the_gates(world, name, monkeypatch):
-    scenario, told = SCENARIOS[name], []
+@pytest.mark.parametrize("targets", [("umbrella",), ("umbrella", "owl")])
+def test_lora_and_the_rows_with_cpes_anchors_have_those_of_the_gates(world, targets, monkeypatch):
+    scenario, told = Scenario(targets), []
     for eraser in ("lora", "uce"):
         monkeypatch.setitem(erasers.ERASERS, eraser, lambda *given, **_: told.append(given[3]) or {})
     for method in (METHODS["lora"], ABLATIONS["uce, CPE's anchors"]):
-        method.build(world, scenario, 0, **method.settings)
+        method.build(world, scenario, 0, **settings_of(method, scenario))
     assert told[0] == told[1]
 
     def rows(contexts: torch.Tensor) -> set[bytes]:
@@ -96,21 +87,14 @@ def test_a_style_is_judged_as_a_style(world):
 
 def test_an_untouched_model_changes_nothing_and_a_ruined_one_everything(world):
     figures, pixels = compare.measure(world, SCENARIOS["object"], UNTOUCHED, SMALL)
-    assert all(group["change"] == 0 for group in figures["groups"].values())
-    assert abs(figures["cmmd"]) < 1e-9
+    assert figures["change"] == 0
+    assert abs(figures["CMMD"]) < 1e-9
     assert pixels.dtype == torch.uint8
-    ruined, _ = compare.measure(world, SCENARIOS["object"], Method("noisy", noisy), SMALL)
-    assert all(group["change"] > 0 for group in ruined["groups"].values() if group["images"])
-    assert ruined["cmmd"] > 0
-    assert (ruined["parameters"], ruined["bytes"]) == (7, 28)
-
-
-def test_a_model_with_another_text_encoder_reads_the_prompts_with_it(world):
-    name = "text_model.final_layer_norm.bias"
-    bias = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    erased = Erased(world.model.with_text_encoder({name: bias}), None, 0, 0)
-    figures, _ = compare.measure(world, SCENARIOS["object"], Method("x", lambda *_: erased), SMALL)
-    assert all(group["change"] > 0 for group in figures["groups"].values() if group["images"])
+    ruined, spoilt = compare.measure(world, SCENARIOS["object"], Method("noisy", noisy), SMALL)
+    assert ruined["change"] > 0
+    assert ruined["CMMD"] > 0
+    assert all(not torch.equal(a, b) for a, b in zip(pixels, spoilt, strict=True))
+    assert ruined["parameters"] == 7
 
 
 def test_images_of_what_is_erased_count_for_nothing_that_should_stay(world, monkeypatch):
@@ -121,9 +105,9 @@ def test_images_of_what_is_erased_count_for_nothing_that_should_stay(world, monk
     spoiled = torch.stack([image.neg() if case.group == "erased" else image for case, image in pairs])
     monkeypatch.setattr(compare, "draw", lambda *_: spoiled)
     figures, _ = compare.measure(world, scenario, UNTOUCHED, SMALL, 0, lambda: before)
-    assert figures["groups"]["erased"]["change"] > 0.1
-    assert figures["clip_score"] == pytest.approx(100)
-    assert abs(figures["cmmd"]) < 1e-9
+    assert evaluate.change(before.images, spoiled).max() > 0.1
+    assert figures["CLIP score"] == pytest.approx(100)
+    assert abs(figures["CMMD"]) < 1e-9
     assert compare.cells(figures)["change"] == "0.000"
 
 
@@ -132,10 +116,10 @@ def test_settings_of_a_row_go_before_tuned_ones(world):
 
     def build(world, scenario, seed, **settings):
         given.append(settings)
-        return Erased(world.model, None, 0, 0)
+        return Erased(world.model, None, 0)
 
     compare.measure(world, SCENARIOS["object"], Method("uce", build, {"s_p": 7.0}), SMALL)
-    assert given == [TUNED["uce"] | {"s_p": 7.0}]
+    assert given == [TUNED["one"]["uce"] | {"s_p": 7.0}]
 
 
 @pytest.mark.parametrize(("name", "field"), [("cpe", "eta"), ("lora", "first_steps"), ("uce", "surrogate")])
@@ -145,7 +129,7 @@ def test_other_tuned_settings_or_another_recipe_make_another_cell(world, name, f
 
     keys, recipe = [key()], PRESETS["emoji"]
     assert key() == keys[0]
-    monkeypatch.setitem(TUNED, name, {"k": 3})
+    monkeypatch.setitem(TUNED["one"], name, {"k": 3})
     keys.append(key())
     monkeypatch.setitem(PRESETS, "emoji", dataclasses.replace(recipe, **{field: 2 * getattr(recipe, field)}))
     keys.append(key())
@@ -167,53 +151,53 @@ def test_a_measured_cell_is_read_back_and_a_damaged_one_measured_again(world):
     (file,) = (cache_folder() / "compare").iterdir()
     file.write_bytes(file.read_bytes()[:100])
     third, _ = compare.measure(world, SCENARIOS["object"], UNTOUCHED, SMALL)
-    assert third["groups"] == first["groups"]
-    save_tensors(file, {"images": pixels}, {"figures": "{}"})
-    assert compare.measure(world, SCENARIOS["object"], UNTOUCHED, SMALL)[0]["groups"] == first["groups"]
+    assert third["counts"] == first["counts"]
+    save_tensors(file, {"images": pixels}, {})
+    assert compare.measure(world, SCENARIOS["object"], UNTOUCHED, SMALL)[0]["counts"] == first["counts"]
 
 
 def test_tables_show_every_row_and_leave_out_empty_columns(world):
     figures, _ = compare.measure(world, SCENARIOS["object"], UNTOUCHED, SMALL)
     table = {"object": {"none": figures, "other": figures}}
-    shown = compare.markdown(table)
-    assert shown.count("| none |") == shown.count("| other |") == 1
-    assert "CMMD" in shown
-    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    lines = [line for line in compare.markdown(table).splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines] == ["", "---:", "none", "other"]
     assert len({line.count("|") for line in lines}) == 1
-    assert "none" in compare.text(table)
+    assert "CMMD" in lines[0]
+    assert "P4D" not in lines[0]  # there were no attacks
+    narrow = [line for line in compare.markdown(table, most=3).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in narrow[:-4]} == {5}  # the methods, and three columns
+    assert sum("none" in line for line in narrow) == -(-(lines[0].count("|") - 2) // 3)
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_tuned_settings_are_of_the_grid_that_was_searched(name):
-    grid = tune.ASIDE[name][2] if name in tune.ASIDE else tune.GRIDS[name] + tune.BEYOND.get(name, [])
-    assert TUNED[name] in grid
-
-
-@pytest.mark.parametrize("name", MANY)
-def test_settings_for_many_targets_are_of_the_grid_that_was_searched(name):
-    assert TUNED[name] | MANY[name] in tune.ASIDE[f"{name}, many"][2]
-
-
-@pytest.mark.parametrize("name", CROWD)
-def test_settings_for_fifty_targets_are_of_the_grid_that_was_searched(name):
-    settings = TUNED[name] | MANY.get(name, {}) | CROWD[name]
-    assert settings in tune.ASIDE[f"{name}, fifty"][2]
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TUNED.items() for name in table])
+def test_tuned_settings_are_of_the_grid_that_was_searched(kind, name):
+    before = {"one": [], "many": ["one"], "crowd": ["one", "many"], "style": ["one"]}[kind]
+    settings = {key: value for each in (*before, kind) for key, value in TUNED[each].get(name, {}).items()}
+    assert settings in tune.asked(name if kind == "one" else f"{name}, {kind}")[2]
     assert len({*tune.FIFTY.targets}) == 50
-
-
-@pytest.mark.parametrize("name", [name for name in STYLE if not name.startswith("cpe")])
-def test_settings_for_styles_are_of_the_grid_that_was_searched(name):
-    assert TUNED[name] | STYLE[name] in tune.ASIDE[f"{name}, styles"][2]
 
 
 def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_its_ablations():
     one, ten, fifty = (SCENARIOS[name] for name in ("object", "10 at once", "50 at once"))
     for method in (METHODS["uce"], ABLATIONS["uce, CPE's anchors"]):
-        assert tuned(method, one) == TUNED["uce"]
-        assert tuned(method, ten) == TUNED["uce"] | MANY["uce"]
-        assert tuned(method, fifty) == tuned(method, ten) | CROWD["uce"]
-        assert tuned(method, SCENARIOS["style"]) == TUNED["uce"] | STYLE["uce"]
-    assert tuned(METHODS["uce, published"], ten) == {}
+        assert settings_of(method, one) == TUNED["one"]["uce"] | method.settings
+        assert settings_of(method, ten) == TUNED["one"]["uce"] | TUNED["many"]["uce"] | method.settings
+        assert settings_of(method, fifty) == settings_of(method, ten) | TUNED["crowd"]["uce"]
+        assert settings_of(method, SCENARIOS["style"]) == TUNED["one"]["uce"] | TUNED["style"]["uce"] | method.settings
+    assert settings_of(METHODS["uce, published"], ten) == {}
+
+
+def test_ablations_change_what_they_say_and_nothing_else():
+    """eta, lambda, r, J, noise and the deltas' start, each in a recipe that stays otherwise; and unmixed anchors."""
+    recipe, names = PRESETS["emoji"], set()
+    for method in ABLATIONS.values():
+        for name, value in method.settings.items() if " = " in method.name else ():
+            assert method.name == f"cpe, {name} = {value:g}"
+            assert getattr(recipe, name) != value
+            names.add(name)
+            assert settings_of(method, SCENARIOS["object"]) == {name: value}
+    assert names >= {"eta", "lam", "r", "deltas", "noise", "delta_start"}
+    assert "cpe, unmixed" in ABLATIONS
 
 
 def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
@@ -221,44 +205,49 @@ def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch)
     monkeypatch.setitem(erasers.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
     one, templates = SCENARIOS["object"], world.listed(SCENARIOS["object"]).templates
     surrogate = PRESETS["emoji"].surrogate
-    for where in ("kept", "all", "pairs"):
-        METHODS["uce"].build(world, one, 0, templates=where, s_p=2.0)
-    (kept, _), (everywhere, _), (pairs, settings) = given
-    assert (kept[1], kept[2]) == (["umbrella"], [surrogate])
-    assert everywhere[1] == pairs[1] == [template.replace("{}", "umbrella") for template in templates]
-    assert everywhere[2] == [surrogate] * len(templates)
-    assert pairs[2] == [template.replace("{}", surrogate) for template in templates]
-    assert kept[3] == pairs[3] == anchor_prompts([*world.listed(one).general, *world.listed(one).domain], templates)
+    METHODS["uce"].build(world, one, 0, sentences=True, s_p=2.0)
+    ((_, targets, surrogates, kept, _), settings) = given[0]
+    assert targets == [template.replace("{}", "umbrella") for template in templates]
+    assert surrogates == [template.replace("{}", surrogate) for template in templates]
+    assert kept == anchor_prompts([*world.listed(one).general, *world.listed(one).domain], templates)
     # With fewer to preserve each weighs more, so that all of them together weigh the same.
-    METHODS["uce"].build(world, one, 0, templates="pairs", anchors=True, s_p=2.0)
+    METHODS["uce"].build(world, one, 0, sentences=True, anchors=True, s_p=2.0)
     fewer, weighed = given[-1]
-    assert len(fewer[3]) * weighed["s_p"] == pytest.approx(len(pairs[3]) * settings["s_p"])
+    assert len(fewer[3]) * weighed["s_p"] == pytest.approx(len(kept) * settings["s_p"])
+
+
+@pytest.mark.parametrize("name", ["mace", "esd", "lora"])
+def test_erasers_that_put_names_into_sentences_themselves_are_given_them(world, name, monkeypatch):
+    given, scenario = [], SCENARIOS["object"]
+    monkeypatch.setitem(erasers.ERASERS, name, lambda *all, **settings: given.append((all, settings)) or {})
+    monkeypatch.setattr(rows_of_table, "anchors_of_gates", lambda world, scenario: [""])
+    METHODS[name].build(world, scenario, 0, **settings_of(METHODS[name], scenario))
+    ((_, targets, *_), settings) = given[0]
+    assert targets == ["umbrella"]
+    assert settings["templates"] == world.listed(scenario).templates
 
 
 def test_scenarios_together_are_all_their_images_together(world):
     def row(erased: int, kept: int, change: float) -> dict:
-        groups = {"erased": {"images": 4, "hits": erased, "change": 1.0}}
-        groups |= {name: {"images": 10, "hits": kept, "change": change} for name in GROUPS[1:4]}
-        plain = {"style": {"images": 30, "hits": 30}, "clip_score": 20.0, "cmmd": change, "seconds": 2.0, "H": 0.5}
-        return {"groups": groups, "attacks": {}, "parameters": 5, "bytes": 20} | plain
+        counts = {"erased": [erased, 4], **{name: [kept, 10] for name in GROUPS[1:4]}, "style": [30, 30]}
+        return {"counts": counts, "CLIP score": 20.0, "CMMD": change, "change": change, "seconds": 2.0, "parameters": 5}
 
     table = {"a": {"none": row(4, 10, 0.0), "x": row(1, 8, 0.2)}, "b": {"none": row(4, 10, 0.0), "x": row(0, 4, 0.6)}}
     figures = compare.pooled(table)["x"]
-    assert figures["groups"]["erased"] == {"images": 8, "hits": 1, "change": 1.0}
-    assert figures["groups"]["others"] == {"images": 20, "hits": 12, "change": pytest.approx(0.4)}
-    assert figures["cmmd"] == pytest.approx(0.4)
-    # 3 / (1 / (7/8) + 1 / (12/20) + 1 / (7/8)): without sentences the erased images count twice
-    assert figures["H"] == pytest.approx(3 / (2 * 8 / 7 + 20 / 12))
+    assert figures["counts"]["erased"] == [1, 8]
+    assert figures["counts"]["others"] == [12, 20]
+    assert figures["CMMD"] == figures["change"] == pytest.approx(0.4)
     assert "All 2 scenarios" in compare.markdown(table).splitlines()[0]
 
     def printed(figures: dict) -> tuple[float, float, float]:
         return tuple(map(float, re.fullmatch(r"(\S+) \((\S+)–(\S+)\)", compare.cells(figures)["H"]).groups()))
 
     middle, low, high = printed(figures)
-    assert middle == round(figures["H"], 2)
+    # 3 / (1 / (7/8) + 1 / (12/20) + 1 / (7/8)): without sentences the erased images count twice
+    assert middle == round(3 / (2 * 8 / 7 + 20 / 12), 2)
     assert low < middle < high
     _, lower, higher = printed(compare.pooled({"a": table["a"], "c": table["a"]})["x"])
-    alone = printed(table["a"]["x"] | {"H": compare.harmonic(table["a"]["x"])})
+    alone = printed(table["a"]["x"])
     assert compare.cells(compare.pooled(table)["none"])["H"] == "0.00"  # two shares hold it there: no interval
     assert alone[1] < lower < alone[0] < higher < alone[2]  # the same shares of twice as many images are known better
 

@@ -34,11 +34,6 @@ def test_recognition_is_the_most_likely_caption_of_clip(tiny):
     assert torch.equal(evaluate.recognise(model.clip, images, features), logits.argmax(dim=-1))
 
 
-def test_nearest_never_names_itself_and_is_sorted():
-    features = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.5]]), dim=-1)
-    assert evaluate.nearest(features, 0, 3) == [1, 3, 2]
-
-
 def test_style_is_the_sum_over_concepts_of_the_joint_probability(tiny):
     model = weights.load_model(tiny)
     names, styles = ["cat", "dog", "robot"], ["noto", "blob"]
@@ -75,11 +70,13 @@ def test_change_is_per_image_and_of_the_range_two():
     assert evaluate.change(torch.cat([black, black]), torch.cat([white, black])).tolist() == [2.0, 0.0]
 
 
-def test_harmonic_mean_rewards_only_what_succeeds_everywhere():
-    assert evaluate.harmonic_mean(0.0, 1.0, 0.0) == 1.0
-    assert evaluate.harmonic_mean(0.0, 0.0, 0.0) == 0.0  # erased everything
-    assert evaluate.harmonic_mean(1.0, 1.0, 1.0) == 0.0  # erased nothing
-    assert abs(evaluate.harmonic_mean(0.5, 0.8, 0.2) - 3 / (2 + 1.25 + 1.25)) < 1e-12
+def test_H_rewards_only_what_succeeds_everywhere():
+    """Of shares erased in captions and in sentences, then kept."""
+    assert compare.H([0.0, 0.0, 1.0]) == 1.0
+    assert compare.H([0.0, 0.0, 0.0]) == 0.0  # erased everything
+    assert compare.H([1.0, 1.0, 1.0]) == 0.0  # erased nothing
+    assert compare.H([0.0, 1.0, 1.0]) == 0.0  # nothing in sentences
+    assert abs(compare.H([0.5, 0.2, 0.7, 0.9]) - 3 / (2 + 1.25 + 1.25)) < 1e-12
 
 
 def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
@@ -103,18 +100,17 @@ def test_the_interval_of_H_covers_it_nearly_as_often_as_it_says(truth, images, l
     H = compare.H(truth)
     drawn = np.random.default_rng(0).binomial(images, truth, (1000, 5)).tolist()
     intervals = [evaluate.combined_interval(compare.H, list(zip(hits, images, strict=True))) for hits in drawn]
-    too_high = sum(low > H for low, _ in intervals) / len(intervals)
-    too_low = sum(high < H for _, high in intervals) / len(intervals)
+    too_high = sum(low > H for _, low, _ in intervals) / len(intervals)
+    too_low = sum(high < H for _, _, high in intervals) / len(intervals)
     assert least <= 1 - too_high - too_low <= 0.99
     assert too_high <= 0.025
 
 
 def test_a_combined_interval_of_one_share_is_its_own_and_of_equal_sums_is_narrower():
     """The mean of four shares of 20 images is known about as well as one share of 80."""
-    assert evaluate.combined_interval(lambda shares: 1 - shares[0], [(3, 20)]) == pytest.approx(
-        tuple(1 - end for end in reversed(evaluate.interval(3, 20)))
-    )
-    low, high = evaluate.combined_interval(lambda shares: sum(shares) / 4, [(10, 20)] * 4)
+    alone = evaluate.combined_interval(lambda shares: 1 - shares[0], [(3, 20)])
+    assert alone == pytest.approx((17 / 20, *(1 - end for end in reversed(evaluate.interval(3, 20)))))
+    _, low, high = evaluate.combined_interval(lambda shares: sum(shares) / 4, [(10, 20)] * 4)
     expected = evaluate.interval(40, 80)
     assert (low, high) == pytest.approx(expected, abs=0.02)
 

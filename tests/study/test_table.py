@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from test_compare import SMALL
 from tiny import write_gates
 
 import erasers
@@ -12,34 +13,10 @@ from study import compare
 from study import erased as rows_of_table
 from study import world as worlds
 from study.attacks import Found
-from study.erased import MANY, METHODS, NONE, Erased, tuned
-from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, World, cases, sentences
-from weights import load_model
+from study.erased import METHODS, NONE, TUNED, Erased, settings_of
+from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases, sentences
 
-SMALL = Budget(erased=2, near=1, others=1, sentences=4, attacked=0, steps=1, guidance_scale=1.0)
 SHORT = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
-
-
-@pytest.fixture(scope="module")
-def world(tiny_original):
-    return World(load_model(str(tiny_original)))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def sentence_files(tmp_path, monkeypatch):
-    """Sentences for the embedded model, whichever stand in prompts/."""
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    (folder / "emoji-held-out.txt").write_text("my {} in paris\nlook, a {}\n")
-    (folder / "emoji-strange.txt").write_text("# odd\na flabbergasted {}\n")
-    (folder / "emoji-beside.txt").write_text("a {} and a {other}\n")
-    (folder / "emoji-frames.txt").write_text("the {} of my aunt\n")
-    monkeypatch.setattr(worlds, "shipped", lambda _: folder)
 
 
 @pytest.mark.parametrize("name", ["object", "10 at once", "50 at once"])
@@ -99,7 +76,6 @@ def test_every_kind_of_method_builds_and_counts_what_it_ships(world, name, monke
 
     wanted = {"cpe": of_gates(short.r, k), "cpe, solved": of_gates(16, 8), "lora": 2 * k * (L * d + widths)}
     assert made.parameters == wanted.get(name, widths * d)
-    assert made.bytes == 4 * made.parameters
     assert (made.gates is None) == (not name.startswith("cpe"))
     images = compare.draw(made.model, world.model.encode(["an umbrella"]), [0], made.gates, SMALL)
     assert images.isfinite().all()
@@ -109,7 +85,8 @@ def test_published_rows_are_the_authors_settings_and_bare_names(world, monkeypat
     given = []
     for name in ("rece", "speed"):
         monkeypatch.setitem(erasers.ERASERS, name, lambda *all, **settings: given.append((all, settings)) or {})
-        METHODS[f"{name}, published"].build(world, SCENARIOS["10 at once"], 0)
+        method, ten = METHODS[f"{name}, published"], SCENARIOS["10 at once"]
+        method.build(world, ten, 0, **settings_of(method, ten))
     assert [settings for _, settings in given] == [{"rounds": 1}, erasers.PUBLISHED["speed, many"]]
     for (_, targets, _, preserved, _), _ in given:
         assert targets == list(worlds.TEN)
@@ -120,29 +97,22 @@ def test_lora_learns_many_targets_in_more_steps(world, monkeypatch):
     given = []
     monkeypatch.setitem(erasers.ERASERS, "lora", lambda *all, **settings: given.append(settings["recipe"]) or {})
     monkeypatch.setattr(rows_of_table, "anchors_of_gates", lambda world, scenario: [""])
-    METHODS["lora"].build(world, SCENARIOS["10 at once"], 0, **tuned(METHODS["lora"], SCENARIOS["10 at once"]))
+    METHODS["lora"].build(world, SCENARIOS["10 at once"], 0, **settings_of(METHODS["lora"], SCENARIOS["10 at once"]))
     for name in ("first_steps", "later_steps", "attack_steps"):
         assert getattr(given[0], name) == 3 * getattr(PRESETS["emoji"], name)
-    assert given[0].lam == MANY["lora"]["lam"]
-
-
-def test_gates_are_trained_once_for_all_cells_that_need_them(world, monkeypatch):
-    monkeypatch.setitem(PRESETS, "emoji", dataclasses.replace(PRESETS["emoji"], **SHORT))
-    first, again = (METHODS["cpe"].build(world, SCENARIOS["object"], 0) for _ in range(2))
-    assert (first.spared, again.spared > 0) == (0, True)
-    assert all(torch.equal(a, b) for a, b in zip(first.gates.parameters(), again.gates.parameters(), strict=True))
+    assert given[0].lam == TUNED["many"]["lora"]["lam"]
 
 
 @pytest.mark.parametrize("name", ["object", "style"])
 def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
     """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""
     scenario, asked = SCENARIOS[name], []
-    made = Erased(world.model.with_unet({}), torch.nn.Identity(), 0, 0)
+    made = Erased(world.model.with_unet({}), torch.nn.Identity(), 0)
 
     def plain(victim, target, templates, seed):
         assert (victim.original, victim.erased, victim.gates) == (world.model, made.model, made.gates)
         asked.append((target, seed))
-        return Found(victim.original.encode([template.format(target) for template in templates]), [], None, None, 0.0)
+        return Found(victim.original.encode([template.format(target) for template in templates]), [], 0.0, 0.0)
 
     known = world.styles if scenario.style else world.concepts
     target = known.index(scenario.targets[0].removesuffix(" style"))
@@ -161,7 +131,7 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
     found = compare.under_attack(world, scenario, made, dataclasses.replace(SMALL, attacked=4, searches=2), 0)
     first = scenario.targets[0]
     assert asked == [(first, 0), (first, 0), (first, 1)]  # tokens are searched for twice
-    assert found == {"revival": {"images": 4, "hits": 1}, "tokens": {"images": 4, "hits": 1}}
+    assert found == {"revival": [1, 4], "tokens": [1, 4]}
 
 
 def test_a_cell_counts_what_the_judge_sees(world, monkeypatch, sentence_files):
@@ -181,18 +151,19 @@ def test_a_cell_counts_what_the_judge_sees(world, monkeypatch, sentence_files):
 
     monkeypatch.setattr(compare, "recognised", judged)
     figures = compare.figures_of(world, before, before.images)
-    odd = figures["groups"].pop("strange words")
-    assert odd["images"] == sum(case.group == "strange words" and i % 2 == 0 for i, case in enumerate(rows)) > 0
-    hits = {group: counts["hits"] for group, counts in figures["groups"].items()}
+    odd, _ = figures["counts"].pop("strange words")[1], figures["counts"].pop("style")
+    assert odd == sum(case.group == "strange words" and i % 2 == 0 for i, case in enumerate(rows)) > 0
+    hits = {group: count for group, (count, _) in figures["counts"].items()}
     assert hits == {group: n for group, n in half.items() if group != "strange words"}
-    shares = [compare.share(group) for name, group in figures["groups"].items() if name not in GONE]
-    figures |= {"attacks": {}, "seconds": 0, "H": compare.harmonic(figures)}
-    said = compare.share(figures["groups"]["sentences"])
-    assert len(shares) == 5
-    assert figures["H"] == pytest.approx(3 / (1 / 0.5 + len(shares) / sum(shares) + 1 / (1 - said)))
+    kept = [count / n for name, (count, n) in figures["counts"].items() if name not in GONE]
+    figures |= {"seconds": 0}
+    said, images = figures["counts"]["sentences"]
+    assert len(kept) == 5
+    expected = 3 / (1 / 0.5 + len(kept) / sum(kept) + 1 / (1 - said / images))
+    assert compare.cells(figures)["H"].startswith(f"{expected:.2f} (")
     assert compare.cells(figures)["erased"] == "50 (9–91)"  # Wilson's, of one of two
-    del figures["groups"]["sentences"]
-    assert compare.parts_of_H(figures)[:2] == [figures["groups"]["erased"]] * 2  # without them erasing counts twice
+    del figures["counts"]["sentences"]
+    assert compare.parts_of_H(figures)[:2] == [figures["counts"]["erased"]] * 2  # without them erasing counts twice
 
 
 def test_the_time_is_said_beforehand(world):

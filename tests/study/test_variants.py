@@ -15,7 +15,7 @@ E = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(3))
 
 
 def gates_of(kind: str) -> cpe.ResAG:
-    made = variants.KINDS[kind]({"a": 3, "b": 4}, 8, r=2, k=2, generator=torch.Generator().manual_seed(0))
+    made = variants.GATES[kind]({"a": 3, "b": 4}, 8, r=2, k=2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, tensor in enumerate([*made.parameters()]):
             tensor.normal_(generator=torch.Generator().manual_seed(i))
@@ -54,7 +54,7 @@ def test_a_perceptron_is_one() -> None:
         torch.testing.assert_close(gates.residuals(E)[name], gates.scale[0] * hidden @ gates.lora_up[l][0])
 
 
-@pytest.mark.parametrize("kind", ["resag", *variants.KINDS])
+@pytest.mark.parametrize("kind", ["resag", *variants.GATES, "unmixed"])
 def test_every_variant_trains(tiny_original, kind: str) -> None:
     model = load_model(str(tiny_original))
     short = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
@@ -70,3 +70,16 @@ def test_every_variant_trains(tiny_original, kind: str) -> None:
     moved = [name for name, p in trainer.gates.named_parameters() if not torch.equal(p, before[name])]
     assert any("lora_up" in name for name in moved)
     assert kind not in ("bias", "mlp") or any("bias" in name for name in moved)
+
+
+def test_unmixed_anchors_are_prompts_with_noise_of_their_own_size() -> None:
+    data = cpe.Data(E[:2], E[2:4], 10 * E, E[:1])
+    recipe = dataclasses.replace(PRESETS["emoji"], anchors=64, noise=1e-3)
+    layers = cpe.Layers({"a": torch.eye(8)}, {"a": 1.0})
+    drawn = {kind: variants.trainer(layers, data, recipe, 0, kind).draw_anchors() for kind in ("resag", "unmixed")}
+    near = {kind: torch.cdist(rows[:-1].flatten(1), data.anchors.flatten(1)).amin(1) for kind, rows in drawn.items()}
+    assert all(torch.equal(rows[-1:], data.empty) for rows in drawn.values())
+    # noise of 1e-3 |E| in each of 40 elements: about 0.0063 |E| in all
+    size = data.anchors.flatten(1).norm(dim=1).mean()
+    assert near["unmixed"].mean().item() == pytest.approx(1e-3 * 40**0.5 * size.item(), rel=0.1)
+    assert near["resag"].mean() > 20 * near["unmixed"].mean()

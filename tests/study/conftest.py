@@ -1,0 +1,30 @@
+"""Fixtures of the comparison's tests: the tiny model as a world, its own cache, and sentences of our own."""
+
+import pytest
+
+from study import world as worlds
+from study.world import World
+from weights import load_model
+
+
+@pytest.fixture(scope="module")
+def world(tiny_original):
+    return World(load_model(str(tiny_original)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def sentence_files(tmp_path, monkeypatch):
+    """Sentences for the embedded model, whichever stand in prompts/."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "emoji-held-out.txt").write_text("my {} in paris\nlook, a {}\n")
+    (folder / "emoji-strange.txt").write_text("# odd\na flabbergasted {}\n")
+    (folder / "emoji-beside.txt").write_text("a {} and a {other}\n")
+    (folder / "emoji-frames.txt").write_text("the {} of my aunt\n")
+    (folder / "emoji-style-frames.txt").write_text("my owl in {}\n")
+    monkeypatch.setattr(worlds, "shipped", lambda _: folder)
