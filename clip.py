@@ -46,8 +46,6 @@ class Tokenizer:
             pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         if not isinstance(table, dict) or BOS not in table or EOS not in table:
             raise ValueError(f"{vocab}: not a CLIP vocabulary (no {BOS} or {EOS} in it)")
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"{merges}: not a list of BPE merges (two words a line)")
         if unknown := [pair for pair in pairs if "".join(pair) not in table]:  # the library panics at some of these
             raise ValueError(f"{merges}: it merges {unknown[0]} into a word that {vocab} does not have")
         bpe = models.BPE(table, pairs, unk_token=EOS, end_of_word_suffix="</w>")

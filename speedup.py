@@ -26,8 +26,11 @@ CHUNK = 256  # queries at a time: their scores stay in the cache
 
 def speed_up(network: nn.Module) -> nn.Module:
     """The network itself, its layers computed by what is below: parameters, names and results stay as they are."""
+    faster: dict[type, type] = {nn.Linear: Linear}
+    if isinstance(network, vae.VAE):  # the U-Net doubles small images of many channels, where it is slower
+        faster[unet.Upsample] = Upsample
     for module in network.modules():
-        module.__class__ = {nn.Linear: Linear, unet.Upsample: Upsample}.get(type(module), type(module))
+        module.__class__ = faster.get(type(module), type(module))
         if isinstance(module, (unet.Attention, vae.Attention)):
             module.attend = attention
     return network
@@ -75,7 +78,7 @@ class Linear(nn.Linear):
 
 
 class Upsample(unet.Upsample):
-    """The networks', as one transposed convolution with 4/9 of the multiplications, [B, c, h, w] -> [B, c, 2h, 2w].
+    """The same as one transposed convolution with 4/9 of the multiplications, [B, c, h, w] -> [B, c, 2h, 2w].
 
     In a doubled image every pixel stands four times, so the nine taps of a convolution meet four pixels only: their
     weights, summed, do the same.

@@ -102,6 +102,7 @@ def test_whole_networks_give_the_same_and_keep_their_names():
     for network, call in calls.items():
         fast = speedup.speed_up(copy.deepcopy(tiny.filled(network)))
         assert any(isinstance(module, speedup.Linear) for module in fast.modules())
+        assert any(isinstance(module, speedup.Upsample) for module in fast.modules()) == isinstance(network, VAE)
         assert fast.state_dict().keys() == network.state_dict().keys()
         assert tiny.difference(call(fast), call(network)) <= 2e-5
 
