@@ -186,5 +186,5 @@ def test_every_preset_has_its_prompts(preset):
 
 def test_every_file_of_prompts_is_a_presets():
     files = {path.stem for path in (ROOT / "prompts").glob("*.txt")}
-    lists = {f"emoji-{name}" for name in ("frames", "held-out", "strange", "beside")}  # of sentences
+    lists = {f"emoji-{name}" for name in ("frames", "style-frames", "held-out", "strange", "beside")}  # of sentences
     assert files == set(PRESETS) | lists
