@@ -16,7 +16,7 @@ test: $(VENV)/test.stamp
 oracle: $(VENV)/oracle.stamp
 	$(BIN)/python -m pytest -m "oracle and not slow"
 
-# Run the five notebooks and keep what they print and draw.
+# Run the six notebooks and keep what they print and draw.
 theory: $(VENV)/theory.stamp
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False theory/*.ipynb
 

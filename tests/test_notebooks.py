@@ -3,6 +3,7 @@
 The cells are executed here, without jupyter, with half of the training steps: `make theory` runs them in full.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -25,15 +26,57 @@ def code_cells(path: Path) -> list[dict]:
 
 
 def check_labels(figure) -> None:
-    """Every axis of a figure says what it shows; a colour bar needs one label only."""
+    """Every figure has a title, every axis says what it shows; a colour bar needs one label, pictures their places."""
+    assert figure.get_suptitle() or any(axes.get_title() for axes in figure.axes)
     for axes in figure.axes:
+        if axes.images and not axes.get_xticks().size and not axes.get_yticks().size:  # drawn by the model, in a grid
+            place = axes.get_subplotspec()
+            assert axes.get_title() or not place.is_first_row(), "a column of pictures does not say what it shows"
+            assert axes.get_ylabel() or not place.is_first_col(), "a row of pictures does not say what it shows"
+            continue
         labels = [axes.get_xlabel(), axes.get_ylabel()]
         wanted = 1 if axes.get_label() == "<colorbar>" else 2
         assert sum(map(bool, labels)) >= wanted, f"{axes.get_title()!r} has axes without labels"
 
 
-def test_all_five_are_there():
-    assert [path.stem[0] for path in NOTEBOOKS] == list("12345")
+def test_all_six_are_there():
+    assert [path.stem[0] for path in NOTEBOOKS] == list("123456")
+
+
+@each_notebook
+def test_it_begins_with_pictures_that_the_model_drew_and_then_makes_its_claim(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    shown = next(number for number, cell in enumerate(cells) if "plt.show()" in "".join(cell["source"]))
+    assert "lab.strip(" in "".join(cells[shown]["source"])
+    said = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert "picture" in said[0]
+    claim = next(number for number, cell in enumerate(cells) if "**The claim.**" in "".join(cell["source"]))
+    assert claim == shown + 1
+    assert any("*Proof.*" in text for text in said)
+
+
+@each_notebook
+def test_it_says_whose_its_statements_are(path):
+    text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    assert "ours" in text
+    assert ("Theorem 1" in text) == (path.stem[0] in "12")
+
+
+def test_gates_are_the_shipped_ones(monkeypatch):
+    """What the notebooks call the shipped gate is what the command solves for, but for the hidden concepts."""
+    pytest.importorskip("matplotlib", reason="needs the extra `theory`")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    lab = importlib.import_module("lab")
+    room = lab.open_lab("emoji")
+    assert room.solver().settings == room.shop.recipe(room.erased)
+    prompts = room.shop.prompts(room.erased)
+    shipped = lab.train.Workshop.prompts(room.shop, room.erased)
+    assert prompts.templates == shipped.templates
+    assert prompts.general == shipped.general
+    assert set(shipped.domain) - set(prompts.domain) == set(room.hidden)
+    assert not set(room.listed) & set(room.hidden)
+    trainer = room.trainer(1 / lab.BUDGET)
+    assert trainer.recipe == lab.PRESETS["emoji"]
 
 
 @each_notebook

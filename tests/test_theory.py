@@ -410,25 +410,3 @@ def test_attacks_on_a_plane(seed, kappa, radius):
     assert th.gate((e + closing)[None], v, b, kappa, t).norm() <= th.gate_error_bound(kappa, m, t) * (1 + 1e-6) + 1e-12
     # No shorter shift gets there.
     assert (directions @ v / directions.norm(dim=1)).abs().max() * closing.norm() <= 2 * m + 1e-9
-
-
-# --- T6 ---
-
-
-@cases
-@given(seeds, st.integers(1, 4), st.floats(0.001, 100))
-def test_one_ridge_serves_every_layer(seed, k, lam):
-    z, x, z_a, *layers = draw(seed, (20, k), (20, 7), (30, k), (3, 7), (11, 7), (7, 7))
-    U_c = th.context_ridge(z, x, z_a, lam)
-    for W, a in zip(layers, (0.01, 1.0, 50.0), strict=True):
-        # Independently: least squares of the stacked system, with this layer's weight.
-        A = a**0.5 * torch.cat([z, lam**0.5 * z_a])
-        B = a**0.5 * torch.cat([x @ W.T, torch.zeros(len(z_a), len(W), dtype=torch.float64)])
-        best = torch.linalg.lstsq(A, B).solution
-        assert torch.allclose(U_c @ W.T, best, rtol=1e-6, atol=1e-9)
-        U = (U_c @ W.T).requires_grad_()
-        loss = th.layer_loss(U, W, z, x, z_a, lam)
-        gradient = torch.autograd.grad(loss, U)[0]
-        assert gradient.norm() < 1e-8 * (1 + lam) * z.square().sum() * x.norm() * W.norm()
-        (noise,) = draw(seed + 1, U.shape)
-        assert th.layer_loss(U.detach() + 0.01 * noise, W, z, x, z_a, lam) > loss.detach()

@@ -1,19 +1,25 @@
-"""What the notebooks share: a model with its concepts, gates trained on it in seconds, and pictures.
+"""What the notebooks share: a model, the gates that the command `train` makes for it, and pictures.
 
-    lab = open_lab("emoji")          # or "sd14", or a folder
-    trainer = lab.trainer(first_steps=150)
-    pictures = lab.pictures(lab.E_target[None], seeds=[0], gates=trainer.gates)
+    room = open_lab("emoji")            # or "sd14", or a folder
+    gates = room.solved()               # those of:      train "red heart" --model emoji
+    trainer = room.trainer(0.5)         # the one of:    train "red heart" --model emoji --how train --steps-scale 0.5
+    strip({"before": images, "after": others}, prompts, "what is seen")
 
-Letters as in cpe.py: B prompts, T = 77 tokens, d width of a context.
+Recipe, templates and anchors are the command's own. Only every third concept is hidden from it, as in the comparison
+(study/world.py): on these one sees what generalises. Letters as in cpe.py: B prompts, T = 77 tokens, d width of a
+context.
 """
 
+import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -22,116 +28,223 @@ sys.path.insert(0, str(ROOT))
 
 import cpe  # noqa: E402
 import sampler  # noqa: E402
-import token_space  # noqa: E402
+import solve  # noqa: E402
 import weights  # noqa: E402
-from loading.prompts import PRESETS  # noqa: E402
+from cli import check, train  # noqa: E402
+from cli.common import is_emoji  # noqa: E402
+from cli.options import parse  # noqa: E402
+from cli.targets import Target, target_of  # noqa: E402
+from erasers import ERASERS  # noqa: E402
+from erasers.common import filled  # noqa: E402
+from loading.cache import cached_contexts  # noqa: E402
+from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, nearest_words  # noqa: E402
+from study.erased import TUNED  # noqa: E402
 
 # Training steps, as a share of what a notebook asks for: the tests run with fewer, and all that is asserted must hold.
 BUDGET = float(os.environ.get("CPE_THEORY_BUDGET", "1"))
 
-STEPS = ("first_steps", "later_steps", "attack_steps")
-TEMPLATES = ("{}", "a {}", "{} emoji", "a picture of a {}")
-
 Eraser = Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]]  # (context, kv) -> kv: gates, or a function
+
+
+class Workshop(train.Workshop):
+    """The command's own, without its progress bars, and without anchors among the concepts that are `hidden`."""
+
+    hidden: Sequence[str] = ()
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        self.made: dict[str, cpe.Data] = {}
+
+    def data(self, target: Target) -> cpe.Data:
+        """Contexts to train on, encoded once for each --how."""
+        if self.args.how not in self.made:
+            self.made[self.args.how] = super().data(target)
+        return self.made[self.args.how]
+
+    def prompts(self, target: Target) -> Prompts:
+        """The prompts of a target's preset; none is of a hidden concept."""
+        prompts = super().prompts(target)
+        return replace(prompts, domain=[word for word in prompts.domain if word not in self.hidden])
+
+    def anchors(self, wanted: list[str]) -> Tensor:
+        """Contexts [A, T, d] in half precision."""
+        return cached_contexts(self.model, wanted)
 
 
 @dataclass
 class Lab:
     """A model, what is erased from it, and the concepts that remain."""
 
-    model: weights.Model
-    target: str
-    surrogate: str
+    shop: Workshop
+    erased: Target
     concepts: list[str]  # those that remain
-    recipe: cpe.Recipe
+
+    # --- Names and their contexts ---
+
+    @property
+    def model(self) -> weights.Model:
+        """The model, with its networks."""
+        return self.shop.model
+
+    @property
+    def target(self) -> str:
+        """The name of what is erased."""
+        return self.erased.names[0]
+
+    @property
+    def surrogate(self) -> str:
+        """The name of what it becomes."""
+        return self.erased.surrogate
+
+    @property
+    def recipe(self) -> cpe.Recipe:
+        """The preset that trains it."""
+        return replace(PRESETS[self.erased.preset], surrogate=self.surrogate)
+
+    @property
+    def hidden(self) -> list[str]:
+        """Every third concept: what makes the gates is never told of it."""
+        return list(self.shop.hidden)
+
+    @cached_property
+    def listed(self) -> list[str]:
+        """The concepts that are anchors: of those that are not hidden, the nearest to the target."""
+        prompts, encode = self.shop.prompts(self.erased), lambda names: self.contexts(names)
+        return nearest_words(self.recipe, prompts, self.erased.names, encode, encode)
+
+    def contexts(self, names: Sequence[str]) -> Tensor:
+        """Contexts [B, T, d] of prompts, those of bare names from the memory."""
+        known = self.known
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        known.update(zip(new, self.model.encode(new) if new else (), strict=True))
+        return torch.stack([known[name] for name in names])
+
+    @cached_property
+    def known(self) -> dict[str, Tensor]:
+        """Contexts [T, d] that were asked for before."""
+        return {}
 
     @cached_property
     def E(self) -> Tensor:
         """Contexts of the bare names of what remains, [concepts, T, d]."""
-        return self.model.encode(self.concepts)
+        return self.contexts(self.concepts)
 
     @cached_property
     def E_target(self) -> Tensor:
         """Context of the target's bare name, [T, d]."""
-        return self.model.encode([self.target])[0]
+        return self.contexts([self.target])[0]
 
     @cached_property
     def E_surrogate(self) -> Tensor:
         """Context of the surrogate, [T, d]."""
-        return self.model.encode([self.surrogate])[0]
-
-    @cached_property
-    def layers(self) -> cpe.Layers:
-        """The frozen projections that training looks through."""
-        return cpe.Layers.of(self.model.cross_attention(), token_space.spectral_norm, self.model.tokens)
-
-    @cached_property
-    def space(self) -> token_space.TokenSpace:
-        """The same as seen from the context."""
-        return token_space.TokenSpace(self.layers)
-
-    @property
-    def listed(self) -> Tensor:
-        """Every other concept: the anchors of training, [concepts / 2, T, d]."""
-        return self.E[0::2]
-
-    @property
-    def held(self) -> Tensor:
-        """The other half, that training never sees, [concepts / 2, T, d]."""
-        return self.E[1::2]
+        return self.contexts([self.surrogate])[0]
 
     def name_token(self, prompt: str) -> int:
         """Position of a prompt's last token before EOS: it has seen the whole prompt."""
         return len(self.model.tokenizer.ids(prompt))
 
+    def words(self, prompt: str) -> list[str]:
+        """The tokens of a prompt as one reads them, between <start> and <end>."""
+        return ["<start>", *self.model.tokenizer.tokens(prompt), "<end>"]
+
     def shifts(self) -> Tensor:
         """x = (1 + eta) (E_sur - E_tar) [T, d]: what erasing asks of the bare target's tokens."""
         return (1 + self.recipe.eta) * (self.E_surrogate - self.E_target)
 
-    @cached_property
-    def data(self) -> cpe.Data:
-        """The target and its surrogate in four templates; every other concept is an anchor."""
-        named = [[f.format(name) for f in TEMPLATES] for name in (self.target, self.surrogate)]
-        targets, surrogates = map(self.model.encode, named)
-        return cpe.Data(targets, surrogates, self.listed.half(), self.model.encode([""]))
+    def sentences(self, most: int = 120) -> tuple[Tensor, Tensor]:
+        """Contexts [P, T, d] of the target, and their shifts, in sentences that nothing was made with."""
+        lines = check.held_out(self.erased.preset, most)
+        E, instead = (self.contexts([line.replace("{}", n) for line in lines]) for n in (self.target, self.surrogate))
+        return E, (1 + self.recipe.eta) * (instead - E)
 
-    def trainer(self, seed: int = 0, layers: cpe.Layers | None = None, **recipe: float) -> cpe.Trainer:
-        """CPE's own trainer on `data`; `recipe` changes entries of the preset (stages, first_steps, ...).
+    def near(self, count: int) -> list[str]:
+        """The hidden concepts that are nearest to the target, the nearest first."""
+        cosine = torch.cosine_similarity(self.contexts(self.hidden).flatten(1), self.E_target.flatten()[None])
+        return [self.hidden[i] for i in cosine.topk(count).indices.tolist()]
 
-        TypeError for an entry that no recipe has.
-        """
-        changed = replace(self.recipe, **{"anchors": 8, **recipe})
-        steps = {name: max(1, round(BUDGET * getattr(changed, name))) for name in STEPS}
-        changed, layers, chance = replace(changed, **steps), layers or self.layers, torch.Generator().manual_seed(seed)
-        gates = cpe.ResAG(layers.widths, self.E.shape[-1], changed.r, changed.k, generator=chance)
-        return cpe.Trainer(gates, token_space.Losses(layers, self.data, changed.eta), changed, chance)
+    # --- Gates: what the command writes ---
+
+    @property
+    def solving(self) -> cpe.Data:
+        """What the command solves for: the target and its surrogate in templates and sentences, and the anchors."""
+        self.shop.args.how = "solve"
+        return self.shop.data(self.erased)
+
+    def solver(
+        self, layers: cpe.Layers | None = None, kind: type[solve.Solver] = solve.Solver, **settings: float
+    ) -> solve.Solver:
+        """The command's solver; `settings` changes some of its numbers, `layers` what it looks through."""
+        space = self.shop.space if layers is None else solve.TokenSpace(layers)
+        one, data = solve.constant_direction(self.model.text_encoder.text_model.final_layer_norm), self.solving
+        anchors = torch.cat([data.anchors.to(data.empty), data.empty])
+        return kind(space, one, anchors, solve.Settings(**{"eta": self.recipe.eta} | settings))
+
+    def solved(self, layers: cpe.Layers | None = None, **settings: float) -> cpe.ResAG:
+        """The gates of `train "red heart" --model emoji`: solved for, by default."""
+        return self.solver(layers, **settings).solve(self.solving.targets, self.solving.surrogates)
+
+    def trainer(self, scale: float = 1.0, layers: cpe.Layers | None = None, **recipe: float) -> cpe.Trainer:
+        """The trainer of `--how train`, at a `scale` of its steps; `recipe` changes numbers of it, after that."""
+        steps = {name: max(1, round(BUDGET * scale * getattr(self.recipe, name))) for name in train.STEPS}
+        self.shop.args.how = "train"
+        trainer = train.trainer_of(self.shop, self.erased)
+        trainer = cpe.Trainer(trainer.gates, trainer.losses, replace(self.recipe, **steps | recipe), trainer.generator)
+        if layers is not None:
+            trainer.losses = train.token_space.Losses(layers, trainer.losses.data, self.recipe.eta)
+        return trainer
+
+    def uce(self) -> dict[str, Tensor]:
+        """Weights as UCE edits them, with the settings that the comparison found for it; told of the same concepts."""
+        self.shop.args.how = "solve"  # sentences, too
+        settings, prompts = dict(TUNED["uce"]), anchor_words(self.shop.prompts(self.erased), self.erased.names)
+        assert settings.pop("templates") == "pairs"  # target and surrogate in the same templates
+        pairs = (filled(prompts.templates, [name]) for name in (self.target, self.surrogate))
+        preserved = anchor_prompts([*prompts.general, *prompts.domain], prompts.templates)
+        return ERASERS["uce"](self.model, *pairs, preserved, **settings)
+
+    # --- Pictures ---
 
     def pictures(
-        self, contexts: Tensor, seeds: Sequence[int], gates: Eraser | None = None, steps: int = 10, batch: int = 32
-    ) -> Tensor:
+        self, contexts: Tensor, seeds: Sequence[int], eraser: Eraser | None = None, steps: int = 10,
+        model: weights.Model | None = None,
+    ) -> Tensor:  # fmt: skip
         """Images [B, 3, H, W] in [-1, 1] of contexts [B, T, d] by few steps of DPM-Solver++, guidance 4."""
-        images = []
-        for i in range(0, len(contexts), batch):
-            part = contexts[i : i + batch], seeds[i : i + batch]
-            *_, latents = sampler.denoise_context(self.model, *part, gates, steps, 4.0, "dpm")
-            images.append(sampler.decode(self.model, latents))
+        images, model = [], model or self.model
+        for part in torch.arange(len(contexts)).split(16):
+            chosen = contexts[part], [seeds[i] for i in part]
+            *_, latents = sampler.denoise_context(model, *chosen, eraser, steps, 4.0, "dpm")
+            images.append(sampler.decode(model, latents))
         return torch.cat(images)
 
 
-def open_lab(model: str, target: str = "red heart", surrogate: str | None = None) -> Lab:
+def open_lab(model: str, target: str = "red heart") -> Lab:
     """The laboratory on "emoji", "sd14" or a folder; the embedded model's concepts are names that SD knows too.
 
-    Without a surrogate it is the preset's. UserError as for `weights.load_model`.
+    UserError as for `weights.load_model`.
     """
+    args = parse(["train", target, "--model", model, *([] if is_emoji(model) else ["--preset", "object"])])
     lines = (ROOT / "emoji" / "concepts.txt").read_text(encoding="utf-8").splitlines()
     concepts = [line for line in lines if line and not line.startswith("#") and line != target]
-    recipe = PRESETS["emoji" if model == "emoji" else "object"]
-    recipe = replace(recipe, surrogate=surrogate or recipe.surrogate)
-    return Lab(weights.load_model(model), target, recipe.surrogate, concepts, recipe)
+    args.how, shop = "solve", Workshop(args)
+    shop.hidden = concepts[1::3]
+    return Lab(shop, target_of([target], args), concepts)
 
 
-def train(trainer: cpe.Trainer) -> cpe.Trainer:
-    """Run a trainer to its end."""
-    for _ in trainer:
-        pass
-    return trainer
+def strip(rows: dict[str, Tensor], columns: Sequence[str], title: str, width: float = 1.15) -> None:
+    """Draw rows of images [B, 3, H, W] in [-1, 1], their names at the left, and what the columns are above them."""
+    across = len(columns)
+    fig, axes = plt.subplots(len(rows), across, figsize=(width * across + 1, width * len(rows) + 0.9), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(wrapped(name, 16), rotation=0, ha="right", va="center", fontsize=9)
+        for ax, image in zip(line, images, strict=True):
+            ax.imshow(((image + 1) / 2).clamp(0, 1).permute(1, 2, 0).float().numpy())
+            ax.set(xticks=[], yticks=[])
+    for ax, column in zip(axes[0], columns, strict=True):
+        ax.set_title(wrapped(column, 15), fontsize=8)
+    fig.suptitle(title, fontsize=11)
+    fig.tight_layout()
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most so many letters; its own lines are kept."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))

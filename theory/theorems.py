@@ -6,10 +6,11 @@ Letters: d width of an embedding, m width of a projection, n number of listed em
     e_t [d] target, t [m] what must be added to it, S [d, d] = E[e e^T] second moment of the tokens that remain.
 Everything is meant for float64. Sources: Pinv and Lagrange multipliers for T1 and T2, Rockafellar's separation theorem
 for T3, Gao & Pavel (arXiv 1704.00805) for the softmax's Lipschitz constant in T4, single linkage for T5, ridge
-regression for T6.
+regression for T6, logistic and reduced-rank regression for T7.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # --- T1: the floor of linear edits ---------------------------------------------------------------------------------
@@ -329,3 +330,61 @@ def context_ridge(z: Tensor, x: Tensor, z_a: Tensor, lam: float) -> Tensor:
 def layer_loss(U: Tensor, W: Tensor, z: Tensor, x: Tensor, z_a: Tensor, lam: float) -> Tensor:
     """|x W^T - z U|^2 + lam |z_a U|^2 of one layer, U [k, m]."""
     return (x @ W.T - z @ U).square().sum() + lam * (z_a @ U).square().sum()
+
+
+# --- T7: the gate that is solved for --------------------------------------------------------------------------------
+
+
+def logistic_loss(y: Tensor, z: Tensor, s: Tensor, z_a: Tensor, c: Tensor, w: float, rho: float) -> Tensor:
+    """sum_t s_t log(1 + e^-l_t) + w sum_a c_a log(1 + e^l_a) + rho |v|^2, l = z v + b, of y = (v, b) [d + 1].
+
+    Tokens that shall open the gate are the rows of z [n, d], with weights s [n]; those that shall not, z_a and c.
+    """
+    v, b = y[:-1], y[-1]
+    missed, opened = s @ F.softplus(-(z @ v + b)), c @ F.softplus(z_a @ v + b)
+    return missed + w * opened + rho * v.square().sum()
+
+
+def logistic_newton(
+    y: Tensor, z: Tensor, s: Tensor, z_a: Tensor, c: Tensor, w: float, rho: float
+) -> tuple[Tensor, ...]:
+    """Gradient [d + 1] and Hessian [d + 1, d + 1] of `logistic_loss`; the Hessian is positive definite for rho > 0."""
+    one, one_a = (torch.cat([x, torch.ones_like(x[:, :1])], dim=1) for x in (z, z_a))
+    p, p_a = torch.sigmoid(-(one @ y)), torch.sigmoid(one_a @ y)
+    ridge = 2 * rho * torch.cat([torch.ones_like(y[:-1]), torch.zeros_like(y[-1:])])
+    gradient = w * (c * p_a) @ one_a - (s * p) @ one + ridge * y
+    curvature, curvature_a = s * p * (1 - p), w * c * p_a * (1 - p_a)
+    hessian = (curvature[:, None] * one).T @ one + (curvature_a[:, None] * one_a).T @ one_a + ridge.diag()
+    return gradient, hessian
+
+
+def logistic_optimum(y: Tensor, *problem: Tensor | float) -> Tensor:
+    """The minimum (v, b) [d + 1] of `logistic_loss`, by Newton's method from y with halved steps."""
+    for _ in range(50):
+        gradient, hessian = logistic_newton(y, *problem)
+        step, now, length = torch.linalg.solve(hessian, gradient), logistic_loss(y, *problem), 1.0
+        while logistic_loss(y - length * step, *problem) > now and length > 1e-6:
+            length /= 2
+        y = y - length * step
+        if gradient @ step < 1e-14 * now:
+            break
+    return y
+
+
+def ridge_gain(B: Tensor, G: Tensor, C: Tensor, M: Tensor) -> Tensor:
+    """2 tr(B^T C M) - tr(B^T G B M): by how much a correction B [d, d] lowers the loss of doing nothing.
+
+    sum_t w_t |x_t - h_t B|_M^2 + lam sum_a c_a |h_a B|_M^2 = sum_t w_t |x_t|_M^2 - gain
+    G = sum_t w_t h_t^T h_t + lam sum_a c_a h_a^T h_a,    C = sum_t w_t h_t^T x_t
+    """
+    return 2 * ((B.T @ C) * M.T).sum() - ((B.T @ G @ B) * M.T).sum()
+
+
+def rank_gains(G: Tensor, C: Tensor, W: Tensor) -> Tensor:
+    """s_1^2 >= s_2^2 >= ... of G^-1/2 C W^T: the most that B W^T of rank k can gain in |.| W is the sum of the first k.
+
+    For one layer W [m, d]; for all layers at once, W is M^1/2.
+    """
+    values, Q = torch.linalg.eigh(G)
+    whitened = (Q / values.clamp_min(1e-12 * values.max()).sqrt()) @ Q.T
+    return torch.linalg.svdvals(whitened @ C @ W.T).square()
