@@ -172,7 +172,7 @@ def pag(unet):
 @step
 def ip_adapter(unet):
     kind = theirs_of("IPAdapterAttnProcessor2_0")
-    process(unet, "attn2", lambda width: reference.filled(kind(width, 32, num_tokens=(4,), scale=0.2)))
+    process(unet, "attn2", lambda width: kind(width, 32, num_tokens=(4,), scale=0.0))
     return lambda x, t, E: unet(x, t, (E, [reference.draw("image", 2, 1, 4, 32)]))
 
 
