@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> str | None:
     export(baked, out) if out.suffix == ".safetensors" else save_model(baked, out)
     state.unlink(missing_ok=True)
     print(f"wrote   {out}: {model.name} without {', '.join(name for c in concepts for name in c.names)}")
-    print(f"{baker.unreachable:.1%} of what the gates do is out of reach: the text encoder ends in a LayerNorm")
     measure(space, model, baked, gates, concepts, prompts)
     return command("generate", f"a picture of a {concepts[0].names[0]}", "--model", out)
 

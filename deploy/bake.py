@@ -1,21 +1,18 @@
 """Bake: the erasure moves from the gates into the text encoder's own weights, and no add-on is left to delete.
 
-A gate is not linear in E, so no change of `to_k` and `to_v` does what it does. But every layer is asked for nearly the
-same thing, and what all of them together ask for is another context (`token_space.context_gate`):
+What gates ask of all layers together is nearly another context (`token_space.context_gate`):
 
     E' = E + (sum_l w_l R_l(E) W_l) M^-1
 
-The text encoder is a network that can learn to say E' by itself. Were whole layers trained, all prompts would move with
-them. But a hidden unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output
-layer, is nothing where w . x + b is far below zero. So the few units of the last MLP that matter least are taken away,
-the rest made to do without them, and put back as detectors of the target. They alone are trained, to say E' on prompts
-of the target and nothing on all others (E there is without the units), as far as the U-Net sees the difference:
+The text encoder learns to say E' by itself. Were whole layers trained, all prompts would move with them. But a hidden
+unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output layer, is nothing where
+w . x + b is far below zero. So the few units of the last MLP that matter least are taken away, the rest made to do
+without them, and put back as detectors of the target. They alone are trained, as far as the U-Net sees the difference:
 
     loss = mean |tower(p) - E'(p)|_M^2 over prompts p of the target  +  keep * mean |tower(p) - E(p)|_M^2 over others
 
-Two things cannot be learnt. The tower is causal, so a token does not know what comes after it, and a gate does; and it
-ends in a LayerNorm, whose outputs lie on an ellipsoid, and E' need not (`on_ellipsoid`; a Baker's `unreachable`).
-Needs torch, cpe.py and the text tower of clip.py; of the U-Net nothing but M.
+where E is what the tower says without the units. Two things cannot be learnt: the tower is causal, so a token does not
+know what comes after it, and a gate does; and it ends in a LayerNorm, whose outputs lie on an ellipsoid.
 
 Shapes: P prompts, T tokens, d width of the context, h hidden units of an MLP, n of them trained, S states.
 """
@@ -101,31 +98,6 @@ class Units(nn.Module):
         return F.linear(quick_gelu(F.linear(x, self.weight, self.bias)), self.columns)
 
 
-def on_ellipsoid(norm: nn.LayerNorm, context: Tensor, M: Tensor) -> Tensor:
-    """The context [..., d] that a LayerNorm can say and that comes nearest, in the metric M, to the one given.
-
-    E = g x + b with sum x = 0 and |x|^2 = d. In an eigenbasis, with Lagrange's mu so that the length is right,
-
-        min (x - c)^T B (x - c),   B = diag(g) M diag(g),  c = (E - b) / g    =>    (B + mu) x = B c
-
-    On the CPU: Apple's graphics cards have no float64.
-    """
-    E, M, g, b = (x.cpu().double() for x in (context, M, norm.weight, norm.bias))
-    d = len(M)
-    flat = torch.linalg.qr(torch.cat([M.new_ones(d, 1), torch.eye(d).to(M)[:, 1:]], dim=1))[0][:, 1:]  # sum 0
-    B = g[:, None] * M * g
-    a, Q = torch.linalg.eigh(flat.T @ B @ flat)
-    r = ((E - b) / g) @ B @ flat @ Q
-    # |r / (a + mu)| falls in mu: halve the interval that holds mu, -a_1 < mu <= |r| / sqrt d - a_1.
-    low = -a[0].expand(*r.shape[:-1], 1)
-    high = low + r.norm(dim=-1, keepdim=True) / d**0.5
-    for _ in range(60):
-        mu = (low + high) / 2
-        long = (r / (a + mu)).norm(dim=-1, keepdim=True) > d**0.5
-        low, high = torch.where(long, mu, low), torch.where(long, high, mu)
-    return (g * ((r / (a + high)) @ (flat @ Q).T) + b).to(context)
-
-
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +128,7 @@ class Inputs(NamedTuple):
 
 
 class Baker:
-    """Trains the units: iterate, stop and go on wherever you like, then take `tensors()`.
+    """Trains the units: iterate, stop and go on wherever you like, then take `changed()`.
 
     A seed repeats a run on one machine. What a step reports are shares of the shift that the gates ask for: "missing",
     how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
@@ -165,16 +137,8 @@ class Baker:
     shall stay as they are. All but the units is frozen: what it says is computed once. ValueError as for `teach`.
     """
 
-    def __init__(
-        self,
-        tower: TextEncoder,
-        gate: ContextGate,
-        space: TokenSpace,
-        targets: Tensor,
-        others: Tensor,
-        recipe: Recipe,
-        seed: int = 0,
-    ):
+    def __init__(self, tower: TextEncoder, gate: ContextGate, space: TokenSpace, targets: Tensor, others: Tensor,
+                 recipe: Recipe, seed: int = 0):  # fmt: skip
         self.tower, self.recipe, self.space = tower, recipe, space
         self.last, self.norm = tower.text_model.encoder.layers[-1], tower.text_model.final_layer_norm
         self.generator = torch.Generator().manual_seed(seed)
@@ -183,11 +147,7 @@ class Baker:
         target_states, other_states = self.hidden_states(targets), self.hidden_states(others)
         self.wanted, shift = self.teach(gate, target_states)
         self.scale = shift.mean()  # of the shift, per token
-        some = self.wanted[:: max(1, len(self.wanted) // 32)].to(space.M)
         with torch.no_grad():
-            lost = space.energy(on_ellipsoid(self.norm, some, space.M) - some)
-            self.unreachable = (lost.mean() / self.scale).item()  # share of the shift that leads off the ellipsoid
-
             sample = other_states[:: max(1, len(other_states) // 256)]
             x = torch.cat([x for _, x in self.batches(sample)]).flatten(0, 1)
             g = self.norm.weight
@@ -199,11 +159,11 @@ class Baker:
             points = self.targets.inputs.flatten(0, 1)[drawn.to(x.device)].to(x)
         self.units = Units(*detectors(points, x))
         self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
-        self.steps, self.phase, self.step, self.optimizer = [recipe.steps], 0, 0, self.new_optimizer()
-
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser before the first step."""
-        return torch.optim.Adam(self.units.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
+        self.steps, self.phase, self.step = [recipe.steps], 0, 0
+        self.optimizer = torch.optim.Adam(self.units.parameters(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+        for p in self.units.parameters():  # what Adam makes at its first step: a state always has the same tensors
+            moments = {name: torch.zeros_like(p.data) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
@@ -278,12 +238,11 @@ class Baker:
         # what is cut off changes nothing before it.
         missing, moved = self.shares_missed(rows, others, None if step % 4 == 0 else self.length)
         loss = missing.mean() + recipe.keep * moved.mean()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss became {loss.item()} in step {step + 1}")
         self.optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(nn.utils.clip_grad_norm_(self.units.parameters(), 1.0).item()):
-            raise FloatingPointError(f"the gradient overflowed in step {step + 1}")
+        norm = nn.utils.clip_grad_norm_(self.units.parameters(), 1.0)
+        if not (loss + norm).isfinite().item():
+            raise FloatingPointError(f"the loss became {loss:g}, its gradient {norm:g}, in step {step + 1}")
         rise = min(1.0, (step + 1) / (recipe.warmup + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * rise * (1 + math.cos(math.pi * step / recipe.steps)) / 2
@@ -298,32 +257,28 @@ class Baker:
             self.step += 1
             yield losses
 
+    def live(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name; not copies."""
+        live = {f"units.{name}": parameter.data for name, parameter in self.units.named_parameters()}
+        for i, moments in enumerate(self.optimizer.state.values()):
+            live |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        return live | {"errors": self.errors}
+
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors for a safetensors file."""
-        state = {f"units.{name}": tensor for name, tensor in self.units.state_dict().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        state |= {"errors": self.errors, "generator": self.generator.get_state(), "position": torch.tensor(self.step)}
-        return {name: tensor.detach().clone() for name, tensor in state.items()}
+        state = {name: tensor.clone() for name, tensor in self.live().items()}
+        return state | {"generator": self.generator.get_state(), "position": torch.tensor(self.step)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
-        try:
-            self.units.load_state_dict({n.removeprefix("units."): t for n, t in state.items() if n[:6] == "units."})
-            step, errors = int(state["position"]), state["errors"].to(self.errors, copy=True)
-            if not 0 <= step <= self.recipe.steps or errors.shape != self.errors.shape or not (errors > 0).all():
-                raise ValueError(f"it has no step {step} of these prompts")
-            self.step, self.errors, self.optimizer = step, errors, self.new_optimizer()
-            self.generator.set_state(state["generator"])
-            moments = {}
-            for i, parameter in enumerate(self.units.parameters() if step else ()):
-                shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-                moments[i] = {n: state[f"optimizer.{i}.{n}"].clone() for n in shapes}
-                if any(moments[i][n].shape != shape for n, shape in shapes.items()):
-                    raise ValueError("its optimiser has other shapes")
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"this state is of another run: {error}") from error
+        wrong = {name for name, mine in self.state().items() if name not in state or state[name].shape != mine.shape}
+        wrong |= state.keys() - self.state().keys()
+        if wrong or not 0 <= state["position"] <= self.recipe.steps or not (state["errors"] > 0).all():
+            raise ValueError(f"this state is of another run: look at {min(wrong, default='its step, or its errors')}")
+        for name, tensor in self.live().items():
+            tensor.copy_(state[name])
+        self.generator.set_state(state["generator"])
+        self.step = int(state["position"])
 
     @torch.no_grad()
     def changed(self) -> dict[str, Tensor]:
@@ -339,10 +294,6 @@ class Baker:
         place = f"text_model.encoder.layers.{len(self.tower.text_model.encoder.layers) - 1}.mlp"
         return {f"{place}.{name}": t.detach() for name, t in changed.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The text encoder's tensors, those that changed replaced: what `weights.save_model` writes."""
-        return self.tower.state_dict() | self.changed()
-
 
 # --- What was lost -----------------------------------------------------------------------------------------------
 
@@ -351,15 +302,8 @@ Encode = Callable[[list[str]], Tensor]
 
 
 @torch.no_grad()
-def token_figures(
-    space: TokenSpace,
-    gates: cpe.ResAG,
-    concept: Concept,
-    words: Sequence[str],
-    encode: Encode,
-    baked: Encode,
-    template: str = HELD_OUT[0],
-) -> dict[str, dict[str, float]]:
+def token_figures(space: TokenSpace, gates: cpe.ResAG, concept: Concept, words: Sequence[str], encode: Encode,
+                  baked: Encode, template: str = HELD_OUT[0]) -> dict[str, dict[str, float]]:  # fmt: skip
     """{"left", "near", "others": {"gates" and "baked"}}, in a template that training never sees.
 
         left     share of the asked shift of the target that is missing      sum_l w_l |W_l x - R_l|^2 / x M x^T
@@ -371,22 +315,14 @@ def token_figures(
     name, surrogate, *texts = (template.replace("{}", word) for word in (concept.names[0], concept.surrogate, *words))
     E = encode([name])
     x = (1 + concept.eta) * (encode([surrogate]) - E)
-    energy = space.energy(x).sum()
-
-    def moved(contexts: Tensor, prompts: list[str], x: Tensor) -> dict[str, Tensor]:
-        """How far gates and baked encoder are from moving contexts by x, as shares of what was asked, [B]."""
-        by_gates, by_encoder = space.error(gates, contexts, x), space.energy(x - (baked(prompts) - contexts))
-        return {"gates": by_gates.sum(dim=-1) / energy, "baked": by_encoder.sum(dim=-1) / energy}
-
-    parts, distances = [], []
-    for i in range(0, len(texts), 16):
-        contexts = encode(texts[i : i + 16])
+    rows, distances = [], []  # how far from what is asked, [b, 2]: x of the target, and 0 of all else
+    for part in [[name], *(texts[i : i + 16] for i in range(0, len(texts), 16))]:
+        contexts, asked = encode(part), x if part == [name] else torch.zeros_like(x)
+        errors = space.error(gates, contexts, asked), space.energy(asked - (baked(part) - contexts))
+        rows.append(torch.stack(errors, dim=-1).sum(dim=1) / space.energy(x).sum())
         distances.append((contexts - E).flatten(1).norm(dim=-1))
-        parts.append(moved(contexts, texts[i : i + 16], torch.zeros_like(contexts)))
-    order = torch.cat(distances).argsort()
-    figures = {"left": {kind: share.item() for kind, share in moved(E, [name], x).items()}}
-    for group, rows in (("near", order[:10]), ("others", order[10:])):
-        figures[group] = {
-            kind: torch.cat([part[kind] for part in parts])[rows].mean().item() for kind in ("gates", "baked")
-        }
-    return figures
+    shares, order = torch.cat(rows), torch.cat(distances)[1:].argsort() + 1
+    groups = {"left": shares[:1], "near": shares[order[:10]], "others": shares[order[10:]]}
+    return {
+        group: dict(zip(("gates", "baked"), part.mean(dim=0).tolist(), strict=True)) for group, part in groups.items()
+    }

@@ -187,7 +187,8 @@ def networks(model: object) -> list[nn.Module]:
     """What reads the prompt, of a pipeline or itself; ValueError if nothing does. What was compiled is forgotten."""
     parts = model.components.values() if hasattr(model, "components") else [model]
     modules = [part for part in parts if isinstance(part, nn.Module)]
-    each = [getattr(net, "_orig_mod", net) for module in modules for net in getattr(module, "nets", [module])]
+    inner = [getattr(module, "get_base_model", lambda module=module: module)() for module in modules]  # PEFT's wrapper
+    each = [getattr(net, "_orig_mod", net) for module in inner for net in getattr(module, "nets", [module])]
     if not (found := [net for net in each if cross_attentions(net)]):
         raise ValueError("attach takes a pipeline or a network with layers `attn2` that read the prompt: this has none")
     if "torch._dynamo" in sys.modules:  # what was compiled before would not notice hooks

@@ -27,28 +27,17 @@ def read_concept(metadata: Mapping[str, str], recipe: cpe.Recipe) -> Concept:
     target = metadata.get("target") or metadata.get("prompts")
     if not (target or "").strip():
         raise ValueError("its metadata does not say what it erases")
-    surrogate, said = metadata.get("surrogate", recipe.surrogate), metadata.get("eta", recipe.eta)
     try:
-        eta = float(said)
-        if not math.isfinite(eta):
+        aliases, eta = json.loads(metadata.get("aliases", "[]")), float(metadata.get("eta", recipe.eta))
+        if not (isinstance(aliases, list) and all(alias.encode() for alias in aliases) and math.isfinite(eta)):
             raise ValueError
-    except ValueError as error:
-        raise ValueError(f"the eta in its metadata is no number: {said[:80]!r}") from error
-    try:
-        aliases = json.loads(metadata.get("aliases", "[]"))
-        known = isinstance(aliases, list) and all(isinstance(alias, str) and alias.encode() for alias in aliases)
-    except (ValueError, RecursionError):  # no JSON, or halves of letters
-        known = False
-    if not known:
-        raise ValueError(f"the aliases in its metadata are no list of names: {metadata['aliases'][:80]!r}")
-    return Concept([target, *aliases], surrogate, eta)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError("in its metadata `aliases` is no list of names, or `eta` no number") from error
+    return Concept([target, *aliases], metadata.get("surrogate", recipe.surrogate), eta)
 
 
 def in_company(texts: Sequence[str], words: Sequence[str], chance: random.Random) -> list[str]:
-    """Every prompt with an anchor word before it, behind it, or both.
-
-    A few templates would be learnt by heart: in all company only the name itself tells a target from others.
-    """
+    """Every prompt with an anchor word before it, behind it, or both: a few templates would be learnt by heart."""
     forms = ("{word} {text}", "{text} {word}", "{text} and {word}", "{other}, {text}, {word}")
     return [
         chance.choice(forms).format(text=text, word=chance.choice(words), other=chance.choice(words)) for text in texts

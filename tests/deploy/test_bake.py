@@ -94,14 +94,14 @@ def test_a_gate_file_says_what_it_erases():
         with pytest.raises(ValueError, match="what it erases"):
             read_concept(nothing, cpe.PRESETS["style"])
     for aliases in ("{}", "x", "[1]", '["\\ud800"]', "[" * 100_000):
-        with pytest.raises(ValueError, match="no list of names"):
+        with pytest.raises(ValueError, match="`aliases` is no list of names"):
             read_concept(ours | {"aliases": aliases}, cpe.PRESETS["style"])
     for eta in ("much", "nan", "inf"):
-        with pytest.raises(ValueError, match=f"the eta in its metadata is no number: '{eta}'"):
+        with pytest.raises(ValueError, match="`eta` no number"):
             read_concept(ours | {"eta": eta}, cpe.PRESETS["style"])
 
 
-# --- The units and the ellipsoid -----------------------------------------------------------------------------------
+# --- The units ---------------------------------------------------------------------------------------------------
 
 
 def correlated(*shape: int) -> torch.Tensor:
@@ -177,32 +177,6 @@ def test_before_the_first_step_the_units_say_nothing(model, space):
     baker = small_baker(model, space)
     assert len(baker.free) == 8  # a quarter of 32: fewer than the recipe's
     assert (baker.units(baker.targets.inputs.float()) == 0).all()
-
-
-@torch.no_grad()
-def test_what_a_layer_norm_says_is_left_where_it_is_and_the_rest_moves_as_little_as_can_be():
-    """Against projected gradient descent on the ellipsoid, from the same point."""
-    norm = reference.filled(torch.nn.LayerNorm(12, eps=0)).double()
-    root = reference.draw("root", 12, 12).double()
-    M = root @ root.T / 12
-    said = norm(reference.draw("x", 5, 12).double())
-    torch.testing.assert_close(bake.on_ellipsoid(norm, said, M), said, atol=1e-6, rtol=1e-6)
-
-    asked = said + 0.5 * reference.draw("shift", 5, 12).double()
-    nearest = bake.on_ellipsoid(norm, asked, M)
-
-    def distance(E: torch.Tensor) -> torch.Tensor:
-        return (((E - asked) @ M) * (E - asked)).sum(dim=-1)
-
-    best = torch.full((5,), torch.inf, dtype=torch.float64)
-    for start in range(8):
-        x = (asked - norm.bias) / norm.weight + 0.3 * start * reference.draw(f"start {start}", 5, 12).double()
-        for _ in range(3000):
-            x = torch.nn.functional.layer_norm(x, (12,), eps=0)
-            x -= 0.05 * norm.weight * ((norm.weight * x + norm.bias - asked) @ M)
-        best = torch.minimum(best, distance(norm.weight * torch.nn.functional.layer_norm(x, (12,), eps=0) + norm.bias))
-    torch.testing.assert_close(distance(nearest), best, atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(norm((nearest - norm.bias) / norm.weight), nearest, atol=1e-4, rtol=1e-4)
 
 
 # --- Training ------------------------------------------------------------------------------------------------------
@@ -312,8 +286,7 @@ def test_only_the_last_mlp_changes_and_of_its_first_layer_only_the_units(model, 
     baker = small_baker(model, space)
     before = {name: t.clone() for name, t in model.text_encoder.state_dict().items()}
     list(baker)
-    state = baker.tensors()
-    assert state.keys() == before.keys()
+    state = before | baker.changed()
     assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in before.items()}
     changed = {name for name, t in state.items() if not torch.equal(t, before[name])}
     mlp = "text_model.encoder.layers.1.mlp."
@@ -349,7 +322,7 @@ def test_a_gradient_that_overflows_stops_before_it_reaches_the_units(model, spac
         return missing, moved + (missing.sum() * 0).sqrt()
 
     monkeypatch.setattr(baker, "shares_missed", steep)
-    with pytest.raises(FloatingPointError, match="gradient overflowed in step 3"):
+    with pytest.raises(FloatingPointError, match=r"its gradient .*, in step 3"):
         list(baker)
     assert equal(baker.state() | {"generator": before["generator"]}, before)
 

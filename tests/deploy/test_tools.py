@@ -1,0 +1,414 @@
+"""A U-Net of diffusers with gates, in every tool that users put around one: it draws erased pictures, or raises.
+
+A way is what a user does, step after step: "load_lora attach unload_lora". Every step is a function below; a tool that
+is not installed skips its ways, by name.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import tiny as reference
+import torch
+from test_hooks import context, open_gates
+from torch import Tensor, nn
+
+import cpe
+from deploy import hooks
+
+LATENTS, T, E = reference.draw("latents", 2, 4, 8, 8), torch.tensor(10), context()
+CPU = torch.device("cpu")
+STEPS: dict[str, Callable] = {}
+
+
+def step(do: Callable) -> Callable:
+    """Registers what a user does to a U-Net; what it returns, if anything, is what draws from then on."""
+    STEPS[do.__name__] = do
+    return do
+
+
+def theirs_of(name: str) -> type:
+    """A class of diffusers, or of its attention processors."""
+    diffusers = pytest.importorskip("diffusers")
+    return getattr(diffusers, name, None) or getattr(diffusers.models.attention_processor, name)
+
+
+@step
+def draw(unet):
+    noise(unet)
+
+
+# --- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+@step
+def load_lora(unet):
+    pytest.importorskip("peft")
+    state = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v", "attn1.to_q")):
+            state[f"{name}.lora_A.weight"] = 0.02 * reference.draw(f"{name} A", 2, module.in_features)
+            state[f"{name}.lora_B.weight"] = 0.02 * reference.draw(f"{name} B", module.out_features, 2)
+    unet.load_lora_adapter(state, prefix=None, adapter_name="a")
+
+
+@step
+def save_lora(unet):
+    unet.save_lora_adapter(tempfile.mkdtemp(), adapter_name="a")
+
+
+@step
+def unload_lora(unet):
+    unet.unload_lora()
+
+
+@step
+def fuse_lora(unet):
+    unet.fuse_lora()
+
+
+@step
+def disable_lora(unet):
+    unet.disable_lora()
+
+
+@step
+def delete_adapters(unet):
+    unet.delete_adapters("a")
+
+
+def wrapped(unet: nn.Module, kind: str = "LoraConfig", **settings: object) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(unet, getattr(peft, kind)(r=2, target_modules=["to_k", "to_v"], **settings))
+
+
+@step
+def peft_lora(unet):
+    return wrapped(unet)
+
+
+@step
+def peft_dora(unet):
+    return wrapped(unet, use_dora=True)
+
+
+@step
+def peft_loha(unet):
+    return wrapped(unet, "LoHaConfig")
+
+
+@step
+def merge_and_unload(model):
+    return model.merge_and_unload()
+
+
+@step
+def unload(model):
+    return model.unload()
+
+
+# --- Quantisers ----------------------------------------------------------------------------------------------------
+
+
+@step
+def quanto(unet):
+    tool = pytest.importorskip("optimum.quanto")
+    tool.quantize(unet, weights=tool.qint8)
+    tool.freeze(unet)
+
+
+@step
+def torchao(unet):
+    tool = pytest.importorskip("torchao.quantization")
+    tool.quantize_(unet, tool.Int8WeightOnlyConfig())
+
+
+@step
+def quantize_dynamic(unet):
+    return torch.ao.quantization.quantize_dynamic(unet, {nn.Linear})
+
+
+# --- Processors of attention ---------------------------------------------------------------------------------------
+
+
+def process(unet: nn.Module, where: str, make: Callable[[int], object]) -> None:
+    """Give every attention layer of a name a processor, made for its width."""
+    chosen = dict(unet.attn_processors)
+    for name in chosen:
+        if where in name:
+            chosen[name] = make(unet.get_submodule(name.removesuffix(".processor")).to_k.out_features)
+    unet.set_attn_processor(chosen)
+
+
+@step
+def custom_diffusion(unet, kind="CustomDiffusionAttnProcessor"):
+    settings = {"train_kv": True, "train_q_out": False, "cross_attention_dim": 32}
+    process(unet, "attn2", lambda width: theirs_of(kind)(hidden_size=width, **settings))
+
+
+@step
+def custom_diffusion_2(unet):
+    custom_diffusion(unet, "CustomDiffusionAttnProcessor2_0")
+
+
+@step
+def fuse_qkv(unet):
+    unet.fuse_qkv_projections()
+
+
+@step
+def slicing(unet):
+    unet.set_attention_slice("max")
+
+
+@step
+def pag(unet):
+    kind = theirs_of("PAGIdentitySelfAttnProcessor2_0")
+    process(unet, "mid_block.attentions.0.transformer_blocks.0.attn1", lambda _: kind())
+
+
+@step
+def ip_adapter(unet):
+    kind = theirs_of("IPAdapterAttnProcessor2_0")
+    process(unet, "attn2", lambda width: kind(width, 32, num_tokens=(4,), scale=0.0))
+    return lambda x, t, E: unet(x, t, (E, [reference.draw("image", 2, 1, 4, 32)]))
+
+
+# --- What leaves out, casts or moves -------------------------------------------------------------------------------
+
+
+@step
+def deepcache(unet):
+    """Every second step takes what is deep from the one before."""
+    pipe = SimpleNamespace(unet=unet, scheduler=SimpleNamespace(timesteps=torch.tensor([10, 9])))
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+    return lambda x, t, E: [unet(x, t, encoder_hidden_states=E) for t in pipe.scheduler.timesteps][-1]
+
+
+@step
+def freeu(unet):
+    unet.enable_freeu(s1=0.9, s2=0.9, b1=1.05, b2=1.05)
+
+
+@step
+def tomesd(unet):
+    pytest.importorskip("tomesd").apply_patch(unet, ratio=0.1, max_downsample=1)
+
+
+@step
+def layerwise_casting(unet):
+    unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+
+
+@step
+def group_offload(unet):
+    unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+@step
+def model_offload(unet):
+    pytest.importorskip("accelerate").cpu_offload_with_hook(unet, "cpu")
+
+
+@step
+def sequential_offload(unet):
+    pytest.importorskip("accelerate").cpu_offload(unet, "cpu")
+
+
+@step
+def checkpointing(unet):
+    """Backward goes through every layer a second time."""
+    unet.enable_gradient_checkpointing()
+    unet.train()
+
+    def learn(x: Tensor, t: Tensor, E: Tensor) -> Tensor:
+        with torch.enable_grad():
+            drawn = unet(x, t, E.clone().requires_grad_()).sample
+            drawn.sum().backward()
+        return drawn.detach()
+
+    return learn
+
+
+# --- Copies and graphs ---------------------------------------------------------------------------------------------
+
+
+@step
+def save_pretrained(unet):
+    unet.save_pretrained(folder := tempfile.mkdtemp())
+    return type(unet).from_pretrained(folder)
+
+
+@step
+def copy_weights(unet):
+    other = type(unet).from_config(unet.config)
+    other.load_state_dict(unet.state_dict(), strict=False)
+    return other
+
+
+@step
+def controlnet_from_unet(unet):
+    return theirs_of("ControlNetModel").from_unet(unet)
+
+
+@step
+def motion_from_unet(unet):
+    """AnimateDiff, with a motion adapter that moves nothing."""
+    widths = reference.UNET["block_out_channels"]
+    adapter = theirs_of("MotionAdapter")(
+        block_out_channels=widths, motion_num_attention_heads=2, motion_norm_num_groups=8
+    )
+    for module in adapter.modules():
+        if hasattr(module, "proj_out"):
+            nn.init.zeros_(module.proj_out.weight)
+            nn.init.zeros_(module.proj_out.bias)
+    return Motion(theirs_of("UNetMotionModel").from_unet2d(unet, adapter.requires_grad_(False)).eval())
+
+
+class Motion(nn.Module):
+    """A motion U-Net that draws one frame."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, E: Tensor) -> Tensor:
+        """Noise [B, 4, 8, 8]."""
+        return self.unet(x.unsqueeze(2), t, E).sample.squeeze(2)
+
+
+class Plain(Motion):
+    """A U-Net that returns a tensor, for graphs."""
+
+    def forward(self, x: Tensor, t: Tensor, E: Tensor) -> Tensor:
+        """Noise [B, 4, 8, 8]."""
+        return self.unet(x, t, E, return_dict=False)[0]
+
+
+@step
+def compile_repeated_blocks(unet):
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+
+@step
+def compile_whole(unet):
+    return torch.compile(unet, fullgraph=True, backend="eager")
+
+
+@step
+def jit_trace(unet):
+    noise(unet, seen := context("seen"))
+    return torch.jit.trace(Plain(unet), (LATENTS, T, seen), check_trace=False)
+
+
+@step
+def onnx(unet):
+    pytest.importorskip("onnx")
+    noise(unet, seen := context("seen"))
+    file, names = f"{tempfile.mkdtemp()}/unet.onnx", ["x", "t", "E"]
+    torch.onnx.export(Plain(unet), (LATENTS, T, seen), file, dynamo=False, input_names=names)
+    session = pytest.importorskip("onnxruntime").InferenceSession(file)
+    return lambda *given: torch.tensor(session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)})[0])
+
+
+# --- The ways ------------------------------------------------------------------------------------------------------
+
+ERASED = [
+    "load_lora attach unload_lora", "load_lora attach fuse_lora unload_lora", "attach load_lora",
+    "attach load_lora draw unload_lora", "attach load_lora save_lora", "attach load_lora disable_lora",
+    "load_lora attach delete_adapters", "peft_lora attach merge_and_unload", "attach peft_lora merge_and_unload",
+    "attach peft_lora unload", "attach peft_dora", "attach peft_loha",
+    "attach quanto", "quanto attach", "attach torchao", "torchao attach",
+    "attach quantize_dynamic", "quantize_dynamic attach",
+    "attach slicing", "attach pag", "pag attach", "attach ip_adapter",
+    "attach deepcache", "attach freeu", "attach tomesd", "tomesd attach",
+    "attach layerwise_casting", "layerwise_casting attach", "attach group_offload", "group_offload attach",
+    "attach model_offload", "sequential_offload attach", "attach checkpointing",
+    "motion_from_unet attach", "attach compile_repeated_blocks", "attach compile_whole", "attach jit_trace",
+    "attach onnx",
+]  # fmt: skip
+RAISES = {
+    "custom_diffusion attach": "CustomDiffusionAttnProcessor does not call",
+    "attach custom_diffusion_2": r"CustomDiffusionAttnProcessor2_0 does not call",
+    "attach fuse_qkv": "unfuse_qkv_projections",
+    "attach sequential_offload": "enable_sequential_cpu_offload",
+    "attach save_pretrained": "gates are hooks, not weights",
+    "attach copy_weights": "gates are hooks, not weights",
+    "attach controlnet_from_unet": "gates are hooks, not weights",
+    "attach motion_from_unet": "gates are hooks, not weights",
+}
+
+
+@pytest.fixture(scope="module")
+def theirs() -> nn.Module:
+    torch.manual_seed(0)
+    return theirs_of("UNet2DConditionModel")(**reference.UNET).eval().requires_grad_(False)
+
+
+def noise(draws: Callable, E: Tensor = E) -> Tensor:
+    """What is drawn, whatever it is wrapped in."""
+    output = draws(LATENTS, T, E)
+    return getattr(output, "sample", output)
+
+
+def after(way: str, unet: nn.Module, gates: cpe.ResAG | None) -> Tensor:
+    """What is drawn after all steps of a way; without gates nothing is attached."""
+    draws = unet = copy.deepcopy(unet)
+    for name in way.split():
+        if name != "attach":
+            draws = STEPS[name](draws) or draws
+        elif gates is not None:
+            hooks.attach(draws.unet if isinstance(draws, Motion) else draws, gates)
+    drawn = noise(draws)
+    torch.compiler.reset()
+    return drawn
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ERASED)
+@torch.no_grad()
+def test_erased(theirs, way):
+    """Gates change what a tool draws as they change what the U-Net draws without it; were they gone, by nothing."""
+    gates = open_gates(theirs)
+    alone = after("attach", theirs, gates) - after("", theirs, None)
+    within = after(way, theirs, gates) - after(way, theirs, None)
+    assert (within - alone).norm() < 0.3 * alone.norm()
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", RAISES)
+@torch.no_grad()
+def test_raises(theirs, way):
+    with pytest.raises(ValueError, match=RAISES[way]):
+        after(way, theirs, open_gates(theirs))
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+def test_a_controlnet_takes_the_gates_of_its_unet(theirs):
+    net, gates = theirs_of("ControlNetModel").from_unet(theirs).eval(), open_gates(theirs)
+    hint = reference.draw("hint", 2, 3, 64, 64)
+    for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+        nn.init.normal_(block.weight)
+    plain = net(LATENTS, T, E, hint, return_dict=False)[1]
+    hooks.attach(net, gates)
+    assert (net(LATENTS, T, E, hint, return_dict=False)[1] - plain).norm() > 0.01 * plain.norm()
+    hooks.detach(net)
+    assert torch.equal(net(LATENTS, T, E, hint, return_dict=False)[1], plain)
+
+
+@pytest.mark.oracle
+def test_a_unet_that_reads_the_prompt_elsewhere_is_refused(theirs):
+    upscaler = type(theirs)(**reference.UNET, only_cross_attention=True)  # as SD's x4 upscaler: attn1 reads it, too
+    with pytest.raises(ValueError, match=r"attn1\.to_k is in one of the two only"):
+        hooks.attach(upscaler, open_gates(theirs))
+    theirs = copy.deepcopy(theirs)
+    theirs.position_net = nn.Identity()  # GLIGEN's, for phrases
+    with pytest.raises(ValueError, match="GLIGEN reads phrases"):
+        hooks.attach(theirs, open_gates(theirs))
