@@ -143,7 +143,7 @@ class Workshop:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.encoded: dict[tuple[str, ...], Tensor] = {}
+        self.encoded: dict[tuple, Tensor] = {}
         self.solvers: dict[tuple, solve.Solver] = {}
 
     @cached_property
@@ -181,20 +181,26 @@ class Workshop:
         return said | {"fingerprint": self.model.fingerprint, "inputs": inputs} | recipe
 
     def prompts(self, target: Target) -> Prompts:
-        """The prompts of a target's preset; where gates are solved for, sentences are templates, too."""
+        """The prompts of a target's preset; where gates are solved for, frames are templates, and anchors are words."""
         prompts = read_prompts(target.preset)
         if self.args.how == "train":
             return prompts
-        return replace(prompts, templates=[*prompts.templates, *check.frames(target.preset)])
+        return replace(prompts, templates=[*prompts.templates, *check.frames(target.preset)], sentences=[])
 
-    def anchors(self, wanted: list[str]) -> Tensor:
-        """Contexts [A, T, d] in half precision, of the cache; every target asks for the same."""
-        key = tuple(wanted)
+    def anchors(self, wanted: list[str], tokens: int | None = None) -> Tensor:
+        """Contexts [A, T, d] in half precision, of the cache; what is long is the same for every target."""
+        if len(wanted) <= 8:
+            return cached_contexts(self.model, wanted, tokens=tokens)
+        key = (tokens, *wanted)
         if key not in self.encoded:
             self.encoded[key] = cached_contexts(
-                self.model, wanted, lambda parts: bar(parts, len(parts), "encoding anchors")
+                self.model, wanted, lambda parts: bar(parts, len(parts), "encoding anchors"), tokens=tokens
             )
         return self.encoded[key]
+
+    def bare(self, wanted: list[str]) -> Tensor:
+        """Contexts [B, 16, d] of bare words, to compare: names are shorter, and what follows them only repeats them."""
+        return self.anchors(wanted, tokens=16)
 
     def own(self, wanted: list[str]) -> Tensor:
         """Contexts [P, T, d] of the target's own prompts: from the cache when it is trained again, or goes on."""
@@ -204,7 +210,7 @@ class Workshop:
         """Contexts to train on; UserError when no anchor words are left."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
         try:
-            return prepare(recipe, self.prompts(target), target.names, self.own, self.anchors)
+            return prepare(recipe, self.prompts(target), target.names, self.own, self.anchors, self.bare)
         except ValueError as error:
             raise UserError(f"prompts/{target.preset}.txt: {error}.") from error
 
