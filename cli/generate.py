@@ -169,7 +169,8 @@ def from_file(args: argparse.Namespace, files: Sequence[GateFile]) -> str | None
                 # Alone in its batch: what else is in it moves the last bits of an image.
                 rows = [draw(model, [each.prompt], [seed], kind, args, f"{i} of {len(mine)}", guidance)
                         for kind in kinds]  # fmt: skip
-                grid(rows, out, [each.prompt], ("before", "after") if len(rows) == 2 else (), said)
+                # Alone it stands without a heading: other programs judge such folders, and would judge the letters too.
+                grid(rows, out, *(([each.prompt], ("before", "after")) if len(rows) == 2 else ((), ())), said)
                 moved = "{1} ({0:.3f} of 2), ".format(*change(*(row[0] for row in rows))) if len(rows) == 2 else ""
                 print(f"wrote   {out}: {moved}{each.prompt}")
     of_all = f" ({process.rank + 1} of {process.size} processes)" if process.size > 1 else ""

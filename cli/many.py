@@ -9,6 +9,7 @@ WORLD_SIZE say counts only where torchrun has set its variables, and only for fi
 import csv
 import io
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -110,6 +111,31 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
+FIELD = re.compile(r'\s*(?:"([^"]*)"|([^,]*?))\s*,')
+ENDING = re.compile(r"(jr|sr|ph\.?\s?d|m\.?d|esq|ii|iii|iv)\.?", re.IGNORECASE)  # of a person's name, after a comma
+
+
+def names_in(line: str) -> list[str]:
+    """The names in a line of a targets file: commas part them, but not in double quotes around a whole name.
+
+    UserError where something else may be meant: asked before an hour of training, not after.
+    """
+    names = [quoted or plain for quoted, plain in FIELD.findall(line + ",")]
+    if not all(name.strip() for name in names):
+        raise UserError("a name is missing before or after a comma.")
+    if any(name.count('"') % 2 for name in names):
+        raise UserError("a double quote is not closed.")
+    numbers = [name for name in names if re.fullmatch(r"[\d.]+", name)]
+    if numbers and len(names) > 1:
+        raise UserError(f"{numbers[0]!r} would be erased as a name: leave a column of numbers out of the file.")
+    if re.match(r"\d+[.)]\s|[-*•]\s", line):
+        raise UserError("it begins as in a list: leave that out. (If it belongs to the name: train it as an argument.)")
+    if ending := next((i for i, name in enumerate(names) if i and ENDING.fullmatch(name)), 0):
+        whole = ", ".join(names[ending - 1 : ending + 1])
+        raise UserError(f'{names[ending]!r} would be erased as a name. If it belongs to the one before: "{whole}".')
+    return names
+
+
 class Drawing(NamedTuple):
     """One picture that a file asks for; None where it leaves that open."""
 
@@ -128,37 +154,66 @@ COLUMNS = {
 
 
 def read_drawings(path: Path) -> list[Drawing]:
-    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; other columns are passed over aloud.
+    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; what else there is is passed aloud.
 
-    UserError as for `read_lines`, or for a seed or a guidance scale that is no number.
+    UserError as for `read_lines` and `read_table`, or for a seed or a guidance scale that is no number.
     """
     text = read_text(path)
     columns = next(csv.reader([text.split("\n", 1)[0]]), [])
     if path.suffix.lower() != ".csv" and "prompt" not in columns:
         return [Drawing(number, line) for number, line in read_lines(path)]
-    reader = csv.DictReader(io.StringIO(text))
-    if "prompt" not in (reader.fieldnames or []):
-        raise UserError(f"{path} has no column `prompt` (only {', '.join(map(str, reader.fieldnames or []))}).")
-    used = {name: next((c for c in names if c in reader.fieldnames), None) for name, names in COLUMNS.items()}
-    if unknown := [c for c in reader.fieldnames if c and c not in ("prompt", *used.values())]:
+    columns, rows = read_table(path, text)
+    used = {name: next((c for c in names if c in columns), None) for name, names in COLUMNS.items()}
+    if unknown := [c for c in columns if c and c not in ("prompt", *used.values())]:
         print(f"passed  columns {', '.join(unknown)} of {path}")
-    drawings = []
-    for row in reader:
+    drawings, blank = [], []
+    for number, row in rows:
         said = {name: (row.get(column) or "").strip() or None for name, column in used.items() if column}
-        with naming(f"{path}, line {reader.line_num}"):
+        with naming(f"{path}, line {number}"):
             if prompt := (row.get("prompt") or "").strip():
-                drawings.append(drawing(reader.line_num, prompt, said))
+                drawings.append(drawing(number, prompt, said))
+            else:
+                blank.append(number)
     if not drawings:
         raise UserError(f"{path} has no prompts: fill its column `prompt`.")
+    if blank:
+        more = f" and {len(blank) - 1} more" if len(blank) > 1 else ""
+        print(f"passed  line {blank[0]}{more} of {path}: no prompt there")
     return drawings
+
+
+def read_table(path: Path, text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV file, and its rows with the number of their last line.
+
+    UserError without a column `prompt`, for quotes that are not closed, or a row of more fields than there are columns.
+    """
+    reader, rows = csv.DictReader(io.StringIO(text), strict=True), []
+    try:
+        columns = list(reader.fieldnames or [])
+        if "prompt" not in columns:
+            raise UserError(
+                f"{path} has no column `prompt` (only {', '.join(columns)}): name one so in its first line."
+            )
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num} has {len(columns) + len(row[None])} fields for {len(columns)} "
+                    f"columns: put what holds a comma in double quotes."
+                )
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.reader.line_num} is no CSV ({error}): check its double quotes."
+        ) from error
+    return columns, rows
 
 
 def drawing(line: int, prompt: str, said: dict[str, str | None]) -> Drawing:
     """A row of a CSV file; UserError for what is no number."""
     try:
-        seed = said.get("seed") and int(float(said["seed"]))
+        seed = said.get("seed") and int(re.sub(r"\.0*$", "", said["seed"]))  # as a column with gaps is often written
         guidance = said.get("guidance") and float(said["guidance"])
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise UserError(f"{error}: seeds are whole numbers, guidance scales numbers.") from error
     if (seed is not None and not 0 <= seed < 2**63) or (guidance is not None and not 0 <= guidance <= 100):
         raise UserError(f"seed {seed}, guidance {guidance}: seeds are 0 or more, guidance scales up to 100.")

@@ -116,9 +116,7 @@ def from_file(args: argparse.Namespace) -> list[Job]:
     for number, text in many.read_lines(args.target_file):
         line = f"{args.target_file}, line {number}"
         with many.naming(line):
-            if not all(part.strip() for part in text.split(",")):
-                raise UserError("a name is missing before or after a comma.")
-            target = target_of(text.split(","), args)
+            target = target_of(many.names_in(text), args)
         out = folder_of(args) / f"{slug(target.names[0])}.safetensors"
         key = normalised(target.names[0]) or target.names[0]
         if first := jobs.get(key):
