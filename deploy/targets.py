@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cpe
-from loading.prompts import Prompts, anchor_prompts, anchor_words, normalised
+from loading.prompts import Prompts, anchor_prompts, anchor_words, fewer, normalised
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def training_prompts(
     """
     least = max(least, total // len(concepts))
     chance = random.Random(seed)
-    anchors = anchor_words(prompts, [name for concept in concepts for name in concept.names])
+    anchors = fewer(anchor_words(prompts, [name for concept in concepts for name in concept.names]))
     words = [*anchors.general, *anchors.domain]
     targets = []
     for concept in concepts:

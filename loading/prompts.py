@@ -4,7 +4,8 @@
     data = prepare(recipe, prompts, ["Brad Pitt"], encode, encode)      # what cpe.Trainer reads
 
 A template is a prompt with one {}, where a name goes: "a portrait of {}". Anchors are words that must stay what they
-are, in the same templates: the general ones always, those of the domain if they are near the target.
+are, in the same templates: the general ones always, those of the domain if they are near the target. Or they are whole
+sentences, as in the public code for explicit content.
 """
 
 import random
@@ -12,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ Encode = Callable[[list[str]], Tensor]  # B prompts -> contexts [B, T, d]
 
 # --- Files of prompts --------------------------------------------------------------------------------------------
 
-SECTIONS = ("templates", "frames", "general", "domain")
+SECTIONS = ("templates", "frames", "sentences", "general", "domain")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Prompts:
     general: list[str]  # anchors for every target
     domain: list[str]  # anchors if they are near the target
     frames: list[str] = field(default_factory=list)  # whole sentences with one {}, as people write them
+    sentences: list[str] = field(default_factory=list)  # anchors as they are, which take the place of all others
 
 
 def read_prompts(preset: str) -> Prompts:
@@ -68,10 +71,10 @@ def read_prompts(preset: str) -> Prompts:
 
 
 def parse_prompts(text: str) -> Prompts:
-    """Prompts from a file with the headings [templates], [frames], [general] and [domain], one entry a line.
+    """Prompts from a file with the headings [templates], [frames], [sentences], [general], [domain], one entry a line.
 
-    [frames] may be missing; lines that begin with # are comments. ValueError for another heading, an entry above all
-    headings, no template, or braces in the wrong place.
+    All but [templates] may be missing; lines that begin with # are comments. ValueError for another heading, an entry
+    above all headings, no template, or braces in the wrong place.
     """
     sections: dict[str, list[str]] = {f"[{name}]": [] for name in SECTIONS}
     current = ""
@@ -87,7 +90,8 @@ def parse_prompts(text: str) -> Prompts:
     with_name = sections["templates"] + sections["frames"]
     if not sections["templates"] or any(line.count("{}") != 1 for line in with_name):
         raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")
-    words = [*(line.replace("{}", "") for line in with_name), *sections["general"], *sections["domain"]]
+    words = [line.replace("{}", "") for line in with_name]
+    words += [*sections["sentences"], *sections["general"], *sections["domain"]]
     if stray := [word for word in words if set(word) & set("{}")]:  # a slip: "{name}", or a template among the words
         raise ValueError(f"{stray[0]!r} has a brace: only templates and frames have one {{}}, where a word goes")
     return Prompts(**sections)
@@ -132,20 +136,37 @@ def plural_of(name: str) -> str:
 # --- Anchors and data --------------------------------------------------------------------------------------------
 
 
+@cache
+def key_words(name: str) -> frozenset[str]:
+    """The words of a name, their accents left out: equal for "René Magritte" and "Rene Magritte"."""
+    letters = unicodedata.normalize("NFKD", name)
+    return frozenset(normalised("".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")).split())
+
+
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
-    """The prompts without anchors that contain one of the target's `names`, or are contained in one, word by word.
+    """The prompts without anchors that have all words of one of the target's `names`, or no words but those of one.
 
     Left in, "brad pitt" would be the nearest anchor of "Brad Pitt" and, at lambda = 1e5, be kept instead of erased; so
-    would "Barack Obama" be of "Obama". ValueError if no anchor is left.
+    would "Barack Obama" be of "Obama", and "Rene Magritte" of "René Magritte". ValueError if no anchor is left.
     """
+    targets = [words for words in map(key_words, names) if words]
 
-    def apart(words: list[str]) -> list[str]:
-        return [word for word in words if not any(within(word, name) or within(name, word) for name in names)]
+    def apart(word: str) -> bool:
+        key = key_words(word)
+        return not key or not any(key <= target or target <= key for target in targets)
 
-    general, domain = apart(prompts.general), apart(prompts.domain)
-    if not general and not domain:
+    sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
+    general, domain = list(filter(apart, prompts.general)), list(filter(apart, prompts.domain))
+    if not general and not domain and not sentences:
         raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
-    return replace(prompts, general=general, domain=domain)
+    return replace(prompts, general=general, domain=domain, sentences=sentences)
+
+
+def fewer(prompts: Prompts, most: int = 210) -> Prompts:
+    """The prompts with at most `most` words of the domain, evenly spaced: for whoever encodes them all."""
+    if (count := len(prompts.domain)) <= most:
+        return prompts
+    return replace(prompts, domain=[prompts.domain[i * count // most] for i in range(most)])
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
@@ -167,18 +188,26 @@ def nearest_words(
     words = anchor_words(prompts, names).domain
     if not words:
         return []
+    # All of them are asked for, whatever the target, so that a cache serves every one.
     bare, target = encode_anchors(prompts.domain), encode([names[0]])
-    candidates = bare[[prompts.domain.index(word) for word in words]].flatten(1).float()
+    candidates = rows_of(bare, prompts.domain, words).flatten(1).float()
     near = F.cosine_similarity(candidates, target.flatten()[None].float().to(bare.device))
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
 
 
-def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
+def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tensor:
+    """The rows of those words that are kept; `contexts` has one row a word, or as many for each."""
+    rows = {word: i for i, word in enumerate(words)}
+    return contexts.unflatten(0, (len(words), -1))[[rows[word] for word in kept]].flatten(0, 1)
+
+
+def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode,
+            encode_bare: Encode | None = None) -> Data:  # fmt: skip
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
 
     `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half
-    precision. `encode_anchors` may return half precision, and is asked for the same prompts whatever the target.
-    ValueError if no anchor is left.
+    precision, which `encode_anchors` may return. `encode_bare` gives those of bare words of which the nearest are
+    chosen: a few tokens of each are enough, [B, t, d], and there may be thousands. ValueError if no anchor is left.
     """
     words = anchor_words(prompts, names)
     targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
@@ -186,11 +215,15 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     # Rounded alike: a token that both share, such as the first, must not seem to differ.
     targets, surrogates = targets.half().to(targets), surrogates.half().to(targets).repeat(len(names), 1, 1)
 
-    # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
-    per_word = min(4, len(prompts.templates))
-    general, domain = (encode_anchors(anchor_prompts(w, prompts.templates)) for w in (prompts.general, prompts.domain))
-    rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
+    if words.sentences:
+        anchors = rows_of(encode_anchors(prompts.sentences), prompts.sentences, words.sentences)
+        return Data(targets, surrogates, anchors.half().to(targets.device), encode([""]))
+    rows = []
+    if words.general:
+        general = encode_anchors(anchor_prompts(prompts.general, prompts.templates))
+        rows.append(rows_of(general, prompts.general, words.general))
     if words.domain:
-        chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
-        rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
+        chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
+        # One by one: what the words of one target share with those of another is in the cache.
+        rows += [encode_anchors(anchor_prompts([word], prompts.templates)) for word in chosen]
     return Data(targets, surrogates, torch.cat(rows).half().to(targets.device), encode([""]))

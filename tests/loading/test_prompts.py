@@ -14,9 +14,12 @@ from loading.prompts import (
     Prompts,
     anchor_prompts,
     anchor_words,
+    fewer,
+    key_words,
     normalised,
     parse_prompts,
     prepare,
+    read_prompts,
     spellings,
 )
 
@@ -46,6 +49,12 @@ def test_anchors_that_hold_the_target_or_lie_in_it_are_taken_out():
     assert left("Van Gogh", "Vincent van Gogh", "Theo van Gogh's brother", "van Eyck") == ["van Eyck"]
     assert left("Obama", "Barack Obama", "Obamas") == ["Obamas"]
     assert left("cat", "cattle", "a wild-cat", "Cats") == ["cattle", "Cats"]
+
+
+def test_neither_accents_nor_names_between_make_another_person():
+    assert left("René Magritte", "Rene Magritte", "Rene\u0301 Magritte", "René Lalique") == ["René Lalique"]
+    assert left("James McNeill Whistler", "James Abbott McNeill Whistler", "James Dean") == ["James Dean"]
+    assert left("!!!", "Brad Pitt", "???") == ["Brad Pitt", "???"]
 
 
 def test_signs_are_part_of_a_name():
@@ -85,9 +94,11 @@ class Encoder:
 
     def __init__(self):
         self.asked: list[str] = []
+        self.calls: list[list[str]] = []
 
     def __call__(self, prompts: list[str]) -> Tensor:
         self.asked += prompts
+        self.calls.append(prompts)
         return torch.stack([self.context(p) for p in prompts]) if prompts else torch.zeros(0, 5, 8)
 
     @staticmethod
@@ -123,13 +134,50 @@ def test_training_data_never_has_the_target_among_its_anchors(target):
     assert not any("brad pitt" in p.casefold() or "tom cruise" in p.casefold() for p in used)
 
 
-def test_every_target_asks_for_the_same_anchors():
-    asked = []
+def test_targets_share_general_anchors_and_ask_for_near_ones_word_by_word():
+    """So that a cache serves them all, and nothing is encoded that nobody trains on."""
+    prompts, shared = Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE), []
     for target in ("Brad Pitt", "a dog", "somebody else"):
         anchors = Encoder()
-        prepare(RECIPE, Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE), [target], Encoder(), anchors)
-        asked.append(anchors.asked)
-    assert asked[0] == asked[1] == asked[2]
+        data = prepare(RECIPE, prompts, [target], Encoder(), anchors)
+        *first, one, other = anchors.calls  # as many as are nearest
+        shared.append(first)
+        assert anchors.prompts_of(data.anchors)[-4:] == one + other
+        assert all(call == anchor_prompts([min(call, key=len)], prompts.templates) for call in (one, other))
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_the_nearest_may_be_chosen_by_a_few_tokens_of_bare_words():
+    """By its second token each word is the opposite of what its whole context says."""
+    whole, bare = Encoder(), []
+
+    def few(prompts: list[str]) -> Tensor:
+        bare.extend(prompts)
+        return torch.stack([torch.full((2, 8), float(p in ("x", "c"))) + 1e-3 for p in prompts])
+
+    prompts = Prompts(["a {}"], [], ["a", "b", "c", "d"])
+    data = prepare(replace(RECIPE, nearest=1), prompts, ["x"], whole, whole, few)
+    assert bare == ["a", "b", "c", "d", "x"]
+    assert whole.prompts_of(data.anchors) == ["a c"]
+    assert not {"a", "b", "c", "d"} & set(whole.asked)
+
+
+def test_sentences_take_the_place_of_all_other_anchors():
+    prompts = Prompts(
+        ["{}", "a {}"], ["a man"], PEOPLE, sentences=["It rains.", "Naked trees stand there.", "He sings."]
+    )
+    encode, anchors = Encoder(), Encoder()
+    data = prepare(RECIPE, prompts, ["naked"], encode, anchors)
+    assert anchors.prompts_of(data.anchors) == ["It rains.", "He sings."]
+    words = anchor_words(replace(prompts, general=[], domain=[]), ["rains"])
+    assert words.sentences == ["Naked trees stand there.", "He sings."]
+
+
+def test_fewer_words_are_spread_evenly():
+    prompts = Prompts(["{}"], ["a man"], list("abcdefghij"))
+    assert fewer(prompts, 10) == prompts
+    assert fewer(prompts, 4).domain == ["a", "c", "f", "h"]
+    assert fewer(prompts, 4).general == ["a man"]
 
 
 @pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
@@ -141,6 +189,11 @@ def test_one_list_of_anchors_is_enough(general, domain):
 
 def test_frames_are_read_beside_templates():
     assert parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}").frames == ["he said that {} sang"]
+
+
+def test_sentences_are_read_beside_words():
+    found = parse_prompts("[templates]\n{}\n[sentences]\nThe tea is hot.\n[general]\na man")
+    assert (found.sentences, found.general) == (["The tea is hot."], ["a man"])
 
 
 def test_prompts_are_read_by_heading():
@@ -182,6 +235,32 @@ def test_every_preset_has_its_prompts(preset):
         assert len({normalised(line) if "{}" not in line else line for line in lines}) == len(lines)
     for word in prompts.domain[:3]:
         assert all(word in t.format(word) for t in prompts.templates)
+
+
+def test_word_lists_of_the_papers_presets_are_as_long_as_the_papers():
+    """Its public code has 449 celebrities and 100 templates, 1,734 artists, 241 sentences."""
+    celebrity, style, explicit = map(read_prompts, ("celebrity", "style", "explicit"))
+    assert len(celebrity.domain) >= 449
+    assert len(celebrity.templates) == 100
+    assert len(style.domain) >= 1734
+    assert len(explicit.sentences) >= 241
+    assert len({normalised(sentence) for sentence in explicit.sentences}) == len(explicit.sentences)
+    assert len(set(map(key_words, celebrity.domain))) == len(celebrity.domain)
+
+
+@pytest.mark.parametrize("preset", ["celebrity", "style", "explicit"])
+def test_the_surrogate_of_the_papers_presets_is_none_of_their_anchors(preset):
+    prompts, surrogate = read_prompts(preset), normalised(PRESETS[preset].surrogate)
+    assert surrogate not in map(normalised, (*prompts.general, *prompts.domain, *prompts.sentences))
+
+
+def test_the_list_of_another_project_comes_with_its_licence():
+    head = (ROOT / "prompts/style.txt").read_text(encoding="utf-8").split("[templates]")[0]
+    assert "rohitgandikota/unified-concept-editing" in head
+    assert "UCE-LICENSE" in head
+    licence = (ROOT / "prompts/UCE-LICENSE").read_text(encoding="utf-8")
+    assert "Copyright (c) 2023 Rohit Gandikota" in licence
+    assert "Permission is hereby granted, free of charge" in licence
 
 
 def test_every_file_of_prompts_is_a_presets():
