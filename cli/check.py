@@ -60,15 +60,10 @@ def of_file(name: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def frames(preset: str) -> list[str]:
-    """Sentences that gates of a preset may learn from: its [frames], and prompts/<preset>-frames.txt."""
-    return [*read_prompts(preset).frames, *of_file(f"{preset}-frames")]
-
-
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
     found = of_file(f"{preset}-held-out") + of_file(f"{preset}-strange")
-    found = found or frames(preset) or read_prompts(preset).templates
+    found = found or read_prompts(preset).lines
     return found[:: -(-len(found) // most)]
 
 

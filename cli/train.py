@@ -31,7 +31,7 @@ from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 3, "solve": 1}
+VERSIONS = {"train": 4, "solve": 2}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 # What a user would call these settings.
 PLAINLY = {"fingerprint": "model", "inputs": "prompts or layers", "version": "version of cpe.py", "lam": "lambda"}
@@ -181,11 +181,8 @@ class Workshop:
         return said | {"fingerprint": self.model.fingerprint, "inputs": inputs} | recipe
 
     def prompts(self, target: Target) -> Prompts:
-        """The prompts of a target's preset; where gates are solved for, sentences are templates, too."""
-        prompts = read_prompts(target.preset)
-        if self.args.how == "train":
-            return prompts
-        return replace(prompts, templates=[*prompts.templates, *check.frames(target.preset)])
+        """The prompts of a target's preset."""
+        return read_prompts(target.preset)
 
     def anchors(self, wanted: list[str]) -> Tensor:
         """Contexts [A, T, d] in half precision, of the cache; every target asks for the same."""

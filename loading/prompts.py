@@ -3,8 +3,9 @@
     prompts = read_prompts("celebrity")                                 # prompts/celebrity.txt
     data = prepare(recipe, prompts, ["Brad Pitt"], encode, encode)      # what cpe.Trainer reads
 
-A template is a prompt with one {}, where a name goes: "a portrait of {}". Anchors are words that must stay what they
-are, in the same templates: the general ones always, those of the domain if they are near the target.
+A template is a prompt with one {}, where a name goes: "a portrait of {}". A frame is a whole sentence with one, as
+people write them. Anchors are what must stay as it is, in the same templates and frames: general words always, those of
+the domain if they are near the target, and names that share a word with it ("a red rose" with "red heart").
 """
 
 import random
@@ -48,23 +49,32 @@ SECTIONS = ("templates", "frames", "general", "domain")
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a preset, from prompts/<preset>.txt."""
+    """The prompts of a preset, from prompts/<preset>.txt and prompts/<preset>-frames.txt."""
 
     templates: list[str]
     general: list[str]  # anchors for every target
     domain: list[str]  # anchors if they are near the target
-    frames: list[str] = field(default_factory=list)  # whole sentences with one {}, as people write them
+    frames: list[str] = field(default_factory=list)  # whole sentences, as people write them
+    parts: bool = True  # whether parts of a target's name mean other things: "red" does, an artist's surname does not
+
+    @property
+    def lines(self) -> list[str]:
+        """Whatever a name is put into."""
+        return [*self.templates, *self.frames]
 
 
 def read_prompts(preset: str) -> Prompts:
-    """The prompts of a preset; UserError when the file is missing or spoilt."""
-    path = shipped("prompts") / f"{preset}.txt"
+    """The prompts of a preset, with its frames; UserError when a file is missing or spoilt."""
+    path, frames = (shipped("prompts") / f"{preset}{kind}.txt" for kind in ("", "-frames"))
     try:
-        return parse_prompts(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if frames.is_file():
+            text += "\n[frames]\n" + frames.read_text(encoding="utf-8")
+        return replace(parse_prompts(text), parts=not preset.endswith("style"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): get the file again") from error
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): get the file again") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path} and {frames.name}: {error}") from error
 
 
 def parse_prompts(text: str) -> Prompts:
@@ -88,12 +98,17 @@ def parse_prompts(text: str) -> Prompts:
         else:
             sections[current].append(line)
     with_name = sections["templates"] + sections["frames"]
-    if not sections["templates"] or any(line.count("{}") != 1 for line in with_name):
-        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")
-    words = [*(line.replace("{}", "") for line in with_name), *sections["general"], *sections["domain"]]
+    if not sections["templates"] or any(line.count("{}") + line.count("{s}") != 1 for line in with_name):
+        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it, or one {s}")
+    words = [*(fill(line, "") for line in with_name), *sections["general"], *sections["domain"]]
     if stray := [word for word in words if set(word) & set("{}")]:  # a slip: "{name}", or a template among the words
         raise ValueError(f"{stray[0]!r} has a brace: only templates and frames have one {{}}, where a word goes")
     return Prompts(**sections)
+
+
+def fill(line: str, name: str) -> str:
+    """A template or frame with a name in its {}, or the plural in its {s}."""
+    return line.replace("{}", name).replace("{s}", plural_of(name))
 
 
 # --- Names -------------------------------------------------------------------------------------------------------
@@ -161,8 +176,27 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
     drawn = []
     for word in words:
         picks = random.Random(normalised(word)).sample(range(len(templates)), min(per_word, len(templates)))
-        drawn += [templates[i].replace("{}", word) for i in picks]
+        drawn += [fill(templates[i], word) for i in picks]
     return drawn
+
+
+def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> list[str]:
+    """Names that share words with a target of several words, and must stay: its parts, and mixtures with other names.
+
+    "red heart": "red", "heart", "red rose", "broken heart". Where a text encoder is causal, "red" has the same context
+    in all that is red: only these teach a gate to wait for the heart.
+    """
+    found, chance = [], random.Random(normalised(names[0]))
+    for words in (name.split() for name in names if len(name.split()) > 1):
+        parts = [(words[:i], words[i:]) for i in range(1, len(words))]
+        found += [part for pair in parts for part in pair]
+        picks = [other.split() for other in chance.sample(list(others), min(count, len(others)))]
+        for i, other in enumerate(picks):
+            start, end = parts[i % len(parts)]
+            found += [[*start, other[-1]], [other[0], *end]]
+    spelt = dict.fromkeys(" ".join(words) for words in found)
+    whole = [spelling for name in names for spelling in spellings(name)]
+    return [each for each in spelt if not any(within(name, each) for name in whole)]
 
 
 def nearest_words(
@@ -181,24 +215,40 @@ def nearest_words(
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
 
 
+def own_prompts(names: Sequence[str], lines: Sequence[str], surrogate: str, few: int = 12) -> list[tuple[str, str]]:
+    """Prompts of a target, each with what shall be drawn instead: every name in every line, and in a `few` of them,
+    evenly drawn, its other spellings.
+    """
+    some, pairs = lines[:: -(-len(lines) // few)], []
+    for name in names:
+        other = [spelling for spelling in spellings(name) if spelling not in names]
+        filled = [(line, name) for line in lines] + [(line, spelling) for spelling in other for line in some]
+        pairs += [(fill(line, spelling), fill(line, surrogate)) for line, spelling in filled]
+    return pairs
+
+
 def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
-    """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
+    """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every line, anchors.
 
     `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half
     precision. `encode_anchors` may return half precision, and is asked for the same prompts whatever the target.
     ValueError if no anchor is left.
     """
-    words = anchor_words(prompts, names)
-    targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
-    surrogates = encode_anchors([t.replace("{}", recipe.surrogate) for t in prompts.templates])
+    words, lines = anchor_words(prompts, names), prompts.lines
+    own, instead = zip(*own_prompts(names, lines, recipe.surrogate), strict=True)
+    different = list(dict.fromkeys(instead))
+    targets, surrogates = encode(list(own)), encode_anchors(different)
+    surrogates = surrogates[[different.index(prompt) for prompt in instead]]
     # Rounded alike: a token that both share, such as the first, must not seem to differ.
-    targets, surrogates = targets.half().to(targets), surrogates.half().to(targets).repeat(len(names), 1, 1)
+    targets, surrogates = targets.half().to(targets), surrogates.half().to(targets)
 
     # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
-    per_word = min(4, len(prompts.templates))
-    general, domain = (encode_anchors(anchor_prompts(w, prompts.templates)) for w in (prompts.general, prompts.domain))
+    per_word = min(4, len(lines))
+    general, domain = (encode_anchors(anchor_prompts(w, lines)) for w in (prompts.general, prompts.domain))
     rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
         rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
+    if prompts.parts and (near := relatives(names, [*words.domain, *words.general])):
+        rows.append(encode(anchor_prompts(near, lines)).to(rows[0]))
     return Data(targets, surrogates, torch.cat(rows).half().to(targets.device), encode([""]))

@@ -26,7 +26,7 @@ from study import variants
 from study.world import Scenario, World
 from weights import Model
 
-VERSIONS = {"cpe": 5, "lora": 4, "mace": 3, "rece": 2}  # of measurements, by eraser, else 1: see `compare.key`
+VERSIONS = {"cpe": 6, "lora": 5, "mace": 3, "rece": 2}  # of measurements, by eraser, else 1: see `compare.key`
 
 
 @dataclass(frozen=True)
