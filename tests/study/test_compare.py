@@ -10,7 +10,7 @@ import erasers
 from benchmarks import tune
 from loading.cache import cache_folder
 from loading.files import save_tensors
-from loading.prompts import PRESETS, anchor_prompts, normalised, prepare
+from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare
 from study import world as worlds
 from study.erased import ABLATIONS, CROWD, MANY, METHODS, STYLE, TUNED, Erased, Method, tuned
@@ -225,9 +225,9 @@ def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch)
         METHODS["uce"].build(world, one, 0, templates=where, s_p=2.0)
     (kept, _), (everywhere, _), (pairs, settings) = given
     assert (kept[1], kept[2]) == (["umbrella"], [surrogate])
-    assert everywhere[1] == pairs[1] == [template.replace("{}", "umbrella") for template in templates]
+    assert everywhere[1] == pairs[1] == [fill(template, "umbrella") for template in templates]
     assert everywhere[2] == [surrogate] * len(templates)
-    assert pairs[2] == [template.replace("{}", surrogate) for template in templates]
+    assert pairs[2] == [fill(template, surrogate) for template in templates]
     assert kept[3] == pairs[3] == anchor_prompts([*world.listed(one).general, *world.listed(one).domain], templates)
     # With fewer to preserve each weighs more, so that all of them together weigh the same.
     METHODS["uce"].build(world, one, 0, templates="pairs", anchors=True, s_p=2.0)
