@@ -135,8 +135,11 @@ def within(part: str, whole: str) -> bool:
 def spellings(name: str) -> list[str]:
     """A name as people write it, itself first: both apostrophes, the plural, the possessive. None of them twice.
 
-    "red heart": "red hearts", "red heart's", "red heart’s". Other letters are other tokens to a text encoder.
+    "red heart": "red hearts", "red heart's", "red heart’s". Other letters are other tokens to a text encoder. Of a
+    style other wordings, "blob style": "blob-style", "style of blob", "blob".
     """
+    if style := re.fullmatch("(.+) style", name, re.IGNORECASE):
+        return [name, f"{style[1]}-style", f"style of {style[1]}", style[1]]
     last = name[-1:]
     plural = [] if not last.isalpha() else [plural_of(name)]
     possessive = [f"{name}'s"] if last.isalnum() and not re.search("['’]s$", name) else []

@@ -74,6 +74,7 @@ def test_an_anchor_that_is_everything_leaves_none():
         ("fox", ["foxes", "fox's"]),
         ("a butterfly", ["a butterflies"]),
         ("toy", ["toys"]),
+        ("blob style", ["blob-style", "style of blob", "blob"]),
         ("C++", []),
     ],
 )
