@@ -184,20 +184,19 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
 
 
 def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> list[str]:
-    """Names that share words with a target of several words, and must stay: its parts, and mixtures with other names.
+    """Names that share a word with a target of two words, and must stay: its parts, and mixtures with other names.
 
     "red heart": "red", "heart", "red rose", "broken heart". Where a text encoder is causal, "red" has the same context
-    in all that is red: only these teach a gate to wait for the heart.
+    in all that is red: only these teach a gate to wait for the heart. Longer names have none: to a text encoder "face
+    with tears" may be the "face with tears of joy", and a gate that must keep it stays shut.
     """
     found, chance = [], random.Random(normalised(names[0]))
-    for words in (name.split() for name in names if len(name.split()) > 1):
-        parts = [(words[:i], words[i:]) for i in range(1, len(words))]
-        found += [part for pair in parts for part in pair]
-        picks = [other.split() for other in chance.sample(list(others), min(count, len(others)))]
-        for i, other in enumerate(picks):
-            start, end = parts[i % len(parts)]
-            found += [[*start, other[-1]], [other[0], *end]]
-    spelt = dict.fromkeys(" ".join(words) for words in found)
+    for start, end in (name.split() for name in names if len(name.split()) == 2):
+        found += [start, end]
+        for other in chance.sample(list(others), min(count, len(others))):
+            first, *_, last = *other.split(), other.split()[-1]
+            found += [f"{start} {last}", f"{first} {end}"]
+    spelt = dict.fromkeys(found)
     whole = [spelling for name in names for spelling in spellings(name)]
     return [each for each in spelt if not any(within(name, each) for name in whole)]
 

@@ -189,9 +189,8 @@ def test_names_that_share_a_word_with_the_target_must_stay():
     assert {"red", "heart", "red glass", "red rose", "a heart", "dog heart"} <= set(found)
     assert not any(within(name, each) for each in found for name in ("red heart", "red hearts", "valentine"))
     assert relatives(["fox"], ["dog", "cat"]) == []
-    long = relatives(["face with tears of joy"], [f"thing {i}" for i in range(40)])
-    assert {"face", "face with tears", "tears of joy", "joy"} <= set(long)
-    assert len(long) <= 8 + 16
+    assert relatives(["face with tears of joy"], ["dog", "cat"]) == []
+    assert len(relatives(["red heart"], [f"{i} thing{i}" for i in range(40)])) == 2 + 2 * 8
     # an alias is erased, too, and an artist's surname, or the word of a style, means the same
     assert "heart" not in relatives(["red heart", "heart"], ["dog"])
     assert [read_prompts(preset).parts for preset in ("emoji", "celebrity", "style", "emoji-style")] == [1, 1, 0, 0]
