@@ -32,7 +32,7 @@ from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 3, "solve": 1}
+VERSIONS = {"train": 4, "solve": 2}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 
 
@@ -160,11 +160,9 @@ class Workshop:
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
 
     def prompts(self, target: Target) -> Prompts:
-        """The prompts of a target's preset; where gates are solved for, frames are templates, and anchors are words."""
+        """The prompts of a target's preset; where gates are solved for, anchors are words, not whole sentences."""
         prompts = read_prompts(target.preset)
-        if self.args.how == "train":
-            return prompts
-        return replace(prompts, templates=[*prompts.templates, *check.frames(target.preset)], sentences=[])
+        return prompts if self.args.how == "train" else replace(prompts, sentences=[])
 
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them; UserError without anchor words."""

@@ -15,12 +15,16 @@ from loading.prompts import (
     anchor_prompts,
     anchor_words,
     fewer,
+    fill,
     key_words,
     normalised,
+    own_prompts,
     parse_prompts,
     prepare,
     read_prompts,
+    relatives,
     spellings,
+    within,
 )
 
 RECIPE = Recipe("a person", nearest=2)
@@ -78,6 +82,7 @@ def test_an_anchor_that_is_everything_leaves_none():
         ("fox", ["foxes", "fox's"]),
         ("a butterfly", ["a butterflies"]),
         ("toy", ["toys"]),
+        ("blob style", ["blob-style", "style of blob", "blob"]),
         ("C++", []),
     ],
 )
@@ -118,25 +123,28 @@ def test_training_data_never_has_the_target_among_its_anchors(target):
     encode, anchors = Encoder(), Encoder()
     data = prepare(replace(RECIPE, nearest=3), prompts, [target, "tom cruise"], encode, anchors)
 
-    for i, name in enumerate([target, "tom cruise"]):
-        for j, template in enumerate(templates):
-            for found, word in ((data.targets, name), (data.surrogates, "a person")):
-                assert torch.equal(found[5 * i + j], Encoder.context(template.format(word)).half().float())
+    own = own_prompts([target, "tom cruise"], templates, "a person")
+    for i, pair in enumerate(own):
+        for found, prompt in zip((data.targets[i], data.surrogates[i]), pair, strict=True):
+            assert torch.equal(found, Encoder.context(prompt).half().float())
+    assert len(own) == len(data.targets) == len(data.surrogates)
     assert torch.equal(data.empty[0], Encoder.context(""))
     assert data.anchors.dtype == torch.float16
 
     bare = {word: Encoder.context(word).flatten() for word in PEOPLE}
     allowed = ["angelina jolie", "Penélope Cruz", "Bradley Cooper"]
     near = sorted(allowed, key=lambda w: -torch.cosine_similarity(bare[w], Encoder.context(target).flatten(), dim=0))
-    used = anchors.prompts_of(data.anchors)
+    used = anchors.prompts_of(data.anchors[: 5 * 4])
     assert used == anchor_prompts(["a person", "a dog", *near[:3]], templates)
-    assert len(used) == 5 * 4
+    kin = relatives([target, "tom cruise"], ["angelina jolie", "Penélope Cruz", "Bradley Cooper", "a person", "a dog"])
+    assert encode.prompts_of(data.anchors[5 * 4 :]) == anchor_prompts(kin, templates)
+    used += anchor_prompts(kin, templates)
     assert not any("brad pitt" in p.casefold() or "tom cruise" in p.casefold() for p in used)
 
 
 def test_targets_share_general_anchors_and_ask_for_near_ones_word_by_word():
     """So that a cache serves them all, and nothing is encoded that nobody trains on."""
-    prompts, shared = Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE), []
+    prompts, shared = Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE, parts=False), []
     for target in ("Brad Pitt", "a dog", "somebody else"):
         anchors = Encoder()
         data = prepare(RECIPE, prompts, [target], Encoder(), anchors)
@@ -183,12 +191,56 @@ def test_fewer_words_are_spread_evenly():
 @pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
 def test_one_list_of_anchors_is_enough(general, domain):
     encode, anchors = Encoder(), Encoder()
-    data = prepare(RECIPE, Prompts(["{}", "a {}"], general, domain), ["brad pitt"], encode, anchors)
+    data = prepare(RECIPE, Prompts(["{}", "a {}"], general, domain, parts=False), ["brad pitt"], encode, anchors)
     assert sorted(anchors.prompts_of(data.anchors)) == ["a a dog", "a dog"]
 
 
 def test_frames_are_read_beside_templates():
-    assert parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}").frames == ["he said that {} sang"]
+    found = parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}")
+    assert found.frames == ["he said that {} sang"]
+    assert found.lines == ["{}", "he said that {} sang"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_sentences_as_people_write_them(preset):
+    prompts = read_prompts(preset)
+    frames = prompts.frames
+    assert 100 <= len(frames) <= 160
+    assert len({normalised(fill(line, "x")) for line in prompts.lines}) == len(prompts.lines)
+    # the name stands at the beginning, in the middle and at the end; in long sentences and short ones
+    assert all(sum(line.startswith("{}") is first for line in frames) >= 5 for first in (True, False))
+    assert sum(line.endswith("{}") for line in frames) >= 5
+    assert min(len(line.split()) for line in frames) <= 3
+    assert max(len(line.split()) for line in frames) >= 8
+
+
+def test_a_line_takes_a_name_or_its_plural():
+    assert fill("two {s} and tea", "red heart") == "two red hearts and tea"
+    assert fill("my {}", "fox") == "my fox"
+    assert parse_prompts("[templates]\n{}\n[frames]\ntwo {s}").frames == ["two {s}"]
+
+
+def test_every_name_goes_into_every_line_and_its_spellings_into_some():
+    lines = [f"{i} {{}}" for i in range(30)]
+    pairs = own_prompts(["red heart", "valentine"], lines, "cloud", few=10)
+    assert {(f"{i} {name}", f"{i} cloud") for i in range(30) for name in ("red heart", "valentine")} <= set(pairs)
+    said = [prompt for prompt, _ in pairs]
+    for spelling in ("red hearts", "red heart's", "red heart’s", "valentines", "valentine’s"):
+        assert sum(prompt.endswith(f" {spelling}") for prompt in said) == 10
+    assert len(said) == len(set(said)) == 60 + 60
+    assert {instead for _, instead in pairs} == {f"{i} cloud" for i in range(30)}
+
+
+def test_names_that_share_a_word_with_the_target_must_stay():
+    found = relatives(["red heart", "valentine"], ["a wine glass", "broken heart", "rose", "dog"])
+    assert {"red", "heart", "red glass", "red rose", "a heart", "dog heart"} <= set(found)
+    assert not any(within(name, each) for each in found for name in ("red heart", "red hearts", "valentine"))
+    assert relatives(["fox"], ["dog", "cat"]) == []
+    assert relatives(["face with tears of joy"], ["dog", "cat"]) == []
+    assert len(relatives(["red heart"], [f"{i} thing{i}" for i in range(40)])) == 2 + 2 * 8
+    # an alias is erased, too, and an artist's surname, or the word of a style, means the same
+    assert "heart" not in relatives(["red heart", "heart"], ["dog"])
+    assert [read_prompts(preset).parts for preset in ("emoji", "celebrity", "style", "emoji-style")] == [1, 1, 0, 0]
 
 
 def test_sentences_are_read_beside_words():
@@ -234,7 +286,7 @@ def test_every_preset_has_its_prompts(preset):
     for lines in (prompts.templates, prompts.general, prompts.domain):
         assert len({normalised(line) if "{}" not in line else line for line in lines}) == len(lines)
     for word in prompts.domain[:3]:
-        assert all(word in t.format(word) for t in prompts.templates)
+        assert all(word in fill(line, word) for line in prompts.templates)
 
 
 def test_word_lists_of_the_papers_presets_are_as_long_as_the_papers():
@@ -265,5 +317,6 @@ def test_the_list_of_another_project_comes_with_its_licence():
 
 def test_every_file_of_prompts_is_a_presets():
     files = {path.stem for path in (ROOT / "prompts").glob("*.txt")}
-    lists = {f"emoji-{name}" for name in ("frames", "held-out", "strange", "beside")}  # of sentences
+    lists = {f"emoji-{name}" for name in ("held-out", "strange", "beside")}  # of sentences
+    lists |= {f"{preset}-frames" for preset in PRESETS}
     assert files == set(PRESETS) | lists
