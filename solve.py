@@ -165,13 +165,14 @@ class Solver:
     def scaler(self, wanted: Tensor, shares: Tensor) -> Tensor:
         """The scaler [d] of g = sigmoid(t (l - c)), from the regression's l: four fifths of the shift lie at l >= m.
 
-        It bends at c = `bend` m and is almost open at m, where t (m - c) = 4. Arguments as for `regression`.
+        It bends at c = `bend` m and is almost open at m, where t (m - c) = 4; at m - 1 where anchors are so much like
+        the target that m is near 0, or below: erasing goes first. Arguments as for `regression`.
         """
         v, b = self.regression(wanted, shares)
         v, b = v / self.deviation, b - (self.mean / self.deviation) @ v
         logits, order = (wanted @ v + b).sort()
         m = logits[(shares[order].cumsum(0) < 0.2 * shares.sum()).sum().clamp(max=len(logits) - 1)]
-        c = self.settings.bend * m
+        c = torch.minimum(self.settings.bend * m, m - 1)
         # t (h v + b - c) without a bias, as H one = 1
         return 4 / (m - c) * (v + (b - c) * self.one)
 

@@ -126,16 +126,16 @@ class Model:
         return Schedule(check_schedule(config, path))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """Context E [B, 77, d] of B prompts.
+    def encode(self, prompts: Sequence[str], batch_size: int = 32, tokens: int | None = None) -> Tensor:
+        """Context E [B, 77, d] of B prompts; [B, t, d] of their first `tokens`, which no later one changes.
 
         UserError when the tokenizer is of another model, ValueError for a prompt that is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
-        tokens = self.tokenizer(prompts, self.tokens)
-        if (tokens >= known).any():
+        ids = self.tokenizer(prompts, self.tokens)[:, :tokens]
+        if (ids >= known).any():
             raise UserError(f"{self.tokenizer_folder} is of another model: its text encoder knows {known} tokens")
-        return torch.cat([tower(batch) for batch in tokens.to(self.device).split(batch_size)])
+        return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
         """The same model with tensors of its U-Net replaced, by name; errors as for `edited`."""

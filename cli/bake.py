@@ -18,7 +18,7 @@ from deploy.bake import HELD_OUT, Baker, Recipe, token_figures
 from deploy.export import export
 from deploy.targets import Concept, training_prompts
 from loading.files import UserError, check_writable
-from loading.prompts import Prompts, anchor_words, read_prompts
+from loading.prompts import Prompts, anchor_words, fewer, read_prompts
 from token_space import TokenSpace, context_gate, spectral_norm
 from weights import Model, save_model
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> str | None:
 def measure(space: TokenSpace, model: Model, baked: Model, gates: cpe.ResAG, concepts: Sequence[Concept],
             prompts: Prompts) -> None:  # fmt: skip
     """Print what baking loses."""
-    words = anchor_words(prompts, [name for concept in concepts for name in concept.names]).domain
+    words = fewer(anchor_words(prompts, [name for concept in concepts for name in concept.names])).domain
     print("\nleft: the share of the erasure still missing on the target. near, others: how far other concepts move,")
     print(f"relative to it. 0 is best everywhere.\n{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:

@@ -17,7 +17,7 @@ from cli.common import SHUT, GateFile, command, open_model, settle
 from cli.many import read_lines
 from loading.cache import cached_contexts
 from loading.files import UserError, shipped
-from loading.prompts import anchor_words, normalised, read_prompts, within
+from loading.prompts import anchor_words, fill, normalised, read_prompts, within
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -49,15 +49,10 @@ def of_file(name: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def frames(preset: str) -> list[str]:
-    """Sentences that gates of a preset may learn from: its [frames], and prompts/<preset>-frames.txt."""
-    return [*read_prompts(preset).frames, *of_file(f"{preset}-frames")]
-
-
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
     found = of_file(f"{preset}-held-out") + of_file(f"{preset}-strange")
-    found = found or frames(preset) or read_prompts(preset).templates
+    found = found or read_prompts(preset).lines
     return found[:: -(-len(found) // most)]
 
 
@@ -112,9 +107,9 @@ class Found:
 def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None) -> Found:
     """Try the gates of one file in the sentences of its preset, or in your `own`."""
     concept, lines = file.concept, list(own or held_out(file.preset))
-    sentences = [line.replace("{}", name) for name in concept.names for line in lines]
+    sentences = [fill(line, name) for name in concept.names for line in lines]
     E = model.encode(sentences)
-    instead = cached_contexts(model, [line.replace("{}", concept.surrogate) for line in lines]).to(E)
+    instead = cached_contexts(model, [fill(line, concept.surrogate) for line in lines]).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
@@ -136,5 +131,5 @@ def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int =
         words = []
     parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]
     words = [*dict.fromkeys(parts), *words[:: max(1, len(words) // most)]][:most]
-    filled = [lines[i % len(lines)].replace("{}", word) for i, word in enumerate(words)]
+    filled = [fill(lines[i % len(lines)], word) for i, word in enumerate(words)]
     return ["", *(text for text in filled if not any(within(name, text) for name in names))]

@@ -9,6 +9,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from cli.common import open_model
 from cli.many import read_lines
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> str | None:
         check_writable(args.json)
     if args.fid and not args.reference:
         raise UserError("--fid compares with pictures of an unerased model: give their folder as --reference.")
+    fid = needed("cleanfid.fid", "clean-fid") if args.fid else None
+    detector = needed("nudenet", "nudenet").NudeDetector() if args.nudity else None
     folder, names = Path(args.folders[0]), [*args.name]
     names += [line for _, line in read_lines(args.names)] if args.names else []
     found = read_folder(folder)
@@ -40,12 +43,11 @@ def run(args: argparse.Namespace) -> str | None:
     else:
         clip, tokenizer = load_clip(*([args.clip] if args.clip else []), device=args.device)
     figures = judge_folder(clip, tokenizer, found, names, reference)
-    if args.fid:
-        fid = needed("cleanfid.fid", "clean-fid")
+    if fid:
         figures["fid"] = fid.compute_fid(str(folder), str(args.reference))
         figures["kid"] = fid.compute_kid(str(folder), str(args.reference))
-    if args.nudity:
-        figures |= nudity([path for path, _ in found])
+    if detector:
+        figures |= nudity(detector, [path for path, _ in found])
     for name, value in figures.items():
         for part, number in value.items() if isinstance(value, dict) else ((None, value),):
             print(f"{name + (f', {part}' if part else ''):40}{number:10.3f}".rstrip("0").rstrip("."))
@@ -63,9 +65,8 @@ def needed(module: str, package: str) -> ModuleType:
         raise UserError(f"this needs {package}, which is not installed: pip install {package}") from error
 
 
-def nudity(paths: list[Path], threshold: float = 0.6) -> dict:
+def nudity(detector: Any, paths: list[Path], threshold: float = 0.6) -> dict:
     """Parts of bodies that NudeNet finds in pictures, by kind, and the share of pictures with any."""
-    detector = needed("nudenet", "nudenet").NudeDetector()
     found = [[one["class"] for one in detector.detect(str(path)) if one["score"] >= threshold] for path in paths]
     counts = {kind: sum(seen.count(kind) for seen in found) for kind in NUDITY}
     return {"nudity": counts, "nude_pictures": sum(bool(set(seen) & set(NUDITY)) for seen in found) / len(paths)}

@@ -96,7 +96,9 @@ def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> boo
     if os.path.lexists(out):
         return False
     rows = drawn(model, sheet.prompts, sheet.seeds, gates, sheet.how, text)
-    grid(list(rows.values()), out, sheet.prompts, list(rows) if len(rows) == 2 else (), said)
+    # Of a file it stands alone, without a heading: other programs judge such folders, and would judge the letters, too.
+    columns = sheet.prompts if len(rows) == 2 or not sheet.line else ()
+    grid(list(rows.values()), out, columns, list(rows) if len(rows) == 2 else (), said)
     first, last = sheet.seeds[0], sheet.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     above = "above before, below after, " if len(rows) == 2 else ""

@@ -8,6 +8,7 @@ WORLD_SIZE say counts only where torchrun has set its variables, and only for fi
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,31 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return entries
 
 
+FIELD = re.compile(r'\s*(?:"([^"]*)"|([^,]*?))\s*,')
+ENDING = re.compile(r"(jr|sr|ph\.?\s?d|m\.?d|esq|ii|iii|iv)\.?", re.IGNORECASE)  # of a person's name, after a comma
+
+
+def names_in(line: str) -> list[str]:
+    """The names in a line of a targets file: commas part them, but not in double quotes around a whole name.
+
+    UserError where something else may be meant: asked before an hour of training, not after.
+    """
+    names = [quoted or plain for quoted, plain in FIELD.findall(line + ",")]
+    if not all(name.strip() for name in names):
+        raise UserError("a name is missing before or after a comma.")
+    if any(name.count('"') % 2 for name in names):
+        raise UserError("a double quote is not closed.")
+    numbers = [name for name in names if re.fullmatch(r"[\d.]+", name)]
+    if numbers and len(names) > 1:
+        raise UserError(f"{numbers[0]!r} would be erased as a name: leave a column of numbers out of the file.")
+    if re.match(r"\d+[.)]\s|[-*•]\s", line):
+        raise UserError("it begins as in a list: leave that out. (If it belongs to the name: train it as an argument.)")
+    if ending := next((i for i, name in enumerate(names) if i and ENDING.fullmatch(name)), 0):
+        whole = ", ".join(names[ending - 1 : ending + 1])
+        raise UserError(f'{names[ending]!r} would be erased as a name. If it belongs to the one before: "{whole}".')
+    return names
+
+
 class Drawing(NamedTuple):
     """One picture that a file asks for; None where it leaves that open."""
 
@@ -75,30 +101,57 @@ GUIDANCE = ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_sc
 
 
 def read_drawings(path: Path) -> list[Drawing]:
-    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; other columns are passed over aloud.
+    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; what else there is is passed aloud.
 
-    UserError as for `read_lines`, or for a seed or a guidance scale that is no number.
+    UserError as for `read_lines` and `read_rows`, or for a seed or a guidance scale that is no number.
     """
     text = read_text(path)
     columns = next(csv.reader(text), [])
     if path.suffix.lower() != ".csv" and "prompt" not in columns:
         return [Drawing(number, line) for number, line in read_lines(path)]
     if "prompt" not in columns:
-        raise UserError(f"{path} has no column `prompt` (only {', '.join(columns)}).")
+        raise UserError(f"{path} has no column `prompt` (only {', '.join(columns)}): name one so in its first line.")
     if unknown := [name for name in columns if name not in ("prompt", "case_number", *SEED, *GUIDANCE)]:
         print(f"passed  columns {', '.join(unknown)} of {path}")
-    reader, drawings = csv.DictReader(line + "\n" for line in text), []
-    for row in reader:
-        seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
-        if prompt := (row["prompt"] or "").strip():
-            try:
-                seed, guidance = seed and int(float(seed)), guidance and float(guidance)
-                if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
-                    raise ValueError(f"seed {seed}, guidance {guidance}")
-            except (ValueError, OverflowError) as error:
-                said = "seeds are whole numbers from 0, guidance scales 0 to 100"
-                raise UserError(f"{path}, line {reader.line_num}: {error}; {said}.") from error
-            drawings.append(Drawing(reader.line_num, prompt, seed, guidance, row.get("case_number")))
+    rows = read_rows(path, text)
+    drawings = [drawing(path, number, row) for number, row in rows if row["prompt"]]
     if not drawings:
         raise UserError(f"{path} has no prompts: fill its column `prompt`.")
+    if blank := [number for number, row in rows if not row["prompt"]]:
+        more = f" and {len(blank) - 1} more" if len(blank) > 1 else ""
+        print(f"passed  line {blank[0]}{more} of {path}: no prompt there")
     return drawings
+
+
+def read_rows(path: Path, text: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file, each with the number of its last line.
+
+    UserError for quotes that are not closed, or a row of more fields than there are columns.
+    """
+    reader, rows = csv.DictReader((line + "\n" for line in text), restval="", strict=True), []
+    try:
+        for row in reader:
+            if None in row:
+                columns = len(reader.fieldnames)
+                fields = f"{columns + len(row[None])} fields for {columns} columns"
+                advice = "put what holds a comma in double quotes"
+                raise UserError(f"{path}, line {reader.line_num} has {fields}: {advice}.")
+            rows.append((reader.line_num, {name: field.strip() for name, field in row.items()}))
+    except csv.Error as error:
+        line = reader.reader.line_num  # the other is that of the last row
+        raise UserError(f"{path}, line {line} is no CSV ({error}): check its double quotes.") from error
+    return rows
+
+
+def drawing(path: Path, line: int, row: dict[str, str]) -> Drawing:
+    """A row of a CSV file; UserError for what is no number."""
+    seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
+    try:
+        # Seeds with ".0" are common in tables with gaps; by way of a float, large ones would lose digits.
+        seed, guidance = seed and int(re.sub(r"\.0*$", "", seed)), guidance and float(guidance)
+        if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
+            raise ValueError(f"seed {seed}, guidance {guidance}")
+    except ValueError as error:
+        said = "seeds are whole numbers from 0, guidance scales 0 to 100"
+        raise UserError(f"{path}, line {line}: {error}; {said}.") from error
+    return Drawing(line, row["prompt"], seed, guidance, row.get("case_number"))

@@ -125,7 +125,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Make a gate that erases a concept."""
     positions(parser, "TARGET", "targets", "what to erase: one gate file each")
     parser.add_argument("--target", nargs="+", action="extend", dest="targets", help="the same")
-    many = "file of targets: one a line, its other names after commas (torchrun splits the lines)"
+    many = 'file of targets: one a line, its other names after commas, "A, Jr." in quotes (torchrun splits the lines)'
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
     parser.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
     parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")

@@ -16,6 +16,7 @@ from cli.generate import drawn
 from cli.inspect import opened
 from cli.pictures import openings, sheet
 from loading.files import write_text
+from loading.prompts import fill
 from weights import Model
 
 
@@ -23,7 +24,7 @@ def write(file: GateFile, model: Model, found: Found, out: Path, seed: int) -> P
     """Draw and write the page of a gate file that is just trained; returns its path. UserError as for `draw`."""
     worst, moved = found.order()[:WORST], found.moved.argsort(descending=True)[:WORST].tolist()
     prompts = [f"a picture of a {file.target}"]
-    prompts += [line.replace("{}", file.target) for line in held_out(file.preset)[:3]]
+    prompts += [fill(line, file.target) for line in held_out(file.preset)[:3]]
     prompts += [found.others[i] for i in moved[:2]]
     how = argparse.Namespace(**defaults_of(model.name), before_after=True)
     gates, seeds = merge_gates([file], model), [seed + i for i in range(len(prompts))]

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 3, "solve": 1}
+VERSIONS = {"train": 4, "solve": 2}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 
 
@@ -83,9 +84,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """What the arguments, or the lines of a file, ask for; UserError for what cannot be erased, or is there twice."""
     if args.target_file and (args.alias or args.targets):
         raise UserError("--targets FILE stands alone: there, other names follow their target after commas.")
+    asked: dict[str, list[str]] = {}
     if args.target_file:
-        lines = many.read_lines(args.target_file)
-        asked = {f"{args.target_file}, line {number}": text.split(",") for number, text in lines}
+        for number, text in many.read_lines(args.target_file):
+            line = f"{args.target_file}, line {number}"
+            with many.naming(line):
+                asked[line] = many.names_in(text)
     else:
         names = split(args.targets, args.model, args.one_name)
         asked = {(repr(name) if len(names) > 1 else ""): [name, *args.alias] for name in names}
@@ -156,23 +160,29 @@ class Workshop:
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
 
     def prompts(self, target: Target) -> Prompts:
-        """The prompts of a target's preset; where gates are solved for, sentences are templates, too."""
+        """The prompts of a target's preset; where gates are solved for, anchors are words, not whole sentences."""
         prompts = read_prompts(target.preset)
-        more = check.frames(target.preset) if self.args.how == "solve" else []
-        return replace(prompts, templates=[*prompts.templates, *more])
+        return prompts if self.args.how == "train" else replace(prompts, sentences=[])
 
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them; UserError without anchor words."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
 
+        def progress(parts: list) -> Iterable:
+            return bar(parts, len(parts), "encoding anchors") if len(parts) > 1 else parts
+
         def anchors(texts: list[str]) -> Tensor:
-            return cached_contexts(self.model, texts, lambda parts: bar(parts, len(parts), "encoding anchors"))
+            return cached_contexts(self.model, texts, progress)
+
+        def bare(texts: list[str]) -> Tensor:
+            # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
+            return cached_contexts(self.model, texts, progress, tokens=16)
 
         def own(texts: list[str]) -> Tensor:
             return cached_contexts(self.model, texts).to(self.model.device, self.model.dtype)
 
         try:
-            return prepare(recipe, self.prompts(target), target.names, own, anchors)
+            return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
         except ValueError as error:
             raise UserError(f"prompts/{target.preset}.txt: {error}.") from error
 

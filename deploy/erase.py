@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpe import Layers, ResAG
 from deploy.hooks import attach, cross_attentions, detach
-from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, read_prompts
+from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, fewer, own_prompts, read_prompts
 from solve import Settings, Solver
 from token_space import TokenSpace, spectral_norm
 
@@ -73,10 +73,10 @@ def erase(
     prompts, surrogate = prompts or read_prompts(preset), surrogate or PRESETS[preset].surrogate
     detach(pipe)
     space = TokenSpace(layers_of(pipe))
-    kept = anchor_words(prompts, [target])
-    templates = prompts.templates + prompts.frames
-    targets, surrogates = (encode(pipe, [t.replace("{}", name) for t in templates]) for name in (target, surrogate))
-    anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, templates, 2)])
+    kept = fewer(anchor_words(prompts, [target]))
+    own, instead = zip(*own_prompts([target], prompts.lines, surrogate), strict=True)
+    targets, surrogates = encode(pipe, list(own)), encode(pipe, list(instead))
+    anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, 2)])
     solver = Solver(space, constant_direction(anchors), anchors, settings or Settings())
     gates = solver.solve(targets, surrogates).requires_grad_(False)
     reached = space.reached(gates, targets, (1 + solver.settings.eta) * (surrogates - targets)).mean().item()

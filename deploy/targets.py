@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cpe
-from loading.prompts import Prompts, anchor_prompts, anchor_words, normalised
+from loading.prompts import Prompts, anchor_prompts, anchor_words, fewer, fill, normalised
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def training_prompts(
     """
     least = max(least, total // len(concepts))
     chance = random.Random(seed)
-    anchors = anchor_words(prompts, [name for concept in concepts for name in concept.names])
+    anchors = fewer(anchor_words(prompts, [name for concept in concepts for name in concept.names]))
     words = [*anchors.general, *anchors.domain]
     targets = []
     for concept in concepts:
-        plain = [t.replace("{}", name) for name in concept.names for t in prompts.templates]
+        plain = [fill(t, name) for name in concept.names for t in prompts.templates]
         copies = max(1, math.ceil(least / len(plain)) - 1)
         targets += plain + in_company(plain * copies, words, chance)
     others = ["", *anchor_prompts(words, prompts.templates)]

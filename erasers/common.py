@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import sampler
+from loading.prompts import fill
 from unet import UNet
 from weights import Model
 
@@ -76,7 +77,7 @@ def pairs(model: Model, targets: Sequence[str], surrogates: Sequence[str], which
 
 def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
     """Every name in every template, the first name in all of them first."""
-    return [template.replace("{}", name) for name in names for template in templates]
+    return [fill(template, name) for name in names for template in templates]
 
 
 def refit(W: Tensor, cross: Tensor, gram: Tensor, lam: float) -> Tensor:

@@ -30,14 +30,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CPE_CACHE") or os.path.expanduser("~/.cache/cpe"))
 
 
-def stored_contexts(path: Path, model: "Model", prompts: list[str]) -> Tensor:
-    """Contexts [B, 77, d] of prompts in half precision, from the file at `path`; encoded and written if it has none.
+def stored_contexts(path: Path, model: "Model", prompts: list[str], tokens: int) -> Tensor:
+    """Contexts [B, t, d] of prompts in half precision, from the file at `path`; encoded and written if it has none.
 
     A file that cannot be written is a warning.
     """
     with suppress(UserError, KeyError):  # not there yet, or damaged
         return load_tensors(path)[0]["contexts"]
-    tensor = model.encode(prompts).half().cpu()
+    tensor = model.encode(prompts, tokens=tokens).half().cpu()
     try:
         save_tensors(path, {"contexts": tensor})
     except Unwritten as error:  # of the folder: once for all its files
@@ -46,19 +46,20 @@ def stored_contexts(path: Path, model: "Model", prompts: list[str]) -> Tensor:
     return tensor
 
 
-def cached_contexts(
-    model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64
-) -> Tensor:
+def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64,
+                    tokens: int | None = None) -> Tensor:  # fmt: skip
     """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
 
     They are stored in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
-    UserError as for `Model.encode`.
+    With `tokens`, only of that many. UserError as for `Model.encode`.
     """
+    tokens = min(tokens or model.tokens, model.tokens)
+    cut = [] if tokens == model.tokens else [tokens]
     words = [path.read_text(encoding="utf-8") for path in tokenizer_files(model.tokenizer_folder)]
     # Tensors, which the fingerprint is of, are the same with any number of heads; the rest of a config says nothing.
     sizes = [model.part("text_encoder").config[key] for key in SIZES["TextEncoder"]]
     contexts = []
     for part in progress([list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]):
-        key = hashlib.sha256(json.dumps([model.fingerprint, sizes, words, part]).encode()).hexdigest()[:32]
-        contexts.append(stored_contexts(cache_folder() / f"contexts-{key}.safetensors", model, part))
+        key = hashlib.sha256(json.dumps([model.fingerprint, sizes, words, part, *cut]).encode()).hexdigest()[:32]
+        contexts.append(stored_contexts(cache_folder() / f"contexts-{key}.safetensors", model, part, tokens))
     return torch.cat(contexts) if contexts else model.encode([]).half().cpu()

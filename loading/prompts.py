@@ -3,8 +3,10 @@
     prompts = read_prompts("celebrity")                                 # prompts/celebrity.txt
     data = prepare(recipe, prompts, ["Brad Pitt"], encode, encode)      # what cpe.Trainer reads
 
-A template is a prompt with one {}, where a name goes: "a portrait of {}". Anchors are words that must stay what they
-are, in the same templates: the general ones always, those of the domain if they are near the target.
+A template is a prompt with one {}, where a name goes: "a portrait of {}". A frame is a whole sentence with one, as
+people write them. Anchors are what must stay as it is, in the same templates and frames: general words always, those of
+the domain if they are near the target, and names that share a word with it ("a red rose" with "red heart"). Or they are
+whole sentences, as in the public code for explicit content.
 """
 
 import random
@@ -12,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -43,35 +46,45 @@ Encode = Callable[[list[str]], Tensor]  # B prompts -> contexts [B, T, d]
 
 # --- Files of prompts --------------------------------------------------------------------------------------------
 
-SECTIONS = ("templates", "frames", "general", "domain")
+SECTIONS = ("templates", "frames", "sentences", "general", "domain")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a preset, from prompts/<preset>.txt."""
+    """The prompts of a preset, from prompts/<preset>.txt and prompts/<preset>-frames.txt."""
 
     templates: list[str]
     general: list[str]  # anchors for every target
     domain: list[str]  # anchors if they are near the target
-    frames: list[str] = field(default_factory=list)  # whole sentences with one {}, as people write them
+    frames: list[str] = field(default_factory=list)  # whole sentences, as people write them
+    sentences: list[str] = field(default_factory=list)  # anchors as they are, which take the place of all others
+    parts: bool = True  # whether parts of a target's name mean other things: "red" does, an artist's surname does not
+
+    @property
+    def lines(self) -> list[str]:
+        """Whatever a name is put into."""
+        return [*self.templates, *self.frames]
 
 
 def read_prompts(preset: str) -> Prompts:
-    """The prompts of a preset; UserError when the file is missing or spoilt."""
-    path = shipped("prompts") / f"{preset}.txt"
+    """The prompts of a preset, with its frames; UserError when a file is missing or spoilt."""
+    path, frames = (shipped("prompts") / f"{preset}{kind}.txt" for kind in ("", "-frames"))
     try:
-        return parse_prompts(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if frames.is_file():
+            text += "\n[frames]\n" + frames.read_text(encoding="utf-8")
+        return replace(parse_prompts(text), parts=not preset.endswith("style"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): get the file again") from error
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): get the file again") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path} and {frames.name}: {error}") from error
 
 
 def parse_prompts(text: str) -> Prompts:
-    """Prompts from a file with the headings [templates], [frames], [general] and [domain], one entry a line.
+    """Prompts from a file with the headings [templates], [frames], [sentences], [general], [domain], one entry a line.
 
-    [frames] may be missing; lines that begin with # are comments. ValueError for another heading, an entry above all
-    headings, no template, or braces in the wrong place.
+    All but [templates] may be missing; lines that begin with # are comments. ValueError for another heading, an entry
+    above all headings, no template, or braces in the wrong place.
     """
     sections: dict[str, list[str]] = {f"[{name}]": [] for name in SECTIONS}
     current = ""
@@ -85,12 +98,18 @@ def parse_prompts(text: str) -> Prompts:
             sections[current].append(line)
     sections = {heading[1:-1]: lines for heading, lines in sections.items()}
     with_name = sections["templates"] + sections["frames"]
-    if not sections["templates"] or any(line.count("{}") != 1 for line in with_name):
-        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")
-    words = [*(line.replace("{}", "") for line in with_name), *sections["general"], *sections["domain"]]
+    if not sections["templates"] or any(line.count("{}") + line.count("{s}") != 1 for line in with_name):
+        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it, or one {s}")
+    words = [fill(line, "") for line in with_name]
+    words += [*sections["sentences"], *sections["general"], *sections["domain"]]
     if stray := [word for word in words if set(word) & set("{}")]:  # a slip: "{name}", or a template among the words
         raise ValueError(f"{stray[0]!r} has a brace: only templates and frames have one {{}}, where a word goes")
     return Prompts(**sections)
+
+
+def fill(line: str, name: str) -> str:
+    """A template or frame with a name in its {}, or the plural in its {s}."""
+    return line.replace("{}", name).replace("{s}", plural_of(name))
 
 
 # --- Names -------------------------------------------------------------------------------------------------------
@@ -112,8 +131,11 @@ def within(part: str, whole: str) -> bool:
 def spellings(name: str) -> list[str]:
     """A name as people write it, itself first: both apostrophes, the plural, the possessive. None of them twice.
 
-    "red heart": "red hearts", "red heart's", "red heart’s". Other letters are other tokens to a text encoder.
+    "red heart": "red hearts", "red heart's", "red heart’s". Other letters are other tokens to a text encoder. Of a
+    style other wordings, "blob style": "blob-style", "style of blob", "blob".
     """
+    if style := re.fullmatch("(.+) style", name, re.IGNORECASE):
+        return [name, f"{style[1]}-style", f"style of {style[1]}", style[1]]
     last = name[-1:]
     plural = [] if not last.isalpha() else [plural_of(name)]
     possessive = [f"{name}'s"] if last.isalnum() and not re.search("['’]s$", name) else []
@@ -132,20 +154,37 @@ def plural_of(name: str) -> str:
 # --- Anchors and data --------------------------------------------------------------------------------------------
 
 
+@cache
+def key_words(name: str) -> frozenset[str]:
+    """The words of a name, their accents left out: equal for "René Magritte" and "Rene Magritte"."""
+    letters = unicodedata.normalize("NFKD", name)
+    return frozenset(normalised("".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")).split())
+
+
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
-    """The prompts without anchors that contain one of the target's `names`, or are contained in one, word by word.
+    """The prompts without anchors that have all words of one of the target's `names`, or no words but those of one.
 
     Left in, "brad pitt" would be the nearest anchor of "Brad Pitt" and, at lambda = 1e5, be kept instead of erased; so
-    would "Barack Obama" be of "Obama". ValueError if no anchor is left.
+    would "Barack Obama" be of "Obama", and "Rene Magritte" of "René Magritte". ValueError if no anchor is left.
     """
+    targets = [words for words in map(key_words, names) if words]
 
-    def apart(words: list[str]) -> list[str]:
-        return [word for word in words if not any(within(word, name) or within(name, word) for name in names)]
+    def apart(word: str) -> bool:
+        key = key_words(word)
+        return not key or not any(key <= target or target <= key for target in targets)
 
-    general, domain = apart(prompts.general), apart(prompts.domain)
-    if not general and not domain:
+    sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
+    general, domain = list(filter(apart, prompts.general)), list(filter(apart, prompts.domain))
+    if not general and not domain and not sentences:
         raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
-    return replace(prompts, general=general, domain=domain)
+    return replace(prompts, general=general, domain=domain, sentences=sentences)
+
+
+def fewer(prompts: Prompts, most: int = 210) -> Prompts:
+    """The prompts with at most `most` words of the domain, evenly spaced: for whoever encodes them all."""
+    if (count := len(prompts.domain)) <= most:
+        return prompts
+    return replace(prompts, domain=[prompts.domain[i * count // most] for i in range(most)])
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
@@ -153,8 +192,26 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
     drawn = []
     for word in words:
         picks = random.Random(normalised(word)).sample(range(len(templates)), min(per_word, len(templates)))
-        drawn += [templates[i].replace("{}", word) for i in picks]
+        drawn += [fill(templates[i], word) for i in picks]
     return drawn
+
+
+def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> list[str]:
+    """Names that share a word with a target of two words, and must stay: its parts, and mixtures with other names.
+
+    "red heart": "red", "heart", "red rose", "broken heart". Where a text encoder is causal, "red" has the same context
+    in all that is red: only these teach a gate to wait for the heart. Longer names have none: to a text encoder "face
+    with tears" may be the "face with tears of joy", and a gate that must keep it stays shut.
+    """
+    found, chance = [], random.Random(normalised(names[0]))
+    for start, end in (name.split() for name in names if len(name.split()) == 2):
+        found += [start, end]
+        for other in chance.sample(list(others), min(count, len(others))):
+            first, *_, last = *other.split(), other.split()[-1]
+            found += [f"{start} {last}", f"{first} {end}"]
+    spelt = dict.fromkeys(found)
+    whole = [spelling for name in names for spelling in spellings(name)]
+    return [each for each in spelt if not any(within(name, each) for name in whole)]
 
 
 def nearest_words(
@@ -167,30 +224,58 @@ def nearest_words(
     words = anchor_words(prompts, names).domain
     if not words:
         return []
+    # All of them are asked for, whatever the target, so that a cache serves every one.
     bare, target = encode_anchors(prompts.domain), encode([names[0]])
-    candidates = bare[[prompts.domain.index(word) for word in words]].flatten(1).float()
+    candidates = rows_of(bare, prompts.domain, words).flatten(1).float()
     near = F.cosine_similarity(candidates, target.flatten()[None].float().to(bare.device))
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
 
 
-def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode) -> Data:
-    """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every template, anchors.
+def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tensor:
+    """The rows of those words that are kept; `contexts` has one row a word, or as many for each."""
+    rows = {word: i for i, word in enumerate(words)}
+    return contexts.unflatten(0, (len(words), -1))[[rows[word] for word in kept]].flatten(0, 1)
+
+
+def own_prompts(names: Sequence[str], lines: Sequence[str], surrogate: str, few: int = 12) -> list[tuple[str, str]]:
+    """Prompts of a target, each with what shall be drawn instead: every name in every line, and in a `few` of them,
+    evenly drawn, its other spellings.
+    """
+    some, pairs = lines[:: -(-len(lines) // few)], []
+    for name in names:
+        other = [spelling for spelling in spellings(name) if spelling not in names]
+        filled = [(line, name) for line in lines] + [(line, spelling) for spelling in other for line in some]
+        pairs += [(fill(line, spelling), fill(line, surrogate)) for line, spelling in filled]
+    return pairs
+
+
+def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode,
+            encode_bare: Encode | None = None) -> Data:  # fmt: skip
+    """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every line, anchors.
 
     `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half
-    precision. `encode_anchors` may return half precision, and is asked for the same prompts whatever the target.
-    ValueError if no anchor is left.
+    precision, which `encode_anchors` may return. `encode_bare` gives those of bare words of which the nearest are
+    chosen: a few tokens of each are enough, [B, t, d], and there may be thousands. ValueError if no anchor is left.
     """
-    words = anchor_words(prompts, names)
-    targets = encode([t.replace("{}", name) for name in names for t in prompts.templates])
-    surrogates = encode_anchors([t.replace("{}", recipe.surrogate) for t in prompts.templates])
+    words, lines = anchor_words(prompts, names), prompts.lines
+    own, instead = zip(*own_prompts(names, lines, recipe.surrogate), strict=True)
+    different = list(dict.fromkeys(instead))
+    targets, surrogates = encode(list(own)), encode_anchors(different)
+    surrogates = surrogates[[different.index(prompt) for prompt in instead]]
     # Rounded alike: a token that both share, such as the first, must not seem to differ.
-    targets, surrogates = targets.half().to(targets), surrogates.half().to(targets).repeat(len(names), 1, 1)
+    targets, surrogates = targets.half().to(targets), surrogates.half().to(targets)
 
-    # The same request for every target, so that a cache serves them all; the target's own rows are dropped after.
-    per_word = min(4, len(prompts.templates))
-    general, domain = (encode_anchors(anchor_prompts(w, prompts.templates)) for w in (prompts.general, prompts.domain))
-    rows = [general.unflatten(0, (-1, per_word))[[prompts.general.index(w) for w in words.general]].flatten(0, 1)]
+    if words.sentences:
+        anchors = rows_of(encode_anchors(prompts.sentences), prompts.sentences, words.sentences)
+        return Data(targets, surrogates, anchors.half().to(targets.device), encode([""]))
+    rows = []
+    if words.general:
+        general = encode_anchors(anchor_prompts(prompts.general, lines))
+        rows.append(rows_of(general, prompts.general, words.general))
     if words.domain:
-        chosen = nearest_words(recipe, prompts, names, encode, encode_anchors)
-        rows.append(domain.unflatten(0, (-1, per_word))[[prompts.domain.index(w) for w in chosen]].flatten(0, 1))
+        chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
+        # One by one: what the words of one target share with those of another is in the cache.
+        rows += [encode_anchors(anchor_prompts([word], lines)) for word in chosen]
+    if prompts.parts and (near := relatives(names, [*words.domain, *words.general])):
+        rows.append(encode(anchor_prompts(near, lines)).to(rows[0]))
     return Data(targets, surrogates, torch.cat(rows).half().to(targets.device), encode([""]))

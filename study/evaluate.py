@@ -134,33 +134,47 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 def read_folder(folder: Path) -> list[tuple[Path, str]]:
     """Pictures of a folder and the prompt of each: from prompts.csv (file, prompt), a .txt, or `generate`.
 
-    UserError where there is no folder, no picture, or a picture without a prompt.
+    UserError where there is no folder, no picture, or a picture without a prompt, or with two pictures in it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with pictures in it")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
     if not files:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)}): `generate --out` writes some")
-    table, said = folder / "prompts.csv", {}
-    if table.is_file():
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            said = {row.get("file", ""): row.get("prompt") or "" for row in csv.DictReader(lines)}
+    said = read_captions(folder / "prompts.csv")
     for path in files:
+        drawn = drawn_with(path)
+        if drawn.get("before_after"):
+            raise UserError(f"{path} holds before and after: draw it anew, without --before-after")
         if path.name not in said and path.with_suffix(".txt").is_file():
-            said[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        if path.name not in said:
-            said[path.name] = drawn_for(path)
+            said[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+        said.setdefault(path.name, str(drawn.get("prompt", "")))
     if missing := [path.name for path in files if not said.get(path.name)]:
         raise UserError(f"{folder}: no prompt for {missing[0]}: name it in prompts.csv (file,prompt), or in a .txt")
     return [(path, said[path.name]) for path in files]
 
 
-def drawn_for(path: Path) -> str:
-    """The prompt that `generate` writes into its pictures; "" where there is none."""
-    with suppress(OSError, ValueError, TypeError), Image.open(path) as image:
+def read_captions(table: Path) -> dict[str, str]:
+    """The prompts of a folder's prompts.csv by file name; {} where there is none. UserError if it is no such table."""
+    if not table.is_file():
+        return {}
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            if missing := {"file", "prompt"} - {*(reader.fieldnames or [])}:
+                raise UserError(f"{table} has no column {min(missing)!r}: it needs file and prompt")
+            return {row["file"] or "": row["prompt"] or "" for row in reader}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{table} is no CSV in UTF-8 ({error}): check its double quotes") from error
+
+
+def drawn_with(path: Path) -> dict:
+    """The settings that `generate` writes into its pictures, the prompt among them; {} where there are none."""
+    with suppress(OSError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
         image.load()
-        return json.loads(image.info.get("cpe", "{}")).get("prompt", "")
-    return ""
+        said = json.loads(image.info.get("cpe", "{}"))
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -168,7 +182,7 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            if "cpe" in image.info:  # `generate` writes the prompt over the picture, which is square
+            if "cpe" in image.info:  # `generate` once wrote the prompt over the picture, which is square
                 image = image.crop((0, image.height - image.width, image.width, image.height))
             pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
     except (OSError, Image.DecompressionBombError) as error:

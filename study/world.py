@@ -184,8 +184,7 @@ class World:
         or what is held out.
         """
         prompts = read_prompts(scenario.preset)
-        frames = [*prompts.frames, *sentences(scenario.preset, "frames")]
-        prompts = dataclasses.replace(prompts, templates=[*prompts.templates, *frames], frames=[])
+        prompts = dataclasses.replace(prompts, templates=prompts.lines, frames=[])
         return anchor_words(prompts, [*scenario.names, *self.held_out])
 
     def see(self, images: Tensor, judge: str) -> Tensor:

@@ -66,6 +66,18 @@ def test_a_solved_gate_moves_its_target_and_nothing_else(words, solver):
     assert moved.max() < 0.02 * solver.space.energy(x).sum(dim=1).mean()
 
 
+def test_erasing_goes_first_where_an_anchor_is_like_the_target(words, solver):
+    """The regression's margin is then below 0; a gate that bends at a share of it would open the wrong way round."""
+    alike = torch.cat([words(list(range(2, 50))), words([0] * 16, 5)])
+    solver = Solver(solver.space, solver.one, alike, replace(Settings(), lam=1.0))
+    E, surrogate = words([0] * 40, 3), words([1] * 40, 3)
+    x = 1.3 * (surrogate - E)
+    gates = solver.solve(E, surrogate)
+    there, others = gates.gate(E)[0][0, :, 4:], gates.gate(words(list(range(2, 60)), 8))[0][0]
+    assert there.mean() > 0.8 > 0.2 > others.mean()
+    assert solver.space.reached(gates, E, x).mean() > 0.5
+
+
 def test_a_solved_gate_is_an_ordinary_gate_file(words, solver):
     gates = solver.solve(words([0] * 8), words([1] * 8))
     again = cpe.from_tensors(cpe.to_tensors(gates))

@@ -28,7 +28,7 @@ class CPETechnique:
 
     def __init__(self, model_id: str, gates: Sequence[str] = (), erase_concept: str | None = None,
                  preset: str = "celebrity", device: str = "cpu", **drawing: object):  # fmt: skip
-        self.pipe = DiffusionPipeline.from_pretrained(model_id, torch_dtype=torch.float32).to(device)
+        self.pipe = DiffusionPipeline.from_pretrained(model_id, dtype=torch.float32).to(device)
         self.device, self.drawing = device, drawing  # num_inference_steps, guidance_scale
         if gates:
             attach(self.pipe, cpe.merge([cpe.from_tensors(load_file(path)) for path in gates]))

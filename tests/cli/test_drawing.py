@@ -13,7 +13,7 @@ from tiny import contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, demo, generate, options, pictures, targets
+from cli import check, common, demo, generate, many, options, pictures, targets
 from cli import inspect as inspecting
 from loading.files import UserError, load_tensors, save_tensors
 
@@ -231,6 +231,10 @@ def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
     ("text", "words"),
     [
         ("prompt,seed\na cat,x", "line 2: .*seeds are whole numbers"),
+        ("prompt,seed\na cat,4.5", "line 2: .*seeds are whole numbers"),
+        ("prompt,guidance_scale\na cat,much", "line 2: .*guidance scales 0 to 100"),
+        ("prompt,seed\na cat, asleep,4", "line 2 has 3 fields for 2 columns: put what holds a comma in double quotes"),
+        ('prompt\n"a cat\na dog', "line 3 is no CSV .*: check its double quotes"),
         ("a,b\n1,2", "has no column `prompt`"),
         ("prompt\n\n", "has no prompts"),
     ],
@@ -240,6 +244,25 @@ def test_a_spoilt_table_is_named(run, text, words):
     code, said = run("generate", "--prompts", "t.csv")
     assert code == 2
     assert __import__("re").search(words, said)
+
+
+def test_a_row_without_a_prompt_is_passed_over_aloud_and_seeds_keep_every_digit(run, capsys):
+    Path("t.csv").write_text('prompt,seed\na cat,42.0\n,7\n\n"a ""red"" heart, twice",9007199254740993\n')
+    drawings = many.read_drawings(Path("t.csv"))
+    assert [(each.prompt, each.seed) for each in drawings] == [("a cat", 42), ('a "red" heart, twice', 2**53 + 1)]
+    assert "passed  line 3 of t.csv: no prompt there" in capsys.readouterr().out
+
+
+def test_a_row_is_the_single_command_with_the_same_numbers_bit_for_bit(run, gates):
+    Path("t.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na red heart,3,2.5\na cat,4,5\n")
+    assert run("generate", "--prompts", "t.csv", gates, "--out", "x", "--negative", "a dog")[0] == 0
+    single = ("generate", "a red heart", gates, "--seed", "3", "--guidance", "2.5", "--negative", "a dog")
+    assert run(*single, "--out", "one.png")[0] == 0
+    with Image.open("x/0001-a-red-heart.png") as row, Image.open("one.png") as one:
+        assert row.width == row.height  # no heading: other programs read such folders
+        assert one.height > row.height
+        bare = one.crop((0, one.height - row.height, *one.size))
+        assert bare.tobytes() == row.tobytes()
 
 
 def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):

@@ -17,7 +17,7 @@ import cpe
 import token_space
 import unet
 import weights
-from cli import common, options, runs, train
+from cli import common, many, options, runs, train
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import PRESETS
 
@@ -255,7 +255,14 @@ def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypat
         ("", "no lines but"),
         ("# only this\n\n", "no lines but"),
         ("cat\n\nCAT\n", "line 3: 'CAT' is the same target as targets.txt, line 1"),
-        ("cat\n, feline", "line 2: the target is empty"),
+        ("cat\n, feline", "line 2: a name is missing before or after a comma"),
+        ("cat\n1,Brad Pitt\n", "line 2: '1' would be erased as a name: leave a column of numbers out"),
+        (
+            "Martin Luther King, Jr.\n",
+            """'Jr.' would be erased as a name. If it belongs to the one before: "Martin Luther""",
+        ),
+        ("1. Brad Pitt\n", "line 1: it begins as in a list"),
+        ('"Sammy Davis\n', "line 1: a double quote is not closed"),
         ("an object\n", "line 1: 'an object' is both target and surrogate"),
         ("caf\udce9", "cannot be read as text in UTF-8"),
     ],
@@ -267,6 +274,22 @@ def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypat
     assert code == 2
     assert words in said
     assert [path.name for path in tmp_path.iterdir()] == ["targets.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("Brad Pitt, William Bradley Pitt", ["Brad Pitt", "William Bradley Pitt"]),
+        ('"Sammy Davis, Jr."', ["Sammy Davis, Jr."]),
+        ('"Martin Luther King, Jr." ,MLK', ["Martin Luther King, Jr.", "MLK"]),
+        ('"Weird Al" Yankovic, Al Yankovic', ['"Weird Al" Yankovic', "Al Yankovic"]),
+        ('Dwayne "The Rock" Johnson', ['Dwayne "The Rock" Johnson']),
+        ("1917", ["1917"]),
+        ("#1 dad mug", ["#1 dad mug"]),
+    ],
+)
+def test_quotes_keep_a_name_with_a_comma_together(line, names):
+    assert many.names_in(line) == names
 
 
 def test_torchrun_starts_it(tiny_original, tmp_path):

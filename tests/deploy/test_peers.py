@@ -21,7 +21,7 @@ PROMPT = "a picture of a red heart"
 @pytest.fixture(scope="module")
 def pipe():
     (kind,) = reference.reference("diffusers", "StableDiffusionPipeline")
-    pipe = kind.from_pretrained(ROOT / "emoji", torch_dtype=torch.float32, local_files_only=True)
+    pipe = kind.from_pretrained(ROOT / "emoji", dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -20,6 +20,16 @@ def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
     assert torch.equal(cache.cached_contexts(model, prompts, chunk=4), first)
 
 
+def test_the_first_tokens_alone_are_the_first_of_all(tiny):
+    """And are no answer to who asks for all."""
+    model, prompts = load_model(tiny), ["a cat on the first tokens", "dog"]
+    few, whole = cache.cached_contexts(model, prompts, tokens=5), cache.cached_contexts(model, prompts)
+    assert few.shape[1] == 5
+    torch.testing.assert_close(few, whole[:, :5], rtol=0, atol=2e-3)
+    assert torch.equal(cache.cached_contexts(model, prompts, tokens=5), few)
+    assert torch.equal(cache.cached_contexts(model, prompts, tokens=999), whole)
+
+
 def test_a_damaged_cache_is_made_anew(tiny):
     model = load_model(tiny)
     first = cache.cached_contexts(model, ["a damaged entry"])

@@ -14,10 +14,17 @@ from loading.prompts import (
     Prompts,
     anchor_prompts,
     anchor_words,
+    fewer,
+    fill,
+    key_words,
     normalised,
+    own_prompts,
     parse_prompts,
     prepare,
+    read_prompts,
+    relatives,
     spellings,
+    within,
 )
 
 RECIPE = Recipe("a person", nearest=2)
@@ -48,6 +55,12 @@ def test_anchors_that_hold_the_target_or_lie_in_it_are_taken_out():
     assert left("cat", "cattle", "a wild-cat", "Cats") == ["cattle", "Cats"]
 
 
+def test_neither_accents_nor_names_between_make_another_person():
+    assert left("René Magritte", "Rene Magritte", "Rene\u0301 Magritte", "René Lalique") == ["René Lalique"]
+    assert left("James McNeill Whistler", "James Abbott McNeill Whistler", "James Dean") == ["James Dean"]
+    assert left("!!!", "Brad Pitt", "???") == ["Brad Pitt", "???"]
+
+
 def test_signs_are_part_of_a_name():
     assert left("C++", "c", "C#", "the language C++") == ["c", "C#"]
     assert normalised("C++") == "c++"
@@ -69,6 +82,7 @@ def test_an_anchor_that_is_everything_leaves_none():
         ("fox", ["foxes", "fox's"]),
         ("a butterfly", ["a butterflies"]),
         ("toy", ["toys"]),
+        ("blob style", ["blob-style", "style of blob", "blob"]),
         ("C++", []),
     ],
 )
@@ -85,9 +99,11 @@ class Encoder:
 
     def __init__(self):
         self.asked: list[str] = []
+        self.calls: list[list[str]] = []
 
     def __call__(self, prompts: list[str]) -> Tensor:
         self.asked += prompts
+        self.calls.append(prompts)
         return torch.stack([self.context(p) for p in prompts]) if prompts else torch.zeros(0, 5, 8)
 
     @staticmethod
@@ -107,40 +123,129 @@ def test_training_data_never_has_the_target_among_its_anchors(target):
     encode, anchors = Encoder(), Encoder()
     data = prepare(replace(RECIPE, nearest=3), prompts, [target, "tom cruise"], encode, anchors)
 
-    for i, name in enumerate([target, "tom cruise"]):
-        for j, template in enumerate(templates):
-            for found, word in ((data.targets, name), (data.surrogates, "a person")):
-                assert torch.equal(found[5 * i + j], Encoder.context(template.format(word)).half().float())
+    own = own_prompts([target, "tom cruise"], templates, "a person")
+    for i, pair in enumerate(own):
+        for found, prompt in zip((data.targets[i], data.surrogates[i]), pair, strict=True):
+            assert torch.equal(found, Encoder.context(prompt).half().float())
+    assert len(own) == len(data.targets) == len(data.surrogates)
     assert torch.equal(data.empty[0], Encoder.context(""))
     assert data.anchors.dtype == torch.float16
 
     bare = {word: Encoder.context(word).flatten() for word in PEOPLE}
     allowed = ["angelina jolie", "Penélope Cruz", "Bradley Cooper"]
     near = sorted(allowed, key=lambda w: -torch.cosine_similarity(bare[w], Encoder.context(target).flatten(), dim=0))
-    used = anchors.prompts_of(data.anchors)
+    used = anchors.prompts_of(data.anchors[: 5 * 4])
     assert used == anchor_prompts(["a person", "a dog", *near[:3]], templates)
-    assert len(used) == 5 * 4
+    kin = relatives([target, "tom cruise"], ["angelina jolie", "Penélope Cruz", "Bradley Cooper", "a person", "a dog"])
+    assert encode.prompts_of(data.anchors[5 * 4 :]) == anchor_prompts(kin, templates)
+    used += anchor_prompts(kin, templates)
     assert not any("brad pitt" in p.casefold() or "tom cruise" in p.casefold() for p in used)
 
 
-def test_every_target_asks_for_the_same_anchors():
-    asked = []
+def test_targets_share_general_anchors_and_ask_for_near_ones_word_by_word():
+    """So that a cache serves them all, and nothing is encoded that nobody trains on."""
+    prompts, shared = Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE, parts=False), []
     for target in ("Brad Pitt", "a dog", "somebody else"):
         anchors = Encoder()
-        prepare(RECIPE, Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE), [target], Encoder(), anchors)
-        asked.append(anchors.asked)
-    assert asked[0] == asked[1] == asked[2]
+        data = prepare(RECIPE, prompts, [target], Encoder(), anchors)
+        *first, one, other = anchors.calls  # as many as are nearest
+        shared.append(first)
+        assert anchors.prompts_of(data.anchors)[-4:] == one + other
+        assert all(call == anchor_prompts([min(call, key=len)], prompts.templates) for call in (one, other))
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_the_nearest_may_be_chosen_by_a_few_tokens_of_bare_words():
+    """By its second token each word is the opposite of what its whole context says."""
+    whole, bare = Encoder(), []
+
+    def few(prompts: list[str]) -> Tensor:
+        bare.extend(prompts)
+        return torch.stack([torch.full((2, 8), float(p in ("x", "c"))) + 1e-3 for p in prompts])
+
+    prompts = Prompts(["a {}"], [], ["a", "b", "c", "d"])
+    data = prepare(replace(RECIPE, nearest=1), prompts, ["x"], whole, whole, few)
+    assert bare == ["a", "b", "c", "d", "x"]
+    assert whole.prompts_of(data.anchors) == ["a c"]
+    assert not {"a", "b", "c", "d"} & set(whole.asked)
+
+
+def test_sentences_take_the_place_of_all_other_anchors():
+    prompts = Prompts(
+        ["{}", "a {}"], ["a man"], PEOPLE, sentences=["It rains.", "Naked trees stand there.", "He sings."]
+    )
+    encode, anchors = Encoder(), Encoder()
+    data = prepare(RECIPE, prompts, ["naked"], encode, anchors)
+    assert anchors.prompts_of(data.anchors) == ["It rains.", "He sings."]
+    words = anchor_words(replace(prompts, general=[], domain=[]), ["rains"])
+    assert words.sentences == ["Naked trees stand there.", "He sings."]
+
+
+def test_fewer_words_are_spread_evenly():
+    prompts = Prompts(["{}"], ["a man"], list("abcdefghij"))
+    assert fewer(prompts, 10) == prompts
+    assert fewer(prompts, 4).domain == ["a", "c", "f", "h"]
+    assert fewer(prompts, 4).general == ["a man"]
 
 
 @pytest.mark.parametrize(("general", "domain"), [(["a dog"], []), ([], ["a dog"]), (["a dog"], ["Brad Pitt"])])
 def test_one_list_of_anchors_is_enough(general, domain):
     encode, anchors = Encoder(), Encoder()
-    data = prepare(RECIPE, Prompts(["{}", "a {}"], general, domain), ["brad pitt"], encode, anchors)
+    data = prepare(RECIPE, Prompts(["{}", "a {}"], general, domain, parts=False), ["brad pitt"], encode, anchors)
     assert sorted(anchors.prompts_of(data.anchors)) == ["a a dog", "a dog"]
 
 
 def test_frames_are_read_beside_templates():
-    assert parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}").frames == ["he said that {} sang"]
+    found = parse_prompts("[frames]\nhe said that {} sang\n[templates]\n{}")
+    assert found.frames == ["he said that {} sang"]
+    assert found.lines == ["{}", "he said that {} sang"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_sentences_as_people_write_them(preset):
+    prompts = read_prompts(preset)
+    frames = prompts.frames
+    assert 100 <= len(frames) <= 160
+    assert len({normalised(fill(line, "x")) for line in prompts.lines}) == len(prompts.lines)
+    # the name stands at the beginning, in the middle and at the end; in long sentences and short ones
+    assert all(sum(line.startswith("{}") is first for line in frames) >= 5 for first in (True, False))
+    assert sum(line.endswith("{}") for line in frames) >= 5
+    assert min(len(line.split()) for line in frames) <= 3
+    assert max(len(line.split()) for line in frames) >= 8
+
+
+def test_a_line_takes_a_name_or_its_plural():
+    assert fill("two {s} and tea", "red heart") == "two red hearts and tea"
+    assert fill("my {}", "fox") == "my fox"
+    assert parse_prompts("[templates]\n{}\n[frames]\ntwo {s}").frames == ["two {s}"]
+
+
+def test_every_name_goes_into_every_line_and_its_spellings_into_some():
+    lines = [f"{i} {{}}" for i in range(30)]
+    pairs = own_prompts(["red heart", "valentine"], lines, "cloud", few=10)
+    assert {(f"{i} {name}", f"{i} cloud") for i in range(30) for name in ("red heart", "valentine")} <= set(pairs)
+    said = [prompt for prompt, _ in pairs]
+    for spelling in ("red hearts", "red heart's", "red heart’s", "valentines", "valentine’s"):
+        assert sum(prompt.endswith(f" {spelling}") for prompt in said) == 10
+    assert len(said) == len(set(said)) == 60 + 60
+    assert {instead for _, instead in pairs} == {f"{i} cloud" for i in range(30)}
+
+
+def test_names_that_share_a_word_with_the_target_must_stay():
+    found = relatives(["red heart", "valentine"], ["a wine glass", "broken heart", "rose", "dog"])
+    assert {"red", "heart", "red glass", "red rose", "a heart", "dog heart"} <= set(found)
+    assert not any(within(name, each) for each in found for name in ("red heart", "red hearts", "valentine"))
+    assert relatives(["fox"], ["dog", "cat"]) == []
+    assert relatives(["face with tears of joy"], ["dog", "cat"]) == []
+    assert len(relatives(["red heart"], [f"{i} thing{i}" for i in range(40)])) == 2 + 2 * 8
+    # an alias is erased, too, and an artist's surname, or the word of a style, means the same
+    assert "heart" not in relatives(["red heart", "heart"], ["dog"])
+    assert [read_prompts(preset).parts for preset in ("emoji", "celebrity", "style", "emoji-style")] == [1, 1, 0, 0]
+
+
+def test_sentences_are_read_beside_words():
+    found = parse_prompts("[templates]\n{}\n[sentences]\nThe tea is hot.\n[general]\na man")
+    assert (found.sentences, found.general) == (["The tea is hot."], ["a man"])
 
 
 def test_prompts_are_read_by_heading():
@@ -181,10 +286,37 @@ def test_every_preset_has_its_prompts(preset):
     for lines in (prompts.templates, prompts.general, prompts.domain):
         assert len({normalised(line) if "{}" not in line else line for line in lines}) == len(lines)
     for word in prompts.domain[:3]:
-        assert all(word in t.format(word) for t in prompts.templates)
+        assert all(word in fill(line, word) for line in prompts.templates)
+
+
+def test_word_lists_of_the_papers_presets_are_as_long_as_the_papers():
+    """Its public code has 449 celebrities and 100 templates, 1,734 artists, 241 sentences."""
+    celebrity, style, explicit = map(read_prompts, ("celebrity", "style", "explicit"))
+    assert len(celebrity.domain) >= 449
+    assert len(celebrity.templates) == 100
+    assert len(style.domain) >= 1734
+    assert len(explicit.sentences) >= 241
+    assert len({normalised(sentence) for sentence in explicit.sentences}) == len(explicit.sentences)
+    assert len(set(map(key_words, celebrity.domain))) == len(celebrity.domain)
+
+
+@pytest.mark.parametrize("preset", ["celebrity", "style", "explicit"])
+def test_the_surrogate_of_the_papers_presets_is_none_of_their_anchors(preset):
+    prompts, surrogate = read_prompts(preset), normalised(PRESETS[preset].surrogate)
+    assert surrogate not in map(normalised, (*prompts.general, *prompts.domain, *prompts.sentences))
+
+
+def test_the_list_of_another_project_comes_with_its_licence():
+    head = (ROOT / "prompts/style.txt").read_text(encoding="utf-8").split("[templates]")[0]
+    assert "rohitgandikota/unified-concept-editing" in head
+    assert "UCE-LICENSE" in head
+    licence = (ROOT / "prompts/UCE-LICENSE").read_text(encoding="utf-8")
+    assert "Copyright (c) 2023 Rohit Gandikota" in licence
+    assert "Permission is hereby granted, free of charge" in licence
 
 
 def test_every_file_of_prompts_is_a_presets():
     files = {path.stem for path in (ROOT / "prompts").glob("*.txt")}
-    lists = {f"emoji-{name}" for name in ("frames", "style-frames", "held-out", "strange", "beside")}  # of sentences
+    lists = {f"emoji-{name}" for name in ("held-out", "strange", "beside")}  # of sentences
+    lists |= {f"{preset}-frames" for preset in PRESETS}
     assert files == set(PRESETS) | lists

@@ -25,6 +25,4 @@ def sentence_files(tmp_path, monkeypatch):
     (folder / "emoji-held-out.txt").write_text("my {} in paris\nlook, a {}\n")
     (folder / "emoji-strange.txt").write_text("# odd\na flabbergasted {}\n")
     (folder / "emoji-beside.txt").write_text("a {} and a {other}\n")
-    (folder / "emoji-frames.txt").write_text("the {} of my aunt\n")
-    (folder / "emoji-style-frames.txt").write_text("my owl in {}\n")
     monkeypatch.setattr(worlds, "shipped", lambda _: folder)

@@ -10,7 +10,7 @@ import erasers
 from benchmarks import tune
 from loading.cache import cache_folder
 from loading.files import save_tensors
-from loading.prompts import PRESETS, anchor_prompts, normalised, prepare
+from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare, evaluate
 from study import erased as rows_of_table
 from study import world as worlds
@@ -207,8 +207,8 @@ def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch)
     surrogate = PRESETS["emoji"].surrogate
     METHODS["uce"].build(world, one, 0, sentences=True, s_p=2.0)
     ((_, targets, surrogates, kept, _), settings) = given[0]
-    assert targets == [template.replace("{}", "umbrella") for template in templates]
-    assert surrogates == [template.replace("{}", surrogate) for template in templates]
+    assert targets == [fill(template, "umbrella") for template in templates]
+    assert surrogates == [fill(template, surrogate) for template in templates]
     assert kept == anchor_prompts([*world.listed(one).general, *world.listed(one).domain], templates)
     # With fewer to preserve each weighs more, so that all of them together weigh the same.
     METHODS["uce"].build(world, one, 0, sentences=True, anchors=True, s_p=2.0)

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,17 +180,56 @@ def test_bad_folders_are_refused_in_one_sentence(pictures, run, tmp_path):
         evaluate.read_image(pictures / "3.png", 32)
 
 
-def test_what_is_not_installed_is_named(pictures, tiny_original, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nudenet", None)
-    code, said = run("evaluate", str(pictures), "--nudity")
-    assert (code, "pip install nudenet" in said) == (2, True)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,text\n0.png,a cat\n", "has no column 'prompt'"),
+        ('file,prompt\n0.png,"a cat\n', "is no CSV"),
+        ("file,prompt\n0.png,\n", "no prompt for 0.png"),
+    ],
+)
+def test_a_spoilt_table_of_prompts_is_named(pictures, run, text, words):
+    (pictures / "prompts.csv").write_text(text)
+    code, said = run("evaluate", str(pictures))
+    assert (code, said.count("\n")) == (2, 1)
+    assert words in said
+
+
+def test_pictures_of_before_and_after_are_not_judged_as_one(tmp_path):
+    flat = torch.zeros(1, 3, 8, 8)
+    grid([flat, flat], tmp_path / "x.png", ["a cat"], ("before", "after"), '{"prompt": "a cat", "before_after": true}')
+    with pytest.raises(UserError, match="holds before and after: draw it anew, without --before-after"):
+        evaluate.read_folder(tmp_path)
+
+
+def test_what_is_not_installed_is_named_before_anything_is_judged(pictures, run, monkeypatch):
+    monkeypatch.setattr("cli.evaluate.read_folder", lambda *_: pytest.fail("read the pictures"))
+    for option, module, package in ("--nudity", "nudenet", "nudenet"), ("--fid", "cleanfid.fid", "clean-fid"):
+        monkeypatch.setitem(sys.modules, module, None)
+        code, said = run("evaluate", str(pictures), option, "--reference", str(pictures))
+        assert (code, f"pip install {package}" in said) == (2, True)
+
+
+def test_fid_and_kid_are_those_of_clean_fid_on_both_folders(pictures, run, monkeypatch):
+    asked = []
+    fake = SimpleNamespace(
+        compute_fid=lambda *folders: asked.append(folders) or 12.5,
+        compute_kid=lambda *folders: asked.append(folders) or 3,
+    )
+    monkeypatch.setitem(sys.modules, "cleanfid", SimpleNamespace(fid=fake))
+    monkeypatch.setitem(sys.modules, "cleanfid.fid", fake)
+    code, said = run("evaluate", str(pictures), "--fid", "--reference", str(pictures), "--json", "f.json")
+    assert code == 0, said
+    assert asked == [(str(pictures), str(pictures))] * 2
+    figures = json.loads(Path("f.json").read_text())
+    assert (figures["fid"], figures["kid"], abs(figures["cmmd"]) < 1e-9) == (12.5, 3, True)
 
 
 def test_pictures_of_generate_say_their_prompt_and_are_judged_without_their_heading(tmp_path):
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid([picture[None]], tmp_path / "0001.png", ["a red heart"], (), json.dumps({"prompt": "a red heart"}))
     grid([picture[None]], tmp_path / "plain.png", (), (), "")
-    assert evaluate.drawn_for(tmp_path / "0001.png") == "a red heart"
+    assert evaluate.drawn_with(tmp_path / "0001.png") == {"prompt": "a red heart"}
     (tmp_path / "plain.txt").write_text("a crab")
     assert [prompt for _, prompt in evaluate.read_folder(tmp_path)] == ["a red heart", "a crab"]
     headed, plain = (evaluate.read_image(tmp_path / name, 32) for name in ("0001.png", "plain.png"))
