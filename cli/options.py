@@ -132,6 +132,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--surrogate", help="what it becomes (default: the preset's)")
     parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
+    parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
     add_steps_scale(parser)
     parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> str | None:
 def how(args: argparse.Namespace) -> str:
     """--how; where nobody said it, by steps if an option of these is given, else as the model's defaults have it."""
     odd = given(args).keys() - {field.name for field in dataclasses.fields(solve.Settings)}
-    of_steps = [*sorted(odd), *["resume"] * args.resume, *["steps_scale"] * (args.steps_scale != 1)]
+    of_steps = [*sorted(odd), *["steps_scale"] * (args.steps_scale != 1)]
+    of_steps += [name for name in ("literal", "resume") if getattr(args, name)]
     if args.how == "solve" and of_steps:
         raise UserError(f"--{of_steps[0].replace('_', '-')}: of --how train alone, as nothing is trained here.")
     return args.how or ("train" if of_steps else defaults_of(args.model).get("how", "train"))
@@ -154,6 +155,7 @@ class Workshop:
     def settings(self, target: Target) -> dict[str, str]:
         """All that the gates of a target depend on, as a gate file has it: who has the same has the same gates."""
         said = {"target": target.names[0], "aliases": target.names[1:], "preset": target.preset, "how": self.args.how}
+        said |= {"literal": "true"} if self.args.literal else {}
         said |= {"surrogate": target.surrogate, "seed": self.args.seed, "version": VERSIONS[self.args.how]}
         inputs = digest(self.prompts(target), self.model.cross_attention())
         said |= {"fingerprint": self.model.fingerprint, "inputs": inputs} | dataclasses.asdict(self.recipe(target))
@@ -227,7 +229,8 @@ def trainer_of(shop: Workshop, target: Target) -> Trainer:
     chance, layers = torch.Generator().manual_seed(seed), shop.space.layers
     gates = cpe.ResAG(layers.widths, data.targets.shape[2], recipe.r, recipe.k, generator=chance).to(device)
     chance = chance if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-    return Trainer(gates, token_space.Losses(layers, data, recipe.eta), recipe, chance)
+    losses = cpe.Losses if shop.args.literal else token_space.Losses
+    return Trainer(gates, losses(layers, data, recipe.eta), recipe, chance)
 
 
 def solved(shop: Workshop, target: Target) -> cpe.ResAG:

@@ -74,6 +74,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run):
     assert not torch.equal(a[cpe.W_QS], c[cpe.W_QS])
 
 
+def test_the_papers_own_losses_train_the_same_gates(run):
+    settings = ("--first-steps", "6", "--later-steps", "3", "--attack-steps", "3")
+    assert run("train", "red heart", "--preset", "emoji", *settings, "--out", "fast.safetensors")[0] == 0
+    assert run("train", "red heart", "--preset", "emoji", *settings, "--literal", "--out", "plain.safetensors")[0] == 0
+    fast, plain = load_file("fast.safetensors"), load_file("plain.safetensors")
+    for name in fast:
+        torch.testing.assert_close(fast[name], plain[name], rtol=1e-2, atol=1e-3)
+    assert load_tensors("plain.safetensors")[1]["literal"] == "true"
+
+
 def test_every_number_of_the_recipe_is_an_option_that_the_file_stores(run):
     numbers = {f.name: f.type for f in fields(cpe.Recipe) if f.name != "surrogate"}
     assert {name: kind.__name__ for name, _, kind in options.recipe_fields()} == {
