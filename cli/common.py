@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import cpe
 from loading.files import UserError, check_writable, load_tensors, opened, read_json, read_shapes, shipped
-from loading.prompts import PRESETS
+from loading.prompts import PRESETS, normalised, read_prompts
 from loading.tokens import vocabulary
 from weights import Model, expected_unet, load_model
 
@@ -81,7 +81,7 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
         raise UserError(f"{files[0].path} was trained for {models[0]}, which is not here: say --model and its place.")
     args.model = args.model or next(iter(models), "sd14")
     for name, value in (defaults_of(args.model) | drawing).items():
-        if getattr(args, name, 0) is None:
+        if name in ("steps", "guidance", "sampler") and getattr(args, name, 0) is None:  # no preset: files say theirs
             setattr(args, name, value)
     if args.model in NAMED:  # other models' sizes are in their files
         for file in files:
@@ -113,11 +113,21 @@ class GateFile:
 
     @property
     def recipe(self) -> tuple[str, str, float]:
-        """The preset, the surrogate, and eta; of a file that does not say so, the preset of its model."""
+        """The preset, the surrogate, and eta; of a file that does not say so, the likeliest, with a warning."""
         preset = self.metadata.get("preset", "")
-        preset = preset if preset in PRESETS else defaults_of(self.model or "sd14")["preset"]
+        if preset not in PRESETS:
+            preset = self.likeliest_preset()
+            warnings.warn(f"{self.path} does not say how it was trained: taken for preset {preset}", stacklevel=2)
         eta = self.said("eta", float) or self.said("eta", int) or PRESETS[preset].eta
         return preset, self.metadata.get("surrogate", PRESETS[preset].surrogate), float(eta)
+
+    def likeliest_preset(self) -> str:
+        """By the size of its gate, or a name among the artists, as of the authors' own files; else its model's."""
+        if (self.gates.w_qs.shape[2], self.gates.k) == (PRESETS["explicit"].r, PRESETS["explicit"].k):
+            return "explicit"
+        default = defaults_of(self.model or "sd14")["preset"]
+        artist = normalised(self.target) in map(normalised, read_prompts("style").domain)
+        return "style" if artist and default == "celebrity" else default
 
     @property
     def model(self) -> str | None:
