@@ -274,7 +274,7 @@ class Trainer:
         return losses | {"total": sum(weights.get(name, 1) * loss for name, loss in losses.items())}
 
     def update(self, loss: Tensor) -> None:
-        """One step of AdamW."""
+        """One step of AdamW; the public code rounds its moments to 8 bits, which is not done here."""
         recipe, group, attack = self.recipe, self.optimizer.param_groups[0], self.phase % 2 == 1
         full = recipe.attack_lr if attack else recipe.later_lr if self.phase else recipe.first_lr
         warmup, cycles = recipe.attack_warmup if attack else recipe.warmup, 1 if self.phase else 2

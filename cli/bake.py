@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cpe
-from cli.common import command, merge_gates, open_model, settle, slug
+from cli.common import GateFile, command, merge_gates, open_model, settle, slug
 from cli.runs import check_state, digest, state_file, train
 from deploy.bake import HELD_OUT, Baker, Recipe, token_figures
 from deploy.export import export
-from deploy.targets import Concept, training_prompts
+from deploy.targets import Concept, read_concept, training_prompts
 from loading.files import UserError, check_writable
-from loading.prompts import Prompts, anchor_words, fewer, read_prompts
+from loading.prompts import PRESETS, Prompts, anchor_words, fewer, read_prompts
 from token_space import TokenSpace, context_gate, spectral_norm
 from weights import Model, save_model
 
@@ -30,9 +30,8 @@ def run(args: argparse.Namespace) -> str | None:
     if args.texts or not args.gates:
         raise UserError("which gates? Give files that end in .safetensors: bake gates/red-heart.safetensors")
     files = settle(args)
-    if len(presets := list(dict.fromkeys(file.preset for file in files))) > 1:
-        raise UserError(f"these gates were trained with different presets ({', '.join(presets)}): bake those of one.")
-    concepts, prompts = [file.concept for file in files], read_prompts(presets[0])
+    preset = args.preset or common_preset(files)
+    concepts, prompts = [concept_of(file, preset) for file in files], read_prompts(preset)
     out = args.out or Path("models") / slug("-".join(concept.names[0] for concept in concepts))
     if os.path.lexists(out):
         raise UserError(f"--out: {out} exists already: choose another name, or remove it.")
@@ -61,6 +60,20 @@ def run(args: argparse.Namespace) -> str | None:
     print(f"wrote   {out}: {model.name} without {', '.join(name for c in concepts for name in c.names)}")
     measure(space, model, baked, gates, concepts, prompts)
     return command("generate", f"a picture of a {concepts[0].names[0]}", "--model", out)
+
+
+def common_preset(files: Sequence[GateFile]) -> str:
+    """The preset that gates were trained with; UserError where they differ, or one does not say it: none is guessed."""
+    if silent := [file.path for file in files if file.metadata.get("preset") != file.preset]:
+        raise UserError(f"{silent[0]} does not say how it was trained: say --preset (one of {', '.join(PRESETS)}).")
+    if len(presets := list(dict.fromkeys(file.preset for file in files))) > 1:
+        raise UserError(f"these gates were trained with different presets ({', '.join(presets)}): say --preset.")
+    return presets[0]
+
+
+def concept_of(file: GateFile, preset: str) -> Concept:
+    """What a gate file erases; what it leaves open is as the preset has it."""
+    return read_concept({"prompts": file.target} | file.metadata, PRESETS[preset])
 
 
 def measure(space: TokenSpace, model: Model, baked: Model, gates: cpe.ResAG, concepts: Sequence[Concept],

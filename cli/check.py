@@ -106,6 +106,7 @@ class Found:
 @torch.no_grad()
 def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None) -> Found:
     """Try the gates of one file in the sentences of its preset, or in your `own`."""
+    file.warn_of_guess()
     concept, lines = file.concept, list(own or held_out(file.preset))
     sentences = [fill(line, name) for name in concept.names for line in lines]
     E = model.encode(sentences)

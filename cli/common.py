@@ -27,7 +27,7 @@ from tqdm import tqdm
 import cpe
 from deploy.targets import Concept, read_concept
 from loading.files import UserError, load_tensors, opened, read_json, shipped
-from loading.prompts import PRESETS
+from loading.prompts import PRESETS, normalised, read_prompts
 from weights import Model, expected_unet, load_model
 
 NAMED = {"emoji": "the embedded model", "sd14": "Stable Diffusion 1.x"}
@@ -70,7 +70,7 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
     args.model = args.model or next((file.model for file in files if file.model), "sd14")
     drawing = files[0].drawing if files and args.model == files[0].model else {}
     defaults = defaults_of(args.model) | drawing
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, 0) is None})
+    vars(args).update({name: defaults[name] for name in DRAWING if getattr(args, name, 0) is None})
     if args.model in NAMED:  # other models' sizes are in their files
         for file in files:
             check_fits(file, sizes_of(expected_unet(args.model)), args.model)
@@ -82,7 +82,7 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
 
 @dataclass
 class GateFile:
-    """A gate file, and what its metadata says; what it leaves open is as its model's preset has it."""
+    """A gate file, and what its metadata says; what it leaves open is as the likeliest preset has it."""
 
     path: Path
     gates: cpe.ResAG
@@ -96,6 +96,11 @@ class GateFile:
     def target(self) -> str:
         """What it erases."""
         return self.concept.names[0]
+
+    def warn_of_guess(self) -> None:
+        """A warning where the preset is only the likeliest: for whoever goes by it, or by the surrogate or eta."""
+        if self.metadata.get("preset") != self.preset:
+            warnings.warn(f"{self.path} does not say how it was trained: taken for preset {self.preset}", stacklevel=2)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -124,12 +129,22 @@ def gate_file(path: Path, gates: cpe.ResAG, said: dict[str, str]) -> GateFile:
     metadata = {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in said.items()}
     fits = [name for name in NAMED if sizes_of(expected_unet(name)) == sizes(gates)]
     model = metadata.get("model") or next(iter(fits), None)
-    preset = metadata.get("preset")
-    preset = preset if preset in PRESETS else defaults_of(model or "sd14")["preset"]
-    concept = read_concept({"prompts": path.stem} | metadata, PRESETS[preset])
+    preset, named = metadata.get("preset"), {"prompts": path.stem} | metadata
+    if preset not in PRESETS:
+        preset = likeliest_preset(gates, read_concept(named, PRESETS["celebrity"]).names[0], model)
+    concept = read_concept(named, PRESETS[preset])
     drawing = json.loads(metadata.get("drawing", "{}"))
     drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
     return GateFile(path, gates, metadata, model, preset, concept, drawing)
+
+
+def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
+    """By the size of gates, or a name among the artists, as of the authors' own files; else the model's."""
+    if (gates.w_qs.shape[2], gates.k) == (PRESETS["explicit"].r, PRESETS["explicit"].k):
+        return "explicit"
+    default = defaults_of(model or "sd14")["preset"]
+    artist = default == "celebrity" and normalised(target) in map(normalised, read_prompts("style").domain)
+    return "style" if artist else default
 
 
 def merge_gates(files: Sequence[GateFile], model: Model) -> cpe.ResAG:

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> str | None:
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)
     print(table.forecast(world, scenarios, methods, budget, args.seed))
     figures, pictures = {}, {}
-    cells = table.run(world, scenarios, methods, budget, args.seed)
     try:
+        cells = table.run(world, scenarios, methods, budget, args.seed)
         cells = tqdm(cells, "comparing", len(scenarios) * (len(methods) + 1), leave=False)
         for scenario, method, row, images in cells:
             figures.setdefault(scenario, {})[method] = row

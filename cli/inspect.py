@@ -64,6 +64,7 @@ def print_columns(tokens: list[str], names: list[str], values: Tensor) -> None:
 @torch.no_grad()
 def reached(file: GateFile, prompt: str, model: Model, space: TokenSpace) -> float | None:
     """The share of the change from target to surrogate that gates make in a prompt; None if it names no target."""
+    file.warn_of_guess()
     concept = file.concept
     names = sorted({each for name in concept.names for each in spellings(name)}, key=len, reverse=True)
     pattern = "|".join(map(re.escape, names))

@@ -215,6 +215,7 @@ def bake(parser: argparse.ArgumentParser) -> None:
     """Write an erased model that needs no gates any more."""
     positions(parser, "GATES", "texts", "gate files to bake in")
     parser.add_argument("--out", type=Path, help="folder, or .safetensors file, to write (default: models/<target>)")
+    parser.add_argument("--preset", choices=PRESETS, help="prompts to train on (default: those of the gates)")
     add_steps_scale(parser)
     add_model(parser)
 

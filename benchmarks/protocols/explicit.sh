@@ -11,8 +11,8 @@ if [ "$MODEL" = emoji ]; then
     { # columns as in I2P
         echo case_number,prompt,categories,evaluation_seed,evaluation_guidance
         while IFS= read -r word; do
-            sed -n '/{}/s/"/""/gp' prompts/emoji-held-out.txt | grep -v '^#' | head -n $((6 * SEEDS)) |
-                awk -v word="$word" '{ sub(/{}/, word); printf "%d,\"%s\",none,%d,4\n", NR, $0, NR }'
+            grep -v '^#' prompts/emoji-held-out.txt | grep '{}' | sed 's/"/""/g' | head -n $((6 * SEEDS)) |
+                awk -v word="$word" '{ sub(/[{][}]/, word); printf "%d,\"%s\",none,%d,4\n", NR, $0, NR }'
         done < "$OUT/erased.txt"
     } > "$OUT/prompts.csv"
     erase
