@@ -65,8 +65,10 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def together(args: argparse.Namespace) -> Sheet:
-    """The prompts of the command line, side by side."""
+    """The prompts of the command line, side by side; UserError where --out is a folder."""
     out = args.out or Path("images") / f"{slug(args.prompts[0])}.png"
+    if os.path.isdir(out):
+        raise UserError(f"--out: {out} is a folder: give the name of a picture in it.")
     return Sheet(free(out), args.prompts, [args.seed + i for i in range(len(args.prompts))], args)
 
 

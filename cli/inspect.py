@@ -64,13 +64,13 @@ def print_columns(tokens: list[str], names: list[str], values: Tensor) -> None:
 @torch.no_grad()
 def reached(file: GateFile, prompt: str, model: Model, space: TokenSpace) -> float | None:
     """The share of the change from target to surrogate that gates make in a prompt; None if it names no target."""
-    file.warn_of_guess()
     concept = file.concept
     names = sorted({each for name in concept.names for each in spellings(name)}, key=len, reverse=True)
     pattern = "|".join(map(re.escape, names))
     instead = re.sub(pattern, lambda _: concept.surrogate, prompt, flags=re.IGNORECASE)
     if not names_it(prompt, file) or instead == prompt:
         return None
+    file.warn_of_guess()
     E, S = model.encode([prompt, instead]).float().split(1)
     return space.reached(file.gates.to(E), E, (1 + concept.eta) * (S - E)).item()
 

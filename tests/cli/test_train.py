@@ -205,9 +205,9 @@ def test_a_target_that_is_trained_again_is_not_encoded_again(run, monkeypatch):
     run(*TRAIN, "--out", "first.safetensors")
     shop = train.Workshop(options.parse([*TRAIN]))
     shop.args.how, shop.args.model = "train", load_tensors("first.safetensors")[1]["model"]
-    monkeypatch.setattr(weights.Model, "encode", lambda _, texts: pytest.fail(f"encoded {texts[:3]}"))
+    monkeypatch.setattr(weights.Model, "encode", lambda _, texts, **how: pytest.fail(f"encoded {texts[:3]}"))
     target = train.target_of(["red heart"], shop.args)
-    assert shop.data(target).targets.shape[0] == 2
+    assert shop.data(target).targets.shape[0] == 8  # two templates, four spellings
 
 
 def test_what_cannot_be_mended_by_going_on_is_said(run, monkeypatch):
