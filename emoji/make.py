@@ -609,8 +609,9 @@ def train_clip(recipe: Recipe) -> None:
 
 
 JOINED = 6000  # texts that CLIP's projection is solved on
-PAIRS = (70, 20, 5, 5)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
+PAIRS = (60, 28, 6, 6)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
 APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
+SECOND = 3.0  # and that of the second of two names, which stands on the right: attention sees no order of tokens
 
 
 @torch.no_grad()
@@ -666,7 +667,7 @@ def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[i
     return Scene(things, style, colour, text, said_style, said_colour)
 
 
-def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (66, 24, 5, 5)) -> tuple[int, ...]:
+def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (76, 16, 4, 4)) -> tuple[int, ...]:
     """One thing mostly; else two, two alike, or three alike: how often each."""
     kind = chance.choices(("one", "pair", "twice", "thrice"), often)[0]
     if kind == "pair":
@@ -690,8 +691,10 @@ class Meanings:
     def __init__(self):
         cached = load_file(found(BUILD / "meanings.safetensors", "sentences"))
         self.contexts, self.names, self.ends = cached["contexts"], cached["names"].float(), cached["ends"].long()
-        directions = torch.randn(3, self.names.shape[1], generator=torch.Generator().manual_seed(4))
-        self.moved = F.normalize(directions, dim=1) * torch.tensor([0.0, APART, APART])[:, None]
+        directions = torch.randn(4, self.names.shape[1], generator=torch.Generator().manual_seed(4))
+        directions = F.normalize(directions, dim=1)
+        self.moved = directions[:3] * torch.tensor([0.0, APART, APART])[:, None]
+        self.second = directions[3] * SECOND
 
     def caption(self, thing: int, scene: Scene) -> tuple[Tensor, int]:
         """Context [77, d] of the caption of one thing of a scene, and where its EOS stands."""
@@ -714,8 +717,9 @@ class Meanings:
         contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0) + moved
         weights[end + 1 :] = 1.0
         contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0) + moved, 3.0
-        for thing, place in zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False):
-            contexts[place], weights[place] = self.names[thing], 1.0
+        places = zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False)
+        for i, (thing, place) in enumerate(places):
+            contexts[place], weights[place] = self.names[thing] + i * self.second, 1.0
         return contexts, weights
 
 

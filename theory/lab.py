@@ -196,8 +196,8 @@ class Lab:
     def uce(self) -> dict[str, Tensor]:
         """Weights as UCE edits them, with the settings that the comparison found for it; told of the same concepts."""
         self.shop.args.how = "solve"  # sentences, too
-        settings, prompts = dict(TUNED["uce"]), anchor_words(self.shop.prompts(self.erased), self.erased.names)
-        assert settings.pop("templates") == "pairs"  # target and surrogate in the same templates
+        settings, prompts = dict(TUNED["one"]["uce"]), anchor_words(self.shop.prompts(self.erased), self.erased.names)
+        assert settings.pop("sentences")  # target and surrogate in the same ones
         pairs = (filled(prompts.templates, [name]) for name in (self.target, self.surrogate))
         preserved = anchor_prompts([*prompts.general, *prompts.domain], prompts.templates)
         return ERASERS["uce"](self.model, *pairs, preserved, **settings)
