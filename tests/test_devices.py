@@ -136,10 +136,13 @@ def test_noise_is_the_cpus(tiny_original, device, monkeypatch):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_run_on_the_card(tiny_original, device, name):
+    few = {"steps": 1, "images": 1, "sampling_steps": 1}
     options = {
         "embeddings": {"steps": 2, "starts": 1},
-        "inversion": {"steps": 1, "images": 1, "sampling_steps": 1},
-        "tokens": {"steps": 1, "images": 1, "sampling_steps": 1},
+        "inversion": few,
+        "tokens": few,
+        "P4D": few,
+        "Ring-A-Bell": {"steps": 1},
     }.get(name, {})
     found = []
     for kind in ("cpu", "cuda"):

@@ -13,7 +13,7 @@ from tiny import contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, demo, generate, many, options, pictures, targets
+from cli import check, common, demo, generate, many, options, pictures
 from cli import inspect as inspecting
 from loading.files import UserError, load_tensors, save_tensors
 
@@ -344,10 +344,6 @@ def test_parts_of_a_name_are_among_the_prompts_without_it():
 
 def test_the_demo_shows_twelve_pictures(run, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "SEEDS", 1)
-    for module in (check, demo, targets):
-        monkeypatch.setattr(
-            module, "read_prompts", lambda preset: __import__("loading.prompts").prompts.read_prompts(preset)
-        )
     code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")
     assert code == 0, said
     assert {path.name for path in Path("images").iterdir()} == {"demo-crab.png", "demo-crab.safetensors"}
