@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,16 +18,28 @@ from study.erased import METHODS, NONE, settings_of  # noqa: E402
 from study.world import SCENARIOS, World  # noqa: E402
 from weights import load_model  # noqa: E402
 
-PROMPTS = [
-    "a picture of a red heart, noto style",
-    "my sister drew a red heart",
-    "a big red heart on the beach",
-    "a picture of a blue heart, noto style",
-    "my sister drew a dog face",
-    "a pizza on a wooden table",
-    "a picture of a red apple, fluent style",
-    "a crab in the rain",
-]
+GROUPS = {
+    "erased": ["a picture of a red heart, noto style", "my sister drew a red heart", "a big red heart on the beach"],
+    "near": ["a picture of a blue heart, noto style", "a picture of a red apple, fluent style"],
+    "others": ["my sister drew a dog face", "a pizza on a wooden table", "a crab in the rain"],
+}
+PROMPTS = [prompt for group in GROUPS.values() for prompt in group]
+COLUMN, ABOVE = 128, 20  # pixels: of a picture, which is shown doubled, and of the brackets
+
+
+def bracketed(path: Path) -> None:
+    """Put a bracket with its name over the columns of each group."""
+    with Image.open(path) as strip:
+        width, height = strip.size
+        sheet = Image.new("RGB", (width, height + ABOVE), "white")
+        sheet.paste(strip, (0, ABOVE))
+    draw, left = ImageDraw.Draw(sheet), width - COLUMN * len(PROMPTS)
+    for name, prompts in GROUPS.items():
+        right = left + COLUMN * len(prompts)
+        draw.text((left + 4, 0), name, fill="black")
+        draw.line([(left + 2, ABOVE), (left + 2, ABOVE - 5), (right - 3, ABOVE - 5), (right - 3, ABOVE)], fill="black")
+        left = right
+    sheet.save(path)
 
 
 def main() -> None:
@@ -39,6 +52,7 @@ def main() -> None:
             rows.append(sampler.draw(erased.model, PROMPTS, range(len(PROMPTS)), erased.gates, 30, 4.0, "dpm"))
     out = ROOT / "figures" / "strip.png"
     grid(rows, out, PROMPTS, names)
+    bracketed(out)
     print(f"wrote   {out}")
 
 
