@@ -79,7 +79,8 @@ def erase(
     anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, 2)])
     solver = Solver(space, constant_direction(anchors), anchors, settings or Settings())
     gates = solver.solve(targets, surrogates).requires_grad_(False)
-    reached = space.reached(gates, targets, (1 + solver.settings.eta) * (surrogates - targets)).mean().item()
+    n = len(prompts.lines)  # in these stands the name itself; in what follows them, other spellings
+    reached = space.reached(gates, targets[:n], (1 + solver.settings.eta) * (surrogates - targets)[:n]).mean().item()
     if reached < 0.5:
         raise ValueError(
             f"the gates for {target!r} reach {reached:.0%} of their aim: train them, or choose another surrogate"

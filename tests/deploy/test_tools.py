@@ -360,7 +360,8 @@ def after(way: str, unet: nn.Module, gates: cpe.ResAG | None) -> Tensor:
     draws = unet = copy.deepcopy(unet)
     for name in way.split():
         if name != "attach":
-            draws = STEPS[name](draws) or draws
+            made = STEPS[name](draws)
+            draws = draws if made is None else made
         elif gates is not None:
             hooks.attach(draws.unet if isinstance(draws, Motion) else draws, gates)
     drawn = noise(draws)
