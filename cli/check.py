@@ -85,7 +85,7 @@ class Found:
     def in_a_line(self) -> str:
         """The least that must be said."""
         shut, worst = (self.reached < SHUT).sum().item(), self.order()[0]
-        least = f"least {self.reached[worst]:.0%} in {self.sentences[worst]!r}"
+        least = f"least {max(0, self.reached[worst]):.0%} in {self.sentences[worst]!r}"
         stays = f"; it may stay in {shut} of them ({least})" if shut else f" ({least})"
         return (
             f"{self.target}: {self.reached.mean():.0%} of the change that erases it, over {len(self.sentences)} "

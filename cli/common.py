@@ -221,7 +221,7 @@ def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
 
     `done` of the `total` steps were made before. None of torchrun's processes but the first shows a bar.
     """
-    quiet = sys.stderr is None or os.environ.get("LOCAL_RANK", "0") != "0"
+    quiet = sys.stderr is None or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0")
     often = 0.1 if quiet or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
     with tqdm(total=total, initial=done, desc=text, leave=False, mininterval=often, disable=quiet) as progress:
         begun = 0.0

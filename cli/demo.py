@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cli import train
 from cli.check import of_file
-from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
+from cli.common import GateFile, command, free, is_emoji, merge_gates, numbered, open_model, read_gates, settle, slug
 from cli.generate import draw, say_openings
 from cli.options import parse
 from cli.pictures import change, check_picture, grid
@@ -36,12 +36,7 @@ def run(args: argparse.Namespace) -> str | None:
     target = things[normalised(names[0])]
     out = args.out or Path("images") / f"demo-{slug(target)}.png"
     check_picture(out)
-    gates_out, same = (
-        out.with_suffix(".safetensors"),
-        [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")],
-    )
-    train.run(parse(["train", target, "--out", str(gates_out), *same]))
-    file, model = read_gates(gates_out), open_model(args, ("text_encoder", "unet", "vae", "clip"))
+    file, model = trained(args, target, out), open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = merge_gates([file], model)
 
     cases = pictures(target, args.model)
@@ -53,19 +48,32 @@ def run(args: argparse.Namespace) -> str | None:
     out = free(out)
     grid([images[::SEEDS] for images in rows.values()], out, [text for _, text, _ in cases], list(rows))
     print(f"wrote   {out}")
-    return command("inspect", gates_out, cases[3][1])
+    return command("inspect", file.path, cases[3][1])
+
+
+def trained(args: argparse.Namespace, target: str, out: Path) -> GateFile:
+    """The gates of the demo, as `train` makes them; those of an earlier one are used again, or stay where they are."""
+    same = [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")]
+    for path in numbered(out.with_suffix(".safetensors")):
+        try:
+            train.run(parse(["train", target, "--out", str(path), *same]))
+            break
+        except UserError:
+            if not path.is_file():  # no gates of other settings that are in the way
+                raise
+    return read_gates(path)
 
 
 def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
     """Twelve (group, prompt, the thing in it that is looked for)."""
-    things = [thing for thing in nearest(target, model, 9) if normalised(thing) != normalised(target)]
+    things = [thing for thing in nearest(target, model, 1000) if normalised(thing) != normalised(target)]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
         "sentences": of_file("emoji-held-out")[:3],
         "beside another": [line.replace("{other}", things[-1]) for line in of_file("emoji-beside")[:2]],
     }
     cases = [(group, line.replace("{}", target), target) for group, some in lines.items() for line in some]
-    near = [("neighbours", f"a picture of a {thing}", thing) for thing in (*things[:3], things[-1])]
+    near = [("neighbours", f"a picture of a {thing}", thing) for thing in things[:4]]
     return cases + near
 
 

@@ -91,7 +91,9 @@ def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> boo
     """Draw a sheet, unless an earlier run with the same settings has; whether it had to be drawn."""
     names = ("steps", "guidance", "sampler", "dtype", "before_after", "negative")
     said = {name: getattr(sheet.how, name) for name in names} | {"seed": sheet.seeds[0], "prompt": sheet.prompts[0]}
-    said |= {"model": model.name, "fingerprint": model.fingerprint}
+    said |= {"model": model.name, "fingerprint": model.fingerprint, "schedule": model.schedule.config}
+    # The U-Net and the autoencoder are too large to hash: their files' size and time stand for them.
+    said |= {"files": [[s.st_size, s.st_mtime_ns] for s in (os.stat(model.part(n).path) for n in ("unet", "vae"))]}
     said |= {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sheet.how.gates]}
     said = json.dumps(said, sort_keys=True) if sheet.line else ""
     out = next(path for path in numbered(sheet.out) if not os.path.lexists(path) or drawn_with(path) == said != "")

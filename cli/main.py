@@ -50,7 +50,7 @@ def guarded(args: argparse.Namespace) -> int:
         if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
             said = "out of memory: close other programs, or try fewer prompts at once, --dtype bfloat16, --device cpu"
         elif isinstance(error, OSError):
-            said = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"
+            said = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again as it ends
         else:

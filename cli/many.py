@@ -40,6 +40,8 @@ def naming(line: str) -> Iterator[None]:
 
 def read_text(path: Path) -> list[str]:
     """The lines of a text file; UserError when it cannot be read, or is no text in UTF-8."""
+    if not path.exists():
+        raise UserError(f"the file {path} does not exist: check its name.")
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:

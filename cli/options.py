@@ -17,8 +17,16 @@ VERSION = "0.2.0"
 PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 
 
+GONE = {
+    "--prompt": "prompts stand without an option now",
+    "--zone": "gates have no dead zone any more",
+    "--gate": "`train --how solve` makes gates that change the context",
+    "--json": "only compare and evaluate write figures",
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """Suggests what was meant by an option, or a command, that does not exist."""
+    """Says what became of old options, and suggests what was meant by an option, or a command, that does not exist."""
 
     def error(self, message: str) -> None:
         """Print usage and message, and end with exit code 2."""
@@ -26,7 +34,9 @@ class Parser(argparse.ArgumentParser):
             re.findall(r"--[\w-]+", message) if "unrecognized" in message else re.findall("COMMAND.*?'(.*?)'", message)
         )
         for word in odd:
-            if near := difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1):
+            if word in GONE:
+                message = f"there is no {word} any more: {GONE[word]}"
+            elif near := difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1):
                 message = f"there is no {word}: did you mean {near[0]}?"
         super().error(message)
 
@@ -71,13 +81,19 @@ class Sort(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, _: Any = None) -> None:
         """Add values to what is there."""
         for value in values:
+            if value.endswith(".safetensors") and not parser.takes_gates:
+                parser.error(f"{value}: {parser.prog} takes no gate files")
             name = "gates" if value.endswith(".safetensors") else self.const
             setattr(args, name, [*getattr(args, name), Path(value) if name == "gates" else value])
 
 
 def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: str) -> None:
-    """Positions of one kind or two; after parsing they are lists, `args.gates` and `args.<dest>`."""
+    """Positions of one kind or two; after parsing they are lists, `args.gates` and `args.<dest>`.
+
+    Where the metavar names no gate files, one is a mistake.
+    """
     parser.set_defaults(**{"gates": [], dest: []})
+    parser.takes_gates = "GATES" in metavar
     parser.add_argument("positions", nargs="*", action=Sort, const=dest, metavar=metavar, help=text)
 
 

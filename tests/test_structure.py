@@ -20,14 +20,11 @@ ROWS = [
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 LAZY = "cli/main.py"  # the one file that imports inside functions: the parser answers before torch is loaded
 
-# What does not hold yet, because the house is still being moved: files, and the sum of their lines.
-STILL_MOVING = {"sum of all lines"}
-
 PRODUCT = [*ROOT.glob("*.py"), *(path for room in ROW for path in (ROOT / room).rglob("*.py"))]
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(PRODUCT)}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in FILES}
-EVERY_FILE = pytest.mark.parametrize("name", [name for name in FILES if name not in STILL_MOVING])
+EVERY_FILE = pytest.mark.parametrize("name", list(FILES))
 
 
 def is_main(node: ast.AST) -> bool:
@@ -88,21 +85,16 @@ def test_imports_point_one_way(name):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    moving = {module for module, name in MODULES.items() if name in STILL_MOVING}
-    graph = {module: imported(TREES[name]) - moving for module, name in MODULES.items() if module not in moving}
+    graph = {module: imported(TREES[name]) for module, name in MODULES.items()}
     assert circles(graph) == set()
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}  # the test can see one
 
 
-def test_all_of_it_is_at_most_6000_lines():
-    assert sum(text.count("\n") for text in FILES.values()) <= 6000 or "sum of all lines" in STILL_MOVING
+def test_all_of_it_is_at_most_8450_lines():
+    assert sum(text.count("\n") for text in FILES.values()) <= 8450  # 6,000 are wanted: it may only become less
 
 
 def test_the_readme_is_an_entrance():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     faults = [len(text.split()) > 1800, text.count("\n") > 160, max(map(len, text.splitlines())) > 120]
-    assert not any(faults) or "README.md" in STILL_MOVING, faults
-
-
-def test_what_is_still_moving_exists():
-    assert all((ROOT / name).exists() for name in STILL_MOVING - {"sum of all lines"})
+    assert not any(faults), faults

@@ -195,7 +195,7 @@ class Lab:
 
     def uce(self) -> dict[str, Tensor]:
         """Weights as UCE edits them, with the settings that the comparison found for it; told of the same concepts."""
-        self.shop.args.how = "solve"  # sentences, too
+        self.shop.args.how = "solve"
         settings, prompts = dict(TUNED["one"]["uce"]), anchor_words(self.shop.prompts(self.erased), self.erased.names)
         assert settings.pop("sentences")  # target and surrogate in the same ones
         pairs = (filled(prompts.templates, [name]) for name in (self.target, self.surrogate))

@@ -1,6 +1,8 @@
 """generate, inspect, demo: pictures that say what they show, and replace nothing."""
 
+import os
 import shlex
+import shutil
 import struct
 import warnings
 import zlib
@@ -13,9 +15,10 @@ from tiny import contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, demo, generate, many, options, pictures
+from cli import check, common, demo, generate, many, options, pictures, targets
 from cli import inspect as inspecting
 from loading.files import UserError, load_tensors, save_tensors
+from loading.prompts import read_prompts
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
@@ -212,6 +215,16 @@ def test_a_file_of_prompts_is_a_picture_each_and_those_that_are_there_stay(run, 
     assert len(contents("x")) == 6  # numbered: nothing is overwritten
 
 
+def test_another_unet_draws_anew(run, tiny_original, tmp_path):
+    model = shutil.copytree(tiny_original, tmp_path / "model")
+    Path("lines").write_text("a cat\n")
+    draw = ("generate", "--prompts", "lines", "--model", str(model), "--out", "x")
+    assert "drew    1 prompts, kept 0" in run(*draw, model="")[1]
+    assert "drew    0 prompts, kept 1" in run(*draw, model="")[1]
+    os.utime(next((model / "unet").glob("*.safetensors")), ns=(0, 0))  # as a file that was written anew
+    assert "drew    1 prompts, kept 0" in run(*draw, model="")[1]
+
+
 def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
     rows = [
         "case_number,prompt,evaluation_seed,evaluation_guidance,mood",
@@ -342,7 +355,14 @@ def test_parts_of_a_name_are_among_the_prompts_without_it():
     assert "my red heart" not in prompts
 
 
-def test_the_demo_shows_twelve_pictures(run, monkeypatch, tmp_path):
+@pytest.fixture
+def all_things(few_prompts, monkeypatch):
+    """To find those that are near."""
+    for module in (check, targets):
+        monkeypatch.setattr(module, "read_prompts", read_prompts)
+
+
+def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
     monkeypatch.setattr(demo, "SEEDS", 1)
     code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")
     assert code == 0, said
@@ -352,13 +372,18 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, tmp_path):
     with Image.open("images/demo-crab.png") as image:
         assert image.width > 12 * 128
     assert "kept    images/demo-crab.safetensors" in run("demo", "Crab", "--steps", "1", "--guidance", "1", model="")[1]
+    code, said = run(
+        "demo", "crab", "--steps", "1", "--guidance", "1", "--seed", "1", model=""
+    )  # others are in the way
+    assert (code, "wrote   images/demo-crab-2.safetensors" in said) == (0, True)
 
 
-def test_the_prompts_of_the_demo_are_filled_in():
+def test_the_prompts_of_the_demo_are_filled_in(all_things):
     cases = demo.pictures("red heart", "emoji")
     assert len(cases) == 12
     beside = [prompt for group, prompt, _ in cases if group == "beside another"]
-    assert all("red heart" in prompt and cases[-1][2] in prompt for prompt in beside)
+    farthest = targets.nearest("red heart", "emoji", 1000)[-1]
+    assert all("red heart" in prompt and farthest in prompt for prompt in beside)
     assert not [prompt for _, prompt, _ in cases if "{" in prompt]
 
 

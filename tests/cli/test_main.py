@@ -35,6 +35,8 @@ def test_the_script_is_the_command_line():
     ("arguments", "words"),
     [
         (["trian"], "did you mean train?"),
+        (["train", "x", "y.safetensors"], "y.safetensors: cpe.py train takes no gate files"),
+        (["generate", "--prompt", "x"], "there is no --prompt any more: prompts stand without an option now"),
         (["fly"], "invalid choice: 'fly'"),
         (["generate", "a\0b"], "is not text"),
         (["generate", "a\udce9b"], "is not text"),
@@ -69,6 +71,7 @@ def test_positions_are_text_or_gate_files_wherever_they_stand():
     [
         (OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "cpe.py: Resource temporarily unavailable\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "cpe.py: x: Permission denied\n"),
+        (OSError("cannot identify image file"), "cpe.py: cannot identify image file\n"),
     ],
 )
 def test_an_error_of_the_system_is_a_sentence(run, monkeypatch, error, words):
