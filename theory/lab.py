@@ -11,10 +11,12 @@ context.
 """
 
 import argparse
+import io
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +60,8 @@ class Workshop(train.Workshop):
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, encoded once for each --how."""
         if self.args.how not in self.made:
-            self.made[self.args.how] = super().data(target)
+            with redirect_stderr(io.StringIO()):
+                self.made[self.args.how] = super().data(target)
         return self.made[self.args.how]
 
     def prompts(self, target: Target) -> Prompts:

@@ -142,7 +142,7 @@ def test_what_is_said_to_be_next_runs(run, gates, tiny_original):
         (("generate", "x", "none.safetensors"), "none.safetensors does not exist: check its name, or train it first"),
         (("generate", "x", "--gates", "gate.pt"), "pickle"),
         (("generate", "--prompts", "lines", "--out", "x.png"), "--out is a folder here"),
-        (("generate", "--prompts", "none"), "none cannot be read"),
+        (("generate", "--prompts", "none"), "none does not exist"),
         (("inspect", "x"), "which gates? Give one file or more"),
         (("inspect", "red-heart.safetensors"), "one prompt is looked at, not 0"),
         (("inspect", "red-heart.safetensors", "a", "cat"), "one prompt is looked at, not 2: quote it"),
