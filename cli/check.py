@@ -16,8 +16,8 @@ import cpe
 from cli.common import SHUT, GateFile, command, open_model, settle
 from cli.many import read_lines
 from loading.cache import cached_contexts
-from loading.files import UserError, shipped
-from loading.prompts import anchor_words, fill, normalised, read_prompts, within
+from loading.files import UserError
+from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, within
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -42,16 +42,9 @@ def run(args: argparse.Namespace) -> str | None:
 # --- Sentences ---------------------------------------------------------------------------------------------------
 
 
-def of_file(name: str) -> list[str]:
-    """The sentences of a file in prompts/; [] where there is none."""
-    path = shipped("prompts") / f"{name}.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
-    found = of_file(f"{preset}-held-out") + of_file(f"{preset}-strange")
+    found = sentences(preset, "held-out") + sentences(preset, "strange")
     found = found or read_prompts(preset).lines
     return found[:: -(-len(found) // most)]
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from cli import train
-from cli.check import of_file
 from cli.common import GateFile, command, free, is_emoji, merge_gates, numbered, open_model, read_gates, settle, slug
 from cli.generate import draw, say_openings
 from cli.options import parse
 from cli.pictures import change, check_picture, grid
 from cli.targets import nearest, split
 from loading.files import UserError
-from loading.prompts import normalised, read_prompts
+from loading.prompts import normalised, read_prompts, sentences
 from study import evaluate
 from weights import Model
 
@@ -69,8 +68,8 @@ def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
     things = [thing for thing in nearest(target, model, 1000) if normalised(thing) != normalised(target)]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
-        "sentences": of_file("emoji-held-out")[:3],
-        "beside another": [line.replace("{other}", things[-1]) for line in of_file("emoji-beside")[:2]],
+        "sentences": sentences("emoji", "held-out")[:3],
+        "beside another": [line.replace("{other}", things[-1]) for line in sentences("emoji", "beside")[:2]],
     }
     cases = [(group, line.replace("{}", target), target) for group, some in lines.items() for line in some]
     near = [("neighbours", f"a picture of a {thing}", thing) for thing in things[:4]]

@@ -26,5 +26,5 @@ def export(model: Model, path: Path, dtype: torch.dtype = torch.float16) -> None
         for name, tensor in to_ldm(part, model.part(part).config, getattr(model, part).state_dict()).items():
             tensors[name] = tensor.to(dtype)
             if not tensors[name].isfinite().all():
-                raise UserError(f"{name} of {model.name} has numbers too large for {dtype}: export in float32.")
+                raise UserError(f"{name} of {model.name} has numbers too large for {dtype}: write a folder instead.")
     save_tensors(path, tensors)

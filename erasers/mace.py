@@ -17,9 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers import common
 from erasers.beyond import further
-from erasers.common import Weights, filled, finished, moment, one_each, predict, refit, tokens
+from erasers.common import (
+    Weights,
+    filled,
+    finished,
+    moment,
+    one_each,
+    predict,
+    projections,
+    refit,
+    tokens,
+    trajectories,
+)
 from unet import Attention, UNet
 from weights import Model
 
@@ -126,7 +136,7 @@ def unseeing_steps(
     `focal`, from about 200 to 400, where concepts take shape. Without `masked` all pixels count.
     """
     drawn, learned = filled([photo], [target])[0], [W for pair in change.values() for W in pair]
-    finals = common.trajectories(model, [drawn] * images, sampling_steps, 7.5, generator, "dpm")[-1]
+    finals = trajectories(model, [drawn] * images, sampling_steps, 7.5, generator, "dpm")[-1]
     everywhere, noisy = torch.ones_like(finals[:, 0]), (200, 300, 400)
     masks = own_masks(model, finals, drawn, target, noisy, generator) if masked else everywhere
     optimizer, order, t = torch.optim.AdamW(learned, lr=lr), [], torch.arange(model.schedule.length)
@@ -171,7 +181,7 @@ def mace(
     """
     if not (lam or (keep and preserved) or (caption_weight and captions)):
         raise ValueError("with lam = 0 MACE needs prompts that stay: `preserved` with `keep`, or captions")
-    generator, W = torch.Generator().manual_seed(seed), common.projections(model)
+    generator, W = torch.Generator().manual_seed(seed), projections(model)
     kept = keep * moment(model, preserved, "all") + caption_weight * moment(model, captions, "all")
     both = zip(targets, one_each(surrogate, targets), strict=True)
     found = [(C, further(C, G, eta)) for name, guide in both for C, G in around(model, templates, name, guide)]

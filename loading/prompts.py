@@ -107,6 +107,13 @@ def parse_prompts(text: str) -> Prompts:
     return Prompts(**sections)
 
 
+def sentences(preset: str, kind: str) -> list[str]:
+    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", "beside"); [] without such a file."""
+    path = shipped("prompts") / f"{preset}-{kind}.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 def fill(line: str, name: str) -> str:
     """A template or frame with a name in its {}, or the plural in its {s}."""
     return line.replace("{}", name).replace("{s}", plural_of(name))

@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpe
-from loading.files import shipped
-from loading.prompts import Prompts, anchor_words, read_prompts
+from loading.prompts import Prompts, anchor_words, read_prompts, sentences
 from study import evaluate
 from token_space import TokenSpace, spectral_norm
 from weights import Model, load_clip
@@ -120,13 +119,6 @@ class Case:
     seed: int
     expected: int
     judge: str = "concept"  # or "style", or "half": a concept in one half of the picture
-
-
-def sentences(preset: str, kind: str) -> list[str]:
-    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", "beside"); [] without such a file."""
-    path = shipped("prompts") / f"{preset}-{kind}.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def frames(preset: str, kind: str, count: int) -> list[str]:

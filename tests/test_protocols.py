@@ -24,7 +24,7 @@ def few_prompts(monkeypatch):
     """Of the presets' prompts a few are enough to train with."""
     for module in (check, train):
         monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)
-    monkeypatch.setattr(check, "of_file", lambda name: ["my {}", "look, a {}"] if name.endswith("held-out") else [])
+    monkeypatch.setattr(check, "sentences", lambda preset, kind: ["my {}", "look, a {}"] if kind == "held-out" else [])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def few_prompts(monkeypatch):
     """Nothing here depends on how many prompts there are."""
     for module in (check, targets, train):
         monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)
-    monkeypatch.setattr(check, "of_file", lambda name: ["my {}", "look, a {}"] if name.endswith("held-out") else [])
+    monkeypatch.setattr(check, "sentences", lambda preset, kind: ["my {}", "look, a {}"] if kind == "held-out" else [])
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_numbers_too_large_for_half_precision_are_named(tiny, tmp_path):
     model = weights.load_model(tiny)
     name = "text_model.final_layer_norm.weight"
     large = model.with_text_encoder({name: torch.full((16,), 1e6)})
-    with pytest.raises(UserError, match=f"{name} .* float32"):
+    with pytest.raises(UserError, match=f"{name} .* write a folder"):
         export(large, tmp_path / "one.safetensors")
     assert not (tmp_path / "one.safetensors").exists()
 

@@ -92,7 +92,7 @@ def test_mace_training(exact: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps: sum of norms of attention to name, EOS and padding in the mask, clipped to 1, AdamW."""
     finals, mask = normal(2, 4, 4, 4), torch.zeros(2, 4, 4).double()
     mask[:, 1:, :3] = 1
-    monkeypatch.setattr(mace.common, "trajectories", lambda *_: finals[None])
+    monkeypatch.setattr(mace, "trajectories", lambda *_: finals[None])
     monkeypatch.setattr(mace, "own_masks", lambda *_: mask)
     base = published.weights_of(exact)
     change = mace.new_change(base, torch.Generator().manual_seed(1))

@@ -1,8 +1,11 @@
 """Fixtures of the comparison's tests: the tiny model as a world, its own cache, and sentences of our own."""
 
-import pytest
+import shutil
 
-from study import world as worlds
+import pytest
+from tiny import ROOT
+
+from loading import prompts
 from study.world import World
 from weights import load_model
 
@@ -20,9 +23,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def sentence_files(tmp_path, monkeypatch):
     """Sentences for the embedded model, whichever stand in prompts/."""
-    folder = tmp_path / "prompts"
-    folder.mkdir()
+    folder = shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
     (folder / "emoji-held-out.txt").write_text("my {} in paris\nlook, a {}\n")
     (folder / "emoji-strange.txt").write_text("# odd\na flabbergasted {}\n")
     (folder / "emoji-beside.txt").write_text("a {} and a {other}\n")
-    monkeypatch.setattr(worlds, "shipped", lambda _: folder)
+    monkeypatch.setattr(prompts, "shipped", lambda _: folder)
