@@ -148,7 +148,7 @@ class Losses:
     def error(self, gates: ResAG, E: Tensor, x: Tensor) -> Tensor:
         """1/L sum_l a_l mean [W_l x - R_l(E)]^2: how far the gates are from moving contexts E by x [B, T, d]."""
         R = gates.residuals(E)
-        terms = [self.layers.a[l] * (x @ W.T - R[l]).square().mean() for l, W in self.layers.W.items()]
+        terms = [self.layers.a[name] * (x @ W.T - R[name]).square().mean() for name, W in self.layers.W.items()]
         return sum(terms) / len(terms)
 
     def shift(self, i: Tensor) -> Tensor:
@@ -156,11 +156,11 @@ class Losses:
         return (1 + self.eta) * (self.data.surrogates[i] - self.data.targets[i])
 
     def erase(self, gates: ResAG, i: Tensor) -> Tensor:
-        """The target must become its surrogate, and a little more."""
+        """The target must become its surrogate, and go beyond it by `eta` of the way."""
         return self.error(gates, self.data.targets[i], self.shift(i))
 
     def adversarial(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """So must the target under attack, E_tar + delta_j: it takes the delta away as well."""
+        """So must the target under attack, E_tar + delta_j, in the first of the templates: the delta goes as well."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, self.shift(i[:1]) - deltas)
 
     def anchor(self, gates: ResAG, anchors: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class Recipe:
     attack_lr: float = 1e-2
     warmup: int = 5
     attack_warmup: int = 5
-    delta_start: float = 0.0  # of a delta's elements, as a share of the target's norm; 0: about 1e-6 in all
+    delta_start: float = 0.0  # of a delta's elements, as a share of the target's norm; 0: norm about 1e-6
     templates: int = 1  # per step. More than one is ours, and so is
     rise: float = 0.0  # the share of the first stage in which lambda grows, as the square of the steps
 
@@ -237,7 +237,7 @@ class Trainer:
         self.steps, self.phase, self.step = [recipe.first_steps, *later], 0, 0
 
     def __iter__(self) -> Iterator[dict[str, float]]:
-        """Erase, attack, erase, ..., attack, erase. FloatingPointError if a loss is none."""
+        """Erase, attack, erase, ..., attack, erase. FloatingPointError if a gradient is not finite."""
         while self.phase < len(self.steps):
             if self.step == 0:
                 self.begin()
@@ -304,7 +304,7 @@ W_QS, W_KS, SCALER = (f"attention_gate.encoder_layer.slf_attn.{name}.weight" for
 
 
 def to_tensors(gates: ResAG) -> dict[str, Tensor]:
-    """The tensors of a gate file, float32; ValueError unless the gates are of one concept: a file holds one."""
+    """The tensors of a gate file, float32; its metadata, text, say what it erases. ValueError: several concepts."""
     if len(gates.w_qs) != 1:
         raise ValueError(f"a gate file holds one concept, not {len(gates.w_qs)}: write each before merging")
     tensors = {W_QS: gates.w_qs, W_KS: torch.zeros_like(gates.w_qs), SCALER: gates.scaler}
