@@ -40,6 +40,15 @@ class Settings:
     deltas: int = 16
     noise: float = 1e-3  # what a delta starts from, as a share of the target's norm
 
+    @staticmethod
+    def of(recipe: cpe.Recipe, style: bool = False, **changed: float) -> "Settings":
+        """Those of a preset, with its eta, and fields that are `changed`.
+
+        What a style adds differs from thing to thing: it takes more directions to attend in, and a higher rank.
+        """
+        own = {"r": 64, "k": 16, "weight": 10.0, "bend": 0.25} if style else {}
+        return Settings(**{"eta": recipe.eta} | own | changed)
+
 
 def constant_direction(norm: nn.LayerNorm) -> Tensor | None:
     """The direction u [d] in which all outputs of a LayerNorm agree, E u = 1: what a bias would need.
