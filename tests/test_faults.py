@@ -432,7 +432,7 @@ def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, ser
         code, said = run(drawing)
     assert code == 2
     assert "downloading unet/diffusion_pytorch_model.safetensors" in said
-    assert "make room on the disk, or set HF_HOME to another" in said
+    assert "make room on the disk, check that folder, or set HF_HOME to another" in said
     (snapshot,) = cache.glob("*/snapshots/*")
     finished = contents(snapshot)
     assert "text_encoder/model.safetensors" in finished
@@ -626,7 +626,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
     assert code == 2
     assert f"the device {device} cannot be used" in said
-    assert "available here: cpu. Leave --device out" in said
+    assert "leave --device out" in said
 
 
 def test_too_little_memory_says_what_to_try(run, tiny):
