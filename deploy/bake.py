@@ -202,12 +202,6 @@ class Baker:
         said = [F.linear(quick_gelu(self.last.mlp.fc1(self.read(h))), self.weight, self.bias) for h in hidden.split(32)]
         return Frozen(hidden, (hidden + torch.cat(said)).half())
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Rows of a step: prompts of targets, and others."""
-        sizes = ((self.wanted, self.recipe.targets), (self.others.hidden, self.recipe.others))
-        rows, others = (torch.randperm(len(all_), generator=self.generator)[:count] for all_, count in sizes)
-        return rows, others
-
     def shares_missed(self, rows: Tensor, others: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
         """|tower(p) - wanted(p)|_M^2 over the first `length` tokens of prompts, as shares of the shift: [P], [Q]."""
         hidden, rest = (
@@ -221,9 +215,12 @@ class Baker:
     def update(self) -> dict[str, float]:
         """One step of the optimiser; FloatingPointError, with the units as they were, when the loss is not finite."""
         recipe, step = self.recipe, self.step
+        sizes = ((self.wanted, recipe.targets), (self.others.hidden, recipe.others))
+        rows, others = (torch.randperm(len(each), generator=self.generator)[:count] for each, count in sizes)
         # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
         # what is cut off changes nothing before it.
-        missing, moved = (m.mean() for m in self.shares_missed(*self.draw(), None if step % 4 == 0 else self.length))
+        length = None if step % 4 == 0 else self.length
+        missing, moved = (shares.mean() for shares in self.shares_missed(rows, others, length))
         loss = missing + recipe.keep * moved
         self.optimizer.zero_grad()
         loss.backward()
