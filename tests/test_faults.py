@@ -388,8 +388,7 @@ def test_a_disk_that_fills_up_during_training_leaves_the_last_state(run, tiny_or
 
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
-    with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
-        code, _ = run(train(tiny_original, tmp_path / "x.safetensors"))
+    code, _ = run(train(tiny_original, tmp_path / "x.safetensors"))
     assert code == 0
     assert_whole(tmp_path / "mounted")
 
@@ -431,7 +430,7 @@ def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, ser
     with pytest.warns(UserWarning, match="Not enough free disk space"):
         code, said = run(drawing)
     assert code == 2
-    assert "downloading unet/diffusion_pytorch_model.safetensors" in said
+    assert "unet/diffusion_pytorch_model.safetensors of" in said
     assert "make room on the disk, check that folder, or set HF_HOME to another" in said
     (snapshot,) = cache.glob("*/snapshots/*")
     finished = contents(snapshot)
