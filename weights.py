@@ -9,7 +9,6 @@ A model is a folder in the diffusers layout (`tokenizer/`, `text_encoder/`, `une
 whatever a user can mend raises `UserError`.
 """
 
-import difflib
 import json
 import os
 import shutil
@@ -206,8 +205,7 @@ def find_model(name: str) -> tuple[Path | None, str | None]:
     if not os.path.exists(path) and is_repository(name):
         return None, name
     said = f"{name} is no model" if os.path.exists(path) else f"there is no model {name}"
-    near = "".join(f"did you mean {known}? " for known in difflib.get_close_matches(name.lower(), NAMED, 1))
-    raise UserError(f"{said}: {near}--model takes {MODELS}")
+    raise UserError(f"{said}: --model takes {MODELS}")
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -217,9 +215,8 @@ def check_device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(". ")[0]  # torch goes on with all that it was built without
-        there = ["cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())]
-        said = f"the device {device} cannot be used ({reason}): available here: {', '.join(there)}"
-        raise UserError(f"{said}. Leave --device out, or install a torch that is built for that device") from error
+        advice = "leave --device out, or install a torch that is built for that device"
+        raise UserError(f"the device {device} cannot be used ({reason}): {advice}") from error
 
 
 def load_model(
@@ -272,8 +269,7 @@ def load_clip(
 def save_model(model: Model, folder: str | Path) -> Path:
     """Write a model, as it is after `with_unet` or `with_text_encoder`, in the diffusers layout.
 
-    The folder appears when it is complete, and not before. UserError when it exists already or cannot be written, or a
-    file of the model cannot be read.
+    The folder appears when it is complete, and not before. UserError when it exists already or cannot be written.
     """
     folder = Path(folder)
     if os.path.exists(folder):
@@ -292,8 +288,6 @@ def save_model(model: Model, folder: str | Path) -> Path:
         ):
             files.write_text(temporary / file, json.dumps(config, indent=2))
         os.replace(temporary, folder)
-    except FileNotFoundError as error:  # of the model that is copied
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check the folder of the model") from error
     except (OSError, Unwritten) as error:  # a file in it, under a name that the user never gave
         raise Unwritten(folder, getattr(error, "error", error)) from error
     finally:
@@ -305,9 +299,7 @@ def write_part(model: Model, name: str, folder: Path) -> None:
     """One network of a model: its file as it is, unless it was edited, or lies in one file with the others."""
     part, target = model.part(name), folder / f"{PARTS[name][1]}.safetensors"
     files.write_text(folder / "config.json", json.dumps(part.config, indent=2))
-    if name in model.edits:
+    if name in model.edits or model.path.is_file():
         files.save_tensors(target, getattr(model, name).state_dict())
-    elif model.path.is_dir():
-        shutil.copyfile(part.path, target)
     else:
-        files.save_tensors(target, dict(part.read(part.empty(), model.dtype, torch.device("cpu"))))
+        shutil.copyfile(part.path, target)

@@ -22,7 +22,7 @@ from loading.prompts import PRESETS, Prompts, anchor_words, fewer, read_prompts
 from token_space import TokenSpace, context_gate, spectral_norm
 from weights import Model, save_model
 
-VERSION = 3  # raise it when the same settings come to give another text encoder
+VERSION = 4  # raise it when the same settings come to give another text encoder
 
 
 def run(args: argparse.Namespace) -> str | None:

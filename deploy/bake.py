@@ -111,8 +111,7 @@ class Recipe:
     lr: float = 1e-2  # falls to zero along a cosine
     keep: float = 30.0  # weight of the prompts that shall stay
     targets: int = 16  # prompts of targets per step
-    others: int = 48  # other prompts per step, half of them drawn by how far they had moved when last seen
-    warmup: int = 10
+    others: int = 48  # other prompts per step
 
     def of(self, concepts: int, scale: float = 1.0) -> "Recipe":
         """The recipe for as many concepts, with `scale` times the steps."""
@@ -120,11 +119,11 @@ class Recipe:
         return replace(self, units=round(self.units * concepts**0.5), steps=steps)
 
 
-class Inputs(NamedTuple):
-    """What prompts are at the last MLP, [P, T, d] in half precision."""
+class Frozen(NamedTuple):
+    """What the tower makes of prompts without the trained units, [P, T, d] in half precision."""
 
-    inputs: Tensor  # of the MLP
-    rest: Tensor  # of the final LayerNorm, if the trained units say nothing
+    hidden: Tensor  # the states that the last MLP reads and adds to
+    rest: Tensor  # what the final LayerNorm reads if the units say nothing
 
 
 class Baker:
@@ -147,18 +146,14 @@ class Baker:
         target_states, other_states = self.hidden_states(targets), self.hidden_states(others)
         self.wanted, shift = self.teach(gate, target_states)
         self.scale = shift.mean()  # of the shift, per token
-        with torch.no_grad():
-            sample = other_states[:: max(1, len(other_states) // 256)]
-            x = torch.cat([x for _, x in self.batches(sample)]).flatten(0, 1)
-            g = self.norm.weight
-            count = min(recipe.units, len(self.last.mlp.fc1.bias) // 4)
-            self.free, self.weight, self.bias = spare_units(self.last.mlp, x, g[:, None] * space.M * g, count)
-            self.targets, self.others = self.inputs(target_states), self.inputs(other_states)
-            # Units begin at tokens of targets, drawn by how much is asked there.
-            drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
-            points = self.targets.inputs.flatten(0, 1)[drawn.to(x.device)].to(x)
+        x = self.read(other_states[:: max(1, len(other_states) // 256)]).flatten(0, 1)
+        g, count = self.norm.weight, min(recipe.units, len(self.last.mlp.fc1.bias) // 4)
+        self.free, self.weight, self.bias = spare_units(self.last.mlp, x, g[:, None] * space.M * g, count)
+        self.targets, self.others = self.frozen(target_states), self.frozen(other_states)
+        # Units begin at tokens of targets, drawn by how much is asked there.
+        drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
+        points = self.read(target_states.flatten(0, 1)[drawn.to(x.device)])
         self.units = Units(*detectors(points, x))
-        self.errors = torch.ones(len(others))  # of every other prompt, when it was last seen
         self.steps, self.phase, self.step = [recipe.steps], 0, 0
         self.optimizer = torch.optim.Adam(self.units.parameters(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
         for p in self.units.parameters():  # what Adam makes at its first step: a state always has the same tensors
@@ -177,14 +172,19 @@ class Baker:
         return torch.cat(parts)
 
     @torch.no_grad()
+    def read(self, hidden: Tensor) -> Tensor:
+        """What the last MLP reads of states [..., d] in half precision."""
+        return self.last.layer_norm2(hidden.to(self.space.M))
+
+    @torch.no_grad()
     def teach(self, gate: ContextGate, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What gates make of prompts, [P, T, d] in half precision, and the energy of this shift, [P, T].
 
         Of the states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
         """
         wanted, shift, size = [], [], []
-        for h, x in self.batches(hidden):
-            E = self.norm(h + self.last.mlp(x))
+        for h in hidden.split(32):
+            E = self.norm(h + self.last.mlp(self.read(h)))
             erased = gate(E)
             wanted.append(erased.half())
             shift.append(self.space.energy(erased - E))
@@ -196,59 +196,41 @@ class Baker:
             raise ValueError("these gates change nothing on what they should erase")
         return wanted, shift
 
-    def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the states that the last MLP adds to, and what it reads of them: two of [b, T, d] each."""
-        for batch in hidden.split(32):
-            states = batch.to(self.space.M)
-            yield states, self.last.layer_norm2(states)
-
     @torch.no_grad()
-    def inputs(self, hidden: Tensor) -> Inputs:
-        """What training reads of the states [P, T, d] that the last MLP adds to; it overwrites them."""
-        mlp, inputs = self.last.mlp, torch.empty_like(hidden)
-        for (h, x), kept, rest in zip(self.batches(hidden), inputs.split(32), hidden.split(32), strict=True):
-            kept.copy_(x)
-            rest.copy_(h + F.linear(quick_gelu(mlp.fc1(x)), self.weight, self.bias))
-        return Inputs(inputs, hidden)
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Rows of a step: prompts of targets [P], and others [Q], half at random and half where errors are large."""
-        recipe, generator = self.recipe, self.generator
-        rows = torch.randperm(len(self.wanted), generator=generator)[: recipe.targets]
-        count = min(recipe.others, len(self.errors))
-        hard = torch.multinomial(self.errors, (count + 1) // 2, generator=generator)
-        return rows, torch.cat([hard, torch.randperm(len(self.errors), generator=generator)[: count // 2]])
+    def frozen(self, hidden: Tensor) -> Frozen:
+        """What training reads of the states [P, T, d] that the last MLP adds to."""
+        said = [F.linear(quick_gelu(self.last.mlp.fc1(self.read(h))), self.weight, self.bias) for h in hidden.split(32)]
+        return Frozen(hidden, (hidden + torch.cat(said)).half())
 
     def shares_missed(self, rows: Tensor, others: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
         """|tower(p) - wanted(p)|_M^2 over the first `length` tokens of prompts, as shares of the shift: [P], [Q]."""
-        M = self.space.M
-        x, rest = (
-            torch.cat([target[rows, :length], other[others, :length]]).to(M)
+        hidden, rest = (
+            torch.cat([target[rows, :length], other[others, :length]]).to(self.space.M)
             for target, other in zip(self.targets, self.others, strict=True)
         )
-        wanted = torch.cat([self.wanted[rows, :length].to(M), self.norm(rest[len(rows) :])])
-        shares = self.space.energy(self.norm(rest + self.units(x)) - wanted).mean(dim=-1) / self.scale
+        wanted = torch.cat([self.wanted[rows, :length].to(rest), self.norm(rest[len(rows) :])])
+        shares = self.space.energy(self.norm(rest + self.units(self.read(hidden))) - wanted).mean(dim=-1) / self.scale
         return shares[: len(rows)], shares[len(rows) :]
 
     def update(self) -> dict[str, float]:
         """One step of the optimiser; FloatingPointError, with the units as they were, when the loss is not finite."""
         recipe, step = self.recipe, self.step
-        rows, others = self.draw()
+        sizes = ((self.wanted, recipe.targets), (self.others.hidden, recipe.others))
+        rows, others = (torch.randperm(len(each), generator=self.generator)[:count] for each, count in sizes)
         # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
         # what is cut off changes nothing before it.
-        missing, moved = self.shares_missed(rows, others, None if step % 4 == 0 else self.length)
-        loss = missing.mean() + recipe.keep * moved.mean()
+        length = None if step % 4 == 0 else self.length
+        missing, moved = (shares.mean() for shares in self.shares_missed(rows, others, length))
+        loss = missing + recipe.keep * moved
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.units.parameters(), 1.0)
         if not (loss + norm).isfinite().item():
             raise FloatingPointError(f"the loss became {loss:g}, its gradient {norm:g}, in step {step + 1}")
-        rise = min(1.0, (step + 1) / (recipe.warmup + 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * rise * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+            group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / recipe.steps)) / 2
         self.optimizer.step()
-        self.errors[others] = moved.detach().cpu() + 1e-12
-        return {"missing": missing.mean().item(), "moved": moved.mean().item()}
+        return {"missing": missing.item(), "moved": moved.item()}
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         """Train to the end: yields the losses of every step. FloatingPointError as for `update`."""
@@ -262,7 +244,7 @@ class Baker:
         live = {f"units.{name}": parameter.data for name, parameter in self.units.named_parameters()}
         for i, moments in enumerate(self.optimizer.state.values()):
             live |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        return live | {"errors": self.errors}
+        return live
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors for a safetensors file."""
@@ -271,10 +253,9 @@ class Baker:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state()` was taken; ValueError when it is of another run, or damaged."""
-        wrong = {name for name, mine in self.state().items() if name not in state or state[name].shape != mine.shape}
-        wrong |= state.keys() - self.state().keys()
-        if wrong or not 0 <= state["position"] <= self.recipe.steps or not (state["errors"] > 0).all():
-            raise ValueError(f"this state is of another run: look at {min(wrong, default='its step, or its errors')}")
+        shapes, mine = ({name: tensor.shape for name, tensor in each.items()} for each in (state, self.state()))
+        if shapes != mine or not 0 <= state["position"] <= self.recipe.steps:
+            raise ValueError("this state is of another run")
         for name, tensor in self.live().items():
             tensor.copy_(state[name])
         self.generator.set_state(state["generator"])
@@ -287,10 +268,12 @@ class Baker:
         Of the last MLP fc1.weight [m, d], fc1.bias [m], fc2.weight [d, m] and fc2.bias [d].
         """
         mlp, units, free = self.last.mlp, self.units, self.free
-        changed = {"fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight)}
-        changed["fc1.bias"] = mlp.fc1.bias.index_copy(0, free, units.bias)
-        changed["fc2.weight"] = self.weight.index_copy(1, free, units.columns)
-        changed["fc2.bias"] = self.bias
+        changed = {
+            "fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight),
+            "fc1.bias": mlp.fc1.bias.index_copy(0, free, units.bias),
+            "fc2.weight": self.weight.index_copy(1, free, units.columns),
+            "fc2.bias": self.bias,
+        }
         place = f"text_model.encoder.layers.{len(self.tower.text_model.encoder.layers) - 1}.mlp"
         return {f"{place}.{name}": t.detach() for name, t in changed.items()}
 
@@ -313,16 +296,12 @@ def token_figures(space: TokenSpace, gates: cpe.ResAG, concept: Concept, words: 
     `encode` and `baked` are the text encoder before and after; baked, R_l = W_l (E_baked - E).
     """
     name, surrogate, *texts = (template.replace("{}", word) for word in (concept.names[0], concept.surrogate, *words))
-    E = encode([name])
-    x = (1 + concept.eta) * (encode([surrogate]) - E)
-    rows, distances = [], []  # how far from what is asked, [b, 2]: x of the target, and 0 of all else
-    for part in [[name], *(texts[i : i + 16] for i in range(0, len(texts), 16))]:
-        contexts, asked = encode(part), x if part == [name] else torch.zeros_like(x)
-        errors = space.error(gates, contexts, asked), space.energy(asked - (baked(part) - contexts))
-        rows.append(torch.stack(errors, dim=-1).sum(dim=1) / space.energy(x).sum())
-        distances.append((contexts - E).flatten(1).norm(dim=-1))
-    shares, order = torch.cat(rows), torch.cat(distances)[1:].argsort() + 1
-    groups = {"left": shares[:1], "near": shares[order[:10]], "others": shares[order[10:]]}
-    return {
-        group: dict(zip(("gates", "baked"), part.mean(dim=0).tolist(), strict=True)) for group, part in groups.items()
-    }
+    prompts = [name, *texts]
+    E = encode(prompts)
+    x = torch.zeros_like(E)
+    x[0] = (1 + concept.eta) * (encode([surrogate])[0] - E[0])
+    missed = {"gates": space.error(gates, E, x), "baked": space.energy(x - (baked(prompts) - E))}  # [b, T]
+    order = (E[1:] - E[0]).flatten(1).norm(dim=1).argsort() + 1
+    groups = {"left": [0], "near": order[:10], "others": order[10:]}
+    shares = {who: tokens.sum(dim=1) / space.energy(x[0]).sum() for who, tokens in missed.items()}
+    return {group: {who: s[rows].mean().item() for who, s in shares.items()} for group, rows in groups.items()}

@@ -6,7 +6,7 @@
 Built on torch's hooks alone: any tree of modules with layers `....attn2` whose `to_k` and `to_v` read the prompt will
 do. One rule holds: **a network that has gates draws erased pictures, or raises**. So hooks follow layers that a tool
 replaces; every layer counts, in each pass, that both of its projections ran with their hooks; a state dict hands out no
-weights without their gates; nothing is remembered while a graph is recorded. docs/hooks.md lists the tools.
+weights without their gates; nothing is remembered from one pass to the next. docs/hooks.md lists the tools.
 """
 
 import copy
@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from cpe import ResAG
 
@@ -26,12 +25,6 @@ NOT_WEIGHTS = (
     "gates are hooks, not weights: a copy of these weights would draw what they erase. detach() first and attach() to "
     "the copy, or `bake` a model of plain weights; enable_sequential_cpu_offload() comes before attach()"
 )
-
-
-def recorded() -> bool:
-    """Whether a graph is being recorded, so that a tensor of before would become a constant of it."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
-    return graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def thread() -> int:
@@ -48,48 +41,14 @@ def constants(gates: ResAG) -> ResAG:
     return twin
 
 
-class Memory:
-    """The gates of one network, and what they said of the last context.
-
-    A context is known again by being the same tensor at the same version. Tensors made in inference mode have none:
-    these are known again until a projection asks a second time. Threads may share it: it is replaced as a whole.
-    """
-
-    def __init__(self, gates: ResAG):
-        self.gates, self.constants = gates, constants(gates)
-        self.kept = (None, [], None, {})  # a context, versions of it and the gates, its gated H, residuals asked for
-
-    def gated(self, context: Tensor) -> Tensor:
-        """s g H [N, B, T, d] of a context [B, T, d] of any dtype."""
-        gates = self.gates if self.learns(context) or not recorded() else self.constants
-        return gates.gated(context.to(gates.w_qs))
-
-    def residual(self, projection: "Projection", context: Tensor) -> Tensor:
-        """R_l(E) [B, T, d_l] of a context E [B, T, d], computed once."""
-        tensors = (context, *self.gates.parameters(), *self.gates.buffers())
-        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-        known, before, gated, residuals = self.kept
-        again = None in versions and projection in residuals
-        if context is not known or versions != before or again:
-            gated, residuals = self.gated(context), {}
-            self.kept = (context, versions, gated, residuals)
-        if projection not in residuals:
-            residuals[projection] = projection.residual(gated, *projection.share)
-        return residuals[projection]
-
-    def learns(self, context: Tensor) -> bool:
-        """Whether gradients through the gates are wanted."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (context, *self.gates.parameters()))
-
-
 class Layer:
     """The hooks of one `attn2`: in every pass, both of its projections must have run with their gates.
 
     That sees whatever goes round them, known by name or not. `passes`, by thread: which ran, what the gates said.
     """
 
-    def __init__(self, path: str, memory: Memory):
-        self.path, self.memory, self.passes = path, memory, {}
+    def __init__(self, path: str, gates: ResAG):
+        self.path, self.gates, self.passes = path, gates, {}
 
     def begin(self, module: nn.Module, inputs: tuple) -> None:
         """Before the layer: nothing has run."""
@@ -104,6 +63,14 @@ class Layer:
                 "unfuse_qkv_projections() if they were fused, set_default_attn_processor() otherwise, or `bake` instead"
             )
 
+    def gated(self, kind: str, context: Tensor) -> Tensor:
+        """s g H [N, B, T, d] of a context [B, T, d] of any dtype, for a projection that runs: both share it."""
+        ran = self.passes.get(thread(), {})
+        ran[kind] = True
+        if ran.get("context") is not context:
+            ran["context"], ran["gated"] = context, self.gates.gated(context.to(self.gates.w_qs))
+        return ran["gated"]
+
 
 class Projection:
     """The hook of one `to_k` or `to_v`: W_l E becomes W_l E + R_l(E).
@@ -112,7 +79,7 @@ class Projection:
     """
 
     def __init__(self, layer: Layer, kind: str, down: Tensor, up: Tensor):
-        self.layer, self.kind, self.share, self.constants = layer, kind, (down, up), (down.detach(), up.detach())
+        self.layer, self.kind, self.down, self.up = layer, kind, down.detach(), up.detach()
         self.module = None  # that bears the hook
 
     def follow(self, attention: nn.Module) -> None:
@@ -123,20 +90,11 @@ class Projection:
             self.module = getattr(attention, self.kind)
             self.module.register_forward_hook(self)
 
-    def residual(self, gated: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """R_l(E) = sum_n s g H D_l U_l [B, T, d_l], as `ResAG.residual`."""
-        return torch.einsum("nbtk,nkw->btw", gated @ down.unsqueeze(1), up)
-
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """What torch calls after the projection; the residual comes in the output's dtype."""
-        context, memory, ran = inputs[0], self.layer.memory, self.layer.passes.get(thread(), {})
-        ran[self.kind], learns = True, memory.learns(context)
-        if not recorded() and not learns:
-            return output + memory.residual(self, context).to(output)
-        # What is remembered here lives for this layer only: a graph has to compute it, and backward frees it.
-        if ran.get("context") is not context:
-            ran["context"], ran["gated"] = context, memory.gated(context)
-        return output + self.residual(ran["gated"], *(self.share if learns else self.constants)).to(output)
+        gated = self.layer.gated(self.kind, inputs[0])
+        # R_l(E) = sum_n s g H D_l U_l   [B, T, d_l], as `ResAG.residual`
+        return output + torch.einsum("nbtk,nkw->btw", gated @ self.down.unsqueeze(1), self.up).to(output)
 
 
 class Network:
@@ -223,7 +181,8 @@ def attach(model: object, gates: ResAG) -> None:
     """Erase from a diffusers pipeline, or from one network of it; N concepts at once if the gates are merged ones.
 
     Gates attached before are replaced. ValueError when the gates are for another model, and then nothing has changed;
-    at the next call if a layer goes round them. A ContextGate needs no hooks: `prompt_embeds=gate(prompt_embeds)`.
+    at the next call if a layer goes round them. The gates are constants: gradients go through them to the prompt, none
+    to them. A ContextGate needs no hooks: `prompt_embeds=gate(prompt_embeds)`.
     """
     if not isinstance(gates, ResAG):
         raise ValueError("attach takes a ResAG: give a ContextGate the prompt's embeddings instead, or expand() it")
@@ -231,11 +190,12 @@ def attach(model: object, gates: ResAG) -> None:
         check(cross_attentions(network), network, gates)
     detach(model)
     shares = dict(zip(gates.names, zip(gates.lora_down, gates.lora_up, strict=True), strict=True))
+    fixed = constants(gates)
     for network in networks(model):
-        memory, projections = Memory(gates), []
+        projections = []
         network.register_forward_pre_hook(Network(projections))
         for path, module in cross_attentions(network).items():
-            layer = Layer(path, memory)
+            layer = Layer(path, fixed)
             module.register_forward_pre_hook(layer.begin)
             module.register_forward_hook(layer.end)
             module.register_state_dict_post_hook(withhold)

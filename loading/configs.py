@@ -88,14 +88,15 @@ def check_config(config: Config, build: type, path: Path) -> Config:
 
 def check_agreement(configs: dict[str, Config], name: str) -> None:
     """UserError unless the parts of a model, by their configs, fit together."""
-    for one, key, other, other_key in (
-        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
-        ("unet", "in_channels", "vae", "latent_channels"),
-        ("unet", "out_channels", "vae", "latent_channels"),
+    unet = configs.get("unet")
+    for key, other, other_key in (
+        ("cross_attention_dim", "text_encoder", "hidden_size"),
+        ("in_channels", "vae", "latent_channels"),
+        ("out_channels", "vae", "latent_channels"),
     ):
-        if one in configs and other in configs and configs[one][key] != configs[other][other_key]:
-            values = f"{key} is {configs[one][key]}, {other_key} is {configs[other][other_key]}"
-            raise UserError(f"{name}: {one} and {other} do not fit together: {values}")
+        if unet and other in configs and unet[key] != configs[other][other_key]:
+            values = f"{key} is {unet[key]}, {other_key} is {configs[other][other_key]}"
+            raise UserError(f"{name}: unet and {other} do not fit together: {values}")
 
 
 def check_schedule(config: Config, path: Path) -> Config:
@@ -103,13 +104,10 @@ def check_schedule(config: Config, path: Path) -> Config:
 
     Which solver the file is of does not matter, as we have our own; a warning says where that makes a difference.
     """
-    for key in ("beta_schedule", "beta_start", "beta_end"):
-        if key not in config:
-            raise UserError(f"{path} does not say {key}: it is not the config of a scheduler, or not a whole one")
-    check(config, "scheduler", "solvers", path)
-    betas = (config["beta_start"], config["beta_end"])
-    if any(type(beta) not in (int, float) for beta in betas) or not 0 < betas[0] < betas[1] < 1:
-        raise UserError(f"{path}: beta_start and beta_end are {betas[0]!r} and {betas[1]!r}, not 0 < start < end < 1")
+    check({"beta_schedule": "linear"} | config, "scheduler", "solvers", path)  # diffusers' default
+    start, end = config.get("beta_start"), config.get("beta_end")
+    if any(type(beta) not in (int, float) for beta in (start, end)) or not 0 < start < end < 1:
+        raise UserError(f"{path}: beta_start and beta_end are {start!r} and {end!r}, not 0 < start < end < 1")
     ends_clean = str(config.get("_class_name")).startswith(("DDIM", "LCM"))  # where the classes' defaults differ
     for key, value in differing(config, {key: [value] for key, value in OVERRULED.items()}).items():
         used = f"{json.dumps(OVERRULED[key])} is used, as in diffusers' pipeline"

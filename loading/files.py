@@ -7,6 +7,7 @@ tensors, metadata = load_tensors("x.safetensors")
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def write_text(path: str | Path, text: str) -> None:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file in one piece, or not at all; tensors may be on any device.
 
-    ValueError where two names share one tensor, UserError as for `atomic`.
+    UserError where two names share one tensor, and as for `atomic`.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
@@ -117,7 +118,9 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             # transformers refuses files that do not say which library their tensors are laid out for.
             save_file(plain, temporary, {"format": "pt", **(metadata or {})})
         except RuntimeError as error:
-            raise ValueError(f"{path}: two names share one tensor, which a file cannot: clone one of them") from error
+            names = " and ".join(sorted(re.findall("'(.+?)'", str(error)))[:2])
+            said = f"{path} could not be written: {names} are one tensor under two names, which no file can hold"
+            raise UserError(f"{said}: clone one of them") from error
         sort_metadata(temporary)
 
 
@@ -164,12 +167,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata. UserError as for `opened`."""
     with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors, by name, from its header alone. UserError as for `opened`."""
-    with opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,15 +11,11 @@ from pathlib import Path
 
 import huggingface_hub as hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from loading.files import UserError, disk_full
 
 SD14 = "CompVis/stable-diffusion-v1-4"
-
-# Errors by name: they are of other libraries in every other version of the hub's client.
-NO_NETWORK = ("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
-NO_ACCESS = ("RepositoryNotFoundError", "GatedRepoError")
 
 
 def is_repository(name: str) -> bool:
@@ -30,17 +26,13 @@ def is_repository(name: str) -> bool:
 def snapshot(folder: Path) -> Path:
     """The model inside a folder of the hub's cache, models--owner--name; any other folder as it is.
 
-    UserError for the cache itself, which holds many models, and for a model of which nothing was downloaded.
+    UserError for the cache itself, which holds many models.
     """
     if models := sorted(path.name for path in folder.glob("models--*--*")):
         example = models[0].removeprefix("models--").replace("--", "/", 1)
         raise UserError(f"{folder} is a cache of {len(models)} models: name one, as in --model {example}")
-    if not (folder / "snapshots").is_dir():
-        return folder
-    try:
-        return folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    except OSError as error:
-        raise UserError(f"{folder} does not say which of its snapshots/ is the main one: name one of them") from error
+    main = folder / "refs" / "main"
+    return folder / "snapshots" / main.read_text().strip() if main.is_file() else folder
 
 
 def find(repository: str, names: tuple[str, ...], revision: str) -> str:
@@ -60,17 +52,13 @@ def find(repository: str, names: tuple[str, ...], revision: str) -> str:
 
 def failure(repository: str, file: str, error: Exception) -> UserError:
     """What to say of an error of the hub's client, and what to do about it."""
-    said, advice = f"downloading {file} of {repository} failed", "try again"
-    if type(error).__name__ in NO_NETWORK:
-        said = f"{file} of {repository} is not in the Hugging Face cache, and the network cannot be used"
-        advice = "connect once"
-    elif type(error).__name__ in NO_ACCESS:
+    advice = "connect to the network, and try again"
+    if isinstance(error, RepositoryNotFoundError):
         advice = "check the name; for a model behind a licence, accept it on its page and run `hf auth login`"
-    elif disk_full(error):
-        advice = "make room on the disk, or set HF_HOME to another"
-    elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
-        advice = "check that folder, or set HF_HOME to another"
+    elif disk_full(error) or getattr(error, "filename", None):  # of the cache, not of the network
+        advice = "make room on the disk, check that folder, or set HF_HOME to another"
     emoji = "use `--model emoji`, which comes with this project, or " if repository == SD14 else ""
+    said = f"{file} of {repository} is not in the Hugging Face cache, and downloading it failed"
     why = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{said} ({why}): {advice}; or {emoji}give the folder of a copy from another machine")
 

@@ -83,16 +83,13 @@ class Part:
                     unfit.append(f"{keys[name]} is {shape} of {dtype}, not {want} of floating-point numbers")
         surplus = sorted(keys[name] for name in keys.keys() - expected.keys())
         problems = {"missing": sorted(expected.keys() - keys.keys()), "not part of this architecture": surplus}
-        lines = [
-            f"{len(found)} tensor{'s' * (len(found) > 1)} {what}: {', '.join(found[:3])}{', ...' * (len(found) > 3)}"
-            for what, found in (problems | {"unfit": unfit}).items()
-            if found
-        ]
-        if lines:
+        problems |= {"unfit": unfit}
+        if any(problems.values()):
+            said = [f"{len(found)} {what} ({', '.join(found[:3])})" for what, found in problems.items() if found]
             advice = "Likely the weights do not belong to its config.json, or the file is of another kind of model"
             if any(map(LORA.search, keys.values())):
                 advice = "It holds a LoRA that is not merged: load it in diffusers, fuse_lora(), unload, and save it"
-            raise UserError(f"{self.path} is not this {self.build.__name__}: {'; '.join(lines)}. {advice}")
+            raise UserError(f"{self.path} is not this {self.build.__name__}: tensors are {'; '.join(said)}. {advice}")
         return keys
 
     def read(
@@ -152,10 +149,9 @@ def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
             return Part(build, config, folder / name, lambda key: diffusers_name(key, part))
     missing = f"{folder / stem}.safetensors does not exist"
     for file in sorted(folder.iterdir()):
+        refuse_pickles(file)
         if re.fullmatch(rf"{stem}\.\w+\.safetensors", file.name):  # .bf16, .non_ema
             raise UserError(f"{missing}, only the variant {file.name}: rename it to {stem}.safetensors to use it")
-    for file in sorted(folder.iterdir()):
-        refuse_pickles(file)
     raise UserError(f"{missing}: is this a whole model in the diffusers layout?")
 
 

@@ -84,7 +84,7 @@ def parse_prompts(text: str) -> Prompts:
     """Prompts from a file with the headings [templates], [frames], [sentences], [general], [domain], one entry a line.
 
     All but [templates] may be missing; lines that begin with # are comments. ValueError for another heading, an entry
-    above all headings, no template, or braces in the wrong place.
+    above all headings, no template, or one without its {}.
     """
     sections: dict[str, list[str]] = {f"[{name}]": [] for name in SECTIONS}
     current = ""
@@ -96,15 +96,10 @@ def parse_prompts(text: str) -> Prompts:
             raise ValueError(f"{line}: entries must stand under a heading, one of {', '.join(sections)}")
         if line != current:
             sections[current].append(line)
-    sections = {heading[1:-1]: lines for heading, lines in sections.items()}
-    with_name = sections["templates"] + sections["frames"]
-    if not sections["templates"] or any(line.count("{}") + line.count("{s}") != 1 for line in with_name):
-        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it, or one {s}")
-    words = [fill(line, "") for line in with_name]
-    words += [*sections["sentences"], *sections["general"], *sections["domain"]]
-    if stray := [word for word in words if set(word) & set("{}")]:  # a slip: "{name}", or a template among the words
-        raise ValueError(f"{stray[0]!r} has a brace: only templates and frames have one {{}}, where a word goes")
-    return Prompts(**sections)
+    prompts = Prompts(**{heading[1:-1]: lines for heading, lines in sections.items()})
+    if not prompts.templates or any(line.count("{}") != 1 for line in prompts.lines):
+        raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")
+    return prompts
 
 
 def sentences(preset: str, kind: str) -> list[str]:
@@ -115,8 +110,8 @@ def sentences(preset: str, kind: str) -> list[str]:
 
 
 def fill(line: str, name: str) -> str:
-    """A template or frame with a name in its {}, or the plural in its {s}."""
-    return line.replace("{}", name).replace("{s}", plural_of(name))
+    """A template or frame with a name in its {}."""
+    return line.replace("{}", name)
 
 
 # --- Names -------------------------------------------------------------------------------------------------------
@@ -143,10 +138,8 @@ def spellings(name: str) -> list[str]:
     """
     if style := re.fullmatch("(.+) style", name, re.IGNORECASE):
         return [name, f"{style[1]}-style", f"style of {style[1]}", style[1]]
-    last = name[-1:]
-    plural = [] if not last.isalpha() else [plural_of(name)]
-    possessive = [f"{name}'s"] if last.isalnum() and not re.search("['’]s$", name) else []
-    straight = [name, *plural, *possessive]
+    ends_in_letter = name[-1:].isalpha() and not re.search("['’]s$", name)
+    straight = [name, plural_of(name), f"{name}'s"] if ends_in_letter else [name]
     both = [each.replace(*change) for each in straight for change in (("'", "’"), ("’", "'"))]
     return list(dict.fromkeys([*straight, *both]))
 

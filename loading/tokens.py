@@ -18,13 +18,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [one] if one.is_file() and not any(path.is_file() for path in two) else two
 
 
-def vocabulary(folder: Path) -> dict[str, int]:
-    """The tokens of a tokenizer and their ids; UserError when they cannot be read."""
-    path = tokenizer_files(folder)[0]
-    said = read_json(path)
-    return said if path.name == "vocab.json" else said.get("model", {}).get("vocab", {})
-
-
 def check_added(path: Path, tokenizer: Tokenizer) -> None:
     """UserError for words that were added to the vocabulary, as textual inversion does: they would be spelt."""
     said = read_json(path)

@@ -388,8 +388,7 @@ def test_a_disk_that_fills_up_during_training_leaves_the_last_state(run, tiny_or
 
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):
     monkeypatch.setenv("CPE_CACHE", str(mounted("size=16k")))
-    with pytest.warns(UserWarning, match="disk is full.*CPE_CACHE"):
-        code, _ = run(train(tiny_original, tmp_path / "x.safetensors"))
+    code, _ = run(train(tiny_original, tmp_path / "x.safetensors"))
     assert code == 0
     assert_whole(tmp_path / "mounted")
 
@@ -431,8 +430,8 @@ def test_a_download_that_does_not_fit_keeps_its_finished_files(run, mounted, ser
     with pytest.warns(UserWarning, match="Not enough free disk space"):
         code, said = run(drawing)
     assert code == 2
-    assert "downloading unet/diffusion_pytorch_model.safetensors" in said
-    assert "make room on the disk, or set HF_HOME to another" in said
+    assert "unet/diffusion_pytorch_model.safetensors of" in said
+    assert "make room on the disk, check that folder, or set HF_HOME to another" in said
     (snapshot,) = cache.glob("*/snapshots/*")
     finished = contents(snapshot)
     assert "text_encoder/model.safetensors" in finished
@@ -626,7 +625,7 @@ def test_a_device_that_is_not_there_says_what_is(run, tiny_original, device):
     code, said = run(generate(tiny_original, Path("x.png"), "--device", device))
     assert code == 2
     assert f"the device {device} cannot be used" in said
-    assert "available here: cpu. Leave --device out" in said
+    assert "leave --device out" in said
 
 
 def test_too_little_memory_says_what_to_try(run, tiny):

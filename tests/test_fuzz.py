@@ -227,8 +227,6 @@ def saved(content: dict[str, torch.Tensor]) -> bytes:
 def test_any_safetensors_file(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     path.write_bytes(content)
-    with ends_well(UserError):
-        files.read_shapes(path)
     with ends_well(UserError, ValueError):
         cpe.from_tensors(files.load_tensors(path)[0])
 

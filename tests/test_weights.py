@@ -2,7 +2,6 @@
 
 import errno
 import filecmp
-import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +71,8 @@ def test_old_names_of_the_autoencoders_attention_load(tiny):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: t.pop("conv_in.bias"), ["1 tensor missing", "conv_in.bias"]),
-        (lambda t: t.update(surplus=torch.zeros(1)), ["not part of this architecture", "surplus"]),
+        (lambda t: t.pop("conv_in.bias"), ["1 missing (conv_in.bias)"]),
+        (lambda t: t.update(surplus=torch.zeros(1)), ["1 not part of this architecture (surplus)"]),
         (lambda t: t.update({"conv_in.bias": torch.zeros(9)}), ["unfit", "conv_in.bias is [9] of F32, not [8]"]),
         (
             lambda t: t.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}),
@@ -138,7 +137,6 @@ def test_a_truncated_file_is_named(tiny):
 @pytest.mark.parametrize(
     ("name", "said"),
     [("no-such-model", "there is no model no-such-model: --model takes sd14, emoji, owner/name"),
-     ("SD1.4", "did you mean sd14?"), ("emojis", "did you mean emoji?"),
      (str(reference.ROOT / "README.md"), r"README\.md is no model: --model takes sd14")],
 )  # fmt: skip
 def test_what_is_no_model_says_what_there_is(name, said):
@@ -287,16 +285,6 @@ def test_saving_a_model_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be written"):
         weights.save_model(model, tmp_path / "copy")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("file", [UNET_FILE, "tokenizer/merges.txt"])
-def test_saving_a_model_whose_file_cannot_be_read_names_that_file(tiny, tmp_path, file):
-    model = load_model(tiny)
-    (tiny / file).unlink()
-    with pytest.raises(UserError, match=f"tiny/{re.escape(file)} cannot be read") as error:
-        weights.save_model(model, tmp_path / "copy")
-    assert "written" not in str(error.value)
-    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.oracle

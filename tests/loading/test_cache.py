@@ -1,12 +1,12 @@
 """loading/cache.py: contexts are encoded once."""
 
-import warnings
+import json
 
 import pytest
 import torch
 from tiny import change
 
-from loading import cache
+from loading import cache, files
 from weights import load_model
 
 
@@ -38,18 +38,6 @@ def test_a_damaged_cache_is_made_anew(tiny):
     assert torch.equal(cache.cached_contexts(model, ["a damaged entry"]), first)
 
 
-def test_other_heads_are_another_text_encoder(tiny):
-    """With the same tensors, and so the same fingerprint."""
-    one, prompts = load_model(tiny), ["a cat of two heads"]
-    first, heads = cache.cached_contexts(one, prompts), one.part("text_encoder").config["num_attention_heads"]
-    change(tiny, "text_encoder", num_attention_heads=2 * heads)
-    other = load_model(tiny)
-    assert other.fingerprint == one.fingerprint
-    contexts = cache.cached_contexts(other, prompts)
-    assert torch.equal(contexts, other.encode(prompts).half())
-    assert not torch.equal(contexts, first)
-
-
 def test_a_setting_of_a_text_encoder_that_changes_nothing_leaves_the_cache_as_it_is(tiny, monkeypatch):
     first = cache.cached_contexts(load_model(tiny), ["a cat of any version"])
     change(tiny, "text_encoder", transformers_version="4.0")
@@ -58,10 +46,17 @@ def test_a_setting_of_a_text_encoder_that_changes_nothing_leaves_the_cache_as_it
     assert torch.equal(cache.cached_contexts(model, ["a cat of any version"]), first)
 
 
-def test_a_cache_that_cannot_be_written_is_one_warning(tiny, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_costs_time_alone(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CPE_CACHE", str(tmp_path / "file"))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")
-        cache.cached_contexts(load_model(tiny), ["a cat", "a dog", "a tree"], chunk=1)
-    assert [str(each.message).split(":")[0] for each in said] == [f"{tmp_path}/file could not be written"]
+    model = load_model(tiny)
+    assert torch.equal(cache.cached_contexts(model, ["a cat"]), model.encode(["a cat"]).half())
+
+
+def test_another_tokenizer_is_another_context(tiny):
+    first = cache.cached_contexts(load_model(tiny), ["a cat"])
+    path = tiny / "tokenizer/vocab.json"
+    words = files.read_json(path)
+    words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
+    files.write_text(path, json.dumps(words))
+    assert not torch.equal(cache.cached_contexts(load_model(tiny), ["a cat"]), first)
