@@ -77,7 +77,8 @@ def erase(
     own, instead = zip(*own_prompts([target], prompts.lines, surrogate), strict=True)
     targets, surrogates = encode(pipe, list(own)), encode(pipe, list(instead))
     anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, 2)])
-    solver = Solver(space, constant_direction(anchors), anchors, settings or Settings())
+    settings = settings or Settings.of(PRESETS[preset], preset.endswith("style"))
+    solver = Solver(space, constant_direction(anchors), anchors, settings)
     gates = solver.solve(targets, surrogates).requires_grad_(False)
     n = len(prompts.lines)  # in these stands the name itself; in what follows them, other spellings
     reached = space.reached(gates, targets[:n], (1 + solver.settings.eta) * (surrogates - targets)[:n]).mean().item()

@@ -180,7 +180,7 @@ class Lab:
         space = self.shop.space if layers is None else solve.TokenSpace(layers)
         one, data = solve.constant_direction(self.model.text_encoder.text_model.final_layer_norm), self.solving
         anchors = torch.cat([data.anchors.to(data.empty), data.empty])
-        return kind(space, one, anchors, solve.Settings(**{"eta": self.recipe.eta} | settings))
+        return kind(space, one, anchors, solve.Settings.of(self.recipe, **settings))
 
     def solved(self, layers: cpe.Layers | None = None, **settings: float) -> cpe.ResAG:
         """The gates of `train "red heart" --model emoji`: solved for, by default."""
