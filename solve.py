@@ -31,7 +31,7 @@ class Settings:
     r: int = 16  # width of the attention
     k: int = 8  # rank of the correction of the context
     temperature: float = 16.0  # of the attention: at 16 a token sees itself and tokens like it
-    weight: float = 100.0  # w: what all anchors together weigh in the logistic regression, the target's tokens being 1
+    weight: float = 30.0  # w: what all anchors together weigh in the logistic regression, the target's tokens being 1
     rho: float = 1e-3  # ridge of the scaler, in standard deviations of the anchors
     bend: float = 0.5  # where the gate bends, as a share of the margin
     lam: float = 100.0  # lambda: weight of the anchors in the correction

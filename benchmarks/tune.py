@@ -65,7 +65,7 @@ OPPOSITE = SAID | {"images": [8], "sampling_steps": [20]}  # of ESD-x
 # The first values are the papers' where they name one; of CPE the preset, and a step around it.
 GRIDS = {
     "cpe": one_changed(lam=[30.0, 100.0, 1000.0], k=[1, 8], templates=[1], rise=[0.0]),
-    "cpe, solved": product(weight=[100.0, 10.0], bend=[0.5, 0.25], k=[8, 16]),
+    "cpe, solved": product(weight=[30.0, 10.0], bend=[0.5, 0.25], k=[8, 16]),
     "uce": product(**BOTH, padding=[False, True], s_p=[1.0, 3.0, 10.0, 30.0])
     + product(**TAILS, s_p=[3.0, 10.0, 30.0], eta=[0.3, 1.0]),
     "rece": product(**BOTH, rounds=[3, 1], s_p=[0.1, 1.0])
@@ -85,7 +85,7 @@ GRIDS = {
 LONGER = {"first_steps": [3000], "later_steps": [750], "attack_steps": [300]}  # of LoRA, which learns ten in one run
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
-    "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[100.0, 300.0], bend=[0.5, 0.7], k=[8, 16])),
+    "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[30.0, 100.0], bend=[0.5, 0.25], k=[8, 16])),
     **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.GATES},
     "uce, many": ("uce", [TEN], product(**TAILS, s_p=[3.0, 10.0, 30.0, 100.0], eta=[0.0, 0.3])),
     "rece, many": ("rece", [TEN], product(**BOTH, rounds=[3], s_p=[0.3, 3.0])
