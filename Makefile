@@ -10,7 +10,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/python cpe.py demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The same numerics, compared with diffusers and transformers.
 oracle: $(VENV)/oracle.stamp

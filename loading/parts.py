@@ -101,11 +101,13 @@ class Part:
         """
         expected = module.state_dict()
         keys = self.check(expected)
-        for name in sorted(expected) if wanted is None else wanted:
-            # Opened anew for each, so that what was read only to be converted does not stay in memory.
+        names = sorted(expected) if wanted is None else list(wanted)
+        # Opened anew for every few, so that what was read only to be converted does not stay in memory; not for each,
+        # as opening a file means to read what is said there of all its tensors.
+        for i in range(0, len(names), 8):
             with opened(self.path) as file:
-                tensor = file.get_tensor(keys[name]).to(device, dtype).reshape(expected[name].shape)
-            yield name, tensor
+                for name in names[i : i + 8]:
+                    yield name, file.get_tensor(keys[name]).to(device, dtype).reshape(expected[name].shape)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The network with its weights, frozen; UserError unless the file holds exactly its tensors."""

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 # Ctrl-C counts even where the tests were started in the background, with a shell that told them to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it computes
+os.fsync = lambda file: None  # no test cuts the power: nobody waits for the disk
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +62,13 @@ def run(
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests never touch the user's cache of contexts, nor the network."""
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    """Tests never touch the user's cache of contexts, nor the network; all processes of one run share one cache."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("CPE_CACHE", str(base / "cache"))
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: else one process would be at it when all others are done."""
+    items.sort(key=lambda item: item.path.stem not in ("test_faults", "test_notebooks"))

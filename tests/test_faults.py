@@ -38,20 +38,10 @@ from loading import files
 from loading.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Imports once, for all processes, what takes long (dynamo: torch's optimisers want a decorator of it). Our own modules
-# are not found from there by every version of Python.
+# Imports once, for all processes, what takes long: this module, and with it the program, and what torch's optimisers
+# import when the first of them is made.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "torch._subclasses.fake_tensor",
-        "huggingface_hub",
-        "safetensors.torch",
-        "PIL.Image",
-        "pytest",
-    ]
-)
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "torch._subclasses.fake_tensor", __name__])
 
 PATIENCE = 600  # seconds until a process is said to hang, on the busiest machine
 DOZENS = pytest.mark.parametrize(
@@ -78,6 +68,7 @@ def folder_of(tiny_original):
 def silent() -> None:
     """Print nothing, and leave the cores to the others."""
     torch.set_num_threads(1)
+    os.fsync = lambda file: None  # what is killed is the process, not the computer
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     for module in (check, demo, targets, training):
         module.read_prompts = lambda preset: FEW
@@ -143,7 +134,10 @@ def run_download(endpoint: str, cache: Path, all_there=None) -> None:
 
 def start(target, *arguments) -> multiprocessing.Process:
     process = FORKSERVER.Process(target=target, args=arguments, daemon=True)
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # The first process starts the server: not every version of Python tells it where our modules are.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process.start()
     return process
 
 

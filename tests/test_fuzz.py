@@ -48,6 +48,7 @@ from loading.prompts import parse_prompts
 CASES = int(os.environ.get("CPE_FUZZ", "200"))
 TRIED: Counter[str] = Counter()  # cases by test
 SECONDS, MEGABYTES = 60, 400  # one case, on a busy machine; what a test may add to the memory in use
+ENDLESS = 180  # seconds until compiled code that lets no signal through is ended, and the tests with it
 
 
 def cases(share: float) -> settings:
@@ -75,9 +76,7 @@ def ends_well(*errors: type[Exception]):
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(
-        3 * SECONDS, exit=True, file=sys.__stderr__
-    )  # compiled code lets no signal through
+    faulthandler.dump_traceback_later(ENDLESS, exit=True, file=sys.__stderr__)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from tiny import ROOT
 
 import cpe
-from cli import main
+from cli import bake, main
 from cli.options import COMMANDS as KNOWN
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +28,10 @@ def test_every_command_is_one():
 def test_the_commands_run_one_after_another(tmp_path, monkeypatch, capsys):
     """As a reader types them, from the first to the last; the dog stands in for the person."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CPE_CACHE", str(tmp_path / "cache"))
+    read_prompts = bake.read_prompts
+    few = {"general": ["house", "tree"], "domain": ["cat", "cloud"]}  # every word costs baking dozens of prompts
+    monkeypatch.setattr(bake, "read_prompts", lambda preset: replace(read_prompts(preset), **few))
+    monkeypatch.setattr(bake, "training_prompts", partial(bake.training_prompts, least=40, total=40))
     more = {"train": ["--steps-scale", "0.005"], "generate": ["--steps", "2"]}
     more["bake"] = ["--steps-scale", "0.01"]
     for words in OURS:

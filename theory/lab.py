@@ -42,7 +42,8 @@ from loading.cache import cached_contexts  # noqa: E402
 from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, nearest_words  # noqa: E402
 from study.erased import TUNED  # noqa: E402
 
-# Training steps, as a share of what a notebook asks for: the tests run with fewer, and all that is asserted must hold.
+# Steps of training, of attacks and of drawing, as a share of what a notebook asks for: the tests run with fewer, and
+# all that is asserted must hold.
 BUDGET = float(os.environ.get("CPE_THEORY_BUDGET", "1"))
 
 Eraser = Callable[[Tensor, dict[str, Tensor]], dict[str, Tensor]]  # (context, kv) -> kv: gates, or a function
@@ -212,7 +213,7 @@ class Lab:
         model: weights.Model | None = None,
     ) -> Tensor:  # fmt: skip
         """Images [B, 3, H, W] in [-1, 1] of contexts [B, T, d] by few steps of DPM-Solver++, guidance 4."""
-        images, model = [], model or self.model
+        images, model, steps = [], model or self.model, round(BUDGET * steps)
         for part in torch.arange(len(contexts)).split(16):
             chosen = contexts[part], [seeds[i] for i in part]
             *_, latents = sampler.denoise_context(model, *chosen, eraser, steps, 4.0, "dpm")
