@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loading.prompts import read_prompts
-from study import compare, erased, evaluate, variants
-from study.erased import ABLATIONS, METHODS
+from study import compare, erased, evaluate
+from study.erased import METHODS
 from study.world import SCENARIOS, Budget, Scenario, World
 from weights import load_model
 
@@ -86,7 +86,6 @@ LONGER = {"first_steps": [3000], "later_steps": [750], "attack_steps": [300]}  #
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[10.0, 30.0], bend=[0.25, 0.5], lam=[100.0, 1000.0])),
-    **{f"cpe, {kind}": (f"cpe, {kind}", TARGETS, product(lam=[300.0, 30.0, 100.0, 1000.0])) for kind in variants.GATES},
     "uce, many": ("uce", [TEN], product(**TAILS, s_p=[3.0, 10.0, 30.0, 100.0], eta=[0.0, 0.3])),
     "rece, many": ("rece", [TEN], product(**BOTH, rounds=[3], s_p=[0.3, 3.0])
                    + product(**TAILS, **ONCE, s_p=[3.0, 10.0, 30.0], eta=[0.0, 0.3])),
@@ -131,7 +130,7 @@ def main() -> None:
         kept = {scenario: compare.Originals(world, scenario, BUDGET) for scenario in scenarios}
         print(f"{name}: {len(grid)} settings of {sum(len(o.cases) for o in kept.values())} images each", flush=True)
         for settings in grid[: args.first]:
-            begun, method = time.perf_counter(), dataclasses.replace((METHODS | ABLATIONS)[eraser], settings=settings)
+            begun, method = time.perf_counter(), dataclasses.replace(METHODS[eraser], settings=settings)
             cells = [
                 compare.measure(world, each, method, BUDGET, originals=lambda o=o: o)[0] for each, o in kept.items()
             ]

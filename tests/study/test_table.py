@@ -13,7 +13,7 @@ from study import compare
 from study import erased as rows_of_table
 from study import world as worlds
 from study.attacks import Found
-from study.erased import METHODS, NONE, TUNED, Erased, settings_of
+from study.erased import ABLATIONS, METHODS, NONE, TUNED, Erased, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases, sentences
 
 SHORT = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
@@ -66,19 +66,21 @@ def test_one_of_two_things_is_looked_for_in_both_halves(world):
     assert compare.recognised(world, [dataclasses.replace(case, expected=-1)], images[:1]) == [False]
 
 
-@pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, solved", "lora"])
+@pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, unmixed", "cpe, solved", "lora"])
 def test_every_kind_of_method_builds_and_counts_what_it_ships(world, name, monkeypatch):
     short = dataclasses.replace(PRESETS["emoji"], **SHORT)
     monkeypatch.setitem(PRESETS, "emoji", short)
     scenario, k = Scenario(("umbrella", "red heart")), short.k
-    made = METHODS[name].build(world, scenario, 0)
+    method = (METHODS | ABLATIONS)[name]
+    made = method.build(world, scenario, 0, **method.settings)
     W, d = world.layers.W, 16
     L, widths = len(W), sum(len(w) for w in W.values())
 
     def of_gates(r: int, k: int) -> int:
         return 2 * (d * r + d + L * d * k + k * widths)
 
-    wanted = {"cpe": of_gates(short.r, k), "cpe, solved": of_gates(16, 8), "lora": 2 * k * (L * d + widths)}
+    wanted = dict.fromkeys(("cpe", "cpe, unmixed"), of_gates(short.r, k))
+    wanted |= {"cpe, solved": of_gates(16, 8), "lora": 2 * k * (L * d + widths)}
     assert made.parameters == wanted.get(name, widths * d)
     assert (made.gates is None) == (not name.startswith("cpe"))
     images = compare.draw(made.model, world.model.encode(["an umbrella"]), [0], made.gates, SMALL)
