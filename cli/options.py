@@ -206,7 +206,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
 def attack(parser: argparse.ArgumentParser) -> None:
     """Look for inputs that bring an erased concept back."""
     positions(parser, "GATES", "texts", "one gate file")
-    text = "which attack (repeatable): revival, embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
+    text = "which attack (repeatable): embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
     parser.add_argument("--with", action="append", default=[], dest="attacks", metavar="ATTACK", help=text)
     parser.add_argument("--template", default="a picture of a {}", help="the prompt attacked; {} is the target's place")
     parser.add_argument("--out", type=Path, default=Path("images/attack.png"), help="the picture")

@@ -131,13 +131,13 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
         assert (model, gates) == (made.model, made.gates)
         return torch.zeros(len(contexts), 3, 16, 16)
 
-    monkeypatch.setattr(compare, "ATTACKS", dict.fromkeys(("revival", "tokens"), plain))
+    monkeypatch.setattr(compare, "ATTACKS", dict.fromkeys(("embeddings", "tokens"), plain))
     monkeypatch.setattr(compare, "draw", draw)
     monkeypatch.setattr(world, "see", see, raising=False)
     found = compare.under_attack(world, scenario, made, dataclasses.replace(SMALL, attacked=4, searches=2), 0)
     first = scenario.targets[0]
     assert asked == [(first, 0), (first, 0), (first, 1)]  # tokens are searched for twice
-    assert found == {"revival": [1, 4], "tokens": [1, 4]}
+    assert found == {"embeddings": [1, 4], "tokens": [1, 4]}
 
 
 def test_a_cell_counts_what_the_judge_sees(world, monkeypatch, sentence_files):
@@ -237,9 +237,9 @@ def test_what_ends_a_comparison_is_said(run, monkeypatch, error, code, words):
 
 def test_gates_are_attacked_on_the_command_line(run, tmp_path, tiny_original):
     gates = write_gates(tiny_original, tmp_path / "gates.safetensors")
-    code, said = run("attack", str(gates), "--with", "revival", "--steps", "1", "--guidance", "1")
+    code, said = run("attack", str(gates), "--with", "embeddings", "--steps", "1", "--guidance", "1")
     assert code == 0, said
-    assert "revival" in said
+    assert "embeddings" in said
     assert (tmp_path / "images" / "attack.png").is_file()
     code, said = run("attack", str(gates), "--with", "magic")
     assert (code, "unknown attack 'magic'" in said) == (2, True)
