@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 import cpe  # noqa: E402
 import sampler  # noqa: E402
-from study.evaluate import nearest, recognise, spread  # noqa: E402
+from study.evaluate import recognise, spread  # noqa: E402
 from study.world import World, sentences  # noqa: E402
 from token_space import context_gate  # noqa: E402
 from weights import load_model  # noqa: E402
@@ -78,7 +78,8 @@ def weighted(world: World, gates: cpe.ResAG) -> None:
 def negative(world: World, gates: cpe.ResAG, count: int = 8) -> None:
     """The table of negative prompts: the target, and one that names it among other things."""
     target, cloud = world.concepts.index(TARGET), world.concepts.index("cloud")
-    order = [c for c in nearest(world.features, target, len(world.concepts) - 1) if c != cloud]
+    nearest = (world.features @ world.features[target]).argsort(descending=True).tolist()
+    order = [c for c in nearest if c not in (target, cloud)]
     groups = {"clouds": [cloud] * count, "near": order[:count], "others": spread(order[20:], count)}
     print(f"\n| {count} pictures each | {' | '.join(groups)} |\n|---{'|---:' * len(groups)}|")
     rows = [("no negative prompt, no gates", "", None), ("no gates", TARGET, None)]
