@@ -211,7 +211,7 @@ class Baker:
             rest.copy_(h + F.linear(quick_gelu(mlp.fc1(x)), self.weight, self.bias))
         return Inputs(inputs, hidden)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
+    def sample_rows(self) -> tuple[Tensor, Tensor]:
         """Rows of a step: prompts of targets [P], and others [Q], half at random and half where errors are large."""
         recipe, generator = self.recipe, self.generator
         rows = torch.randperm(len(self.wanted), generator=generator)[: recipe.targets]
@@ -233,7 +233,7 @@ class Baker:
     def update(self) -> dict[str, float]:
         """One step of the optimiser; FloatingPointError, with the units as they were, when the loss is not finite."""
         recipe, step = self.recipe, self.step
-        rows, others = self.draw()
+        rows, others = self.sample_rows()
         # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
         # what is cut off changes nothing before it.
         missing, moved = self.shares_missed(rows, others, None if step % 4 == 0 else self.length)

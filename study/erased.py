@@ -30,11 +30,10 @@ from weights import Model
 
 @dataclass(frozen=True)
 class Erased:
-    """An erased model and what it cost: an edited model, or the same one with gates."""
+    """An erased model: one with edited weights, or the same one with gates."""
 
     model: Model
-    gates: cpe.ResAG | None
-    parameters: int  # to ship: gates, factors of a LoRA, or edited weights
+    gates: cpe.ResAG | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def linear(eraser: str) -> Callable[..., Erased]:
         elif sentences:
             targets, surrogates = (filled(prompts.templates, names) for names in (targets, surrogates))
         edited = erasers.ERASERS[eraser](world.model, targets, surrogates, preserved, seed, **settings)
-        return Erased(world.model.with_unet(edited), None, sum(W.numel() for W in edited.values()))
+        return Erased(world.model.with_unet(edited))
 
     return build
 
@@ -76,8 +75,7 @@ def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased
     recipe, prompts = replace(PRESETS[scenario.preset], **settings), world.listed(scenario)
     given = [*scenario.targets], recipe.surrogate, anchors_of_gates(world, scenario)
     edited = erasers.ERASERS["lora"](world.model, *given, seed, recipe=recipe, templates=prompts.templates)
-    k = recipe.k * len(scenario.targets)
-    return Erased(world.model.with_unet(edited), None, sum(min(k, W.shape[1]) * sum(W.shape) for W in edited.values()))
+    return Erased(world.model.with_unet(edited))
 
 
 def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
@@ -101,8 +99,7 @@ def gated(make: Callable[..., cpe.ResAG]) -> Callable[..., Erased]:
             encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
             data = prepare(recipe, prompts, [target], encode, encode_anchors)
             gates.append(make(world, data, recipe, seed, **settings))
-        size = sum(p.numel() for each in gates for p in each.parameters())
-        return Erased(world.model, gates[0] if len(gates) == 1 else cpe.merge(gates), size)
+        return Erased(world.model, cpe.merge(gates))
 
     return build
 
@@ -140,7 +137,7 @@ class Unmixed(cpe.Trainer):
 
 # --- The rows ----------------------------------------------------------------------------------------------------
 
-NONE = Method("none", lambda world, scenario, seed: Erased(world.model, None, 0))
+NONE = Method("none", lambda world, scenario, seed: Erased(world.model))
 LINEAR = ("uce", "rece", "mace", "speed", "esd")
 
 # What benchmarks/tune.py found best, by method: for one target; and what differs for several, for more than thirty, and

@@ -93,7 +93,11 @@ class Budget:
     searches: int = 2  # of each attack that searches by chance, which share its images
     steps: int = 12
     guidance_scale: float = 4.0
-    method: str = "dpm"
+
+    @property
+    def sampling(self) -> tuple[int, float, str]:
+        """Steps, guidance scale and method: how `sampler.draw` is to draw."""
+        return self.steps, self.guidance_scale, "dpm"
 
 
 QUICK = Budget(erased=8, near=1, others=1, sentences=12, attacked=0, steps=10)

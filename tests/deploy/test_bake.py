@@ -301,7 +301,7 @@ def test_only_the_last_mlp_changes_and_of_its_first_layer_only_the_units(model, 
 def test_others_that_moved_most_are_drawn_most(model, space):
     baker = small_baker(model, space, others=2)
     baker.errors = torch.tensor([1e-9, 1e-9, 1.0, 1e-9])
-    assert all(2 in baker.draw()[1] for _ in range(20))
+    assert all(2 in baker.sample_rows()[1] for _ in range(20))
 
 
 def test_a_loss_that_is_not_finite_stops_it(model, space):
