@@ -194,7 +194,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
     text = "only these (repeatable); '50 at once' runs only when named"
     parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
-    parser.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
+    parser.add_argument("--ablations", action="store_true", help="with CPE with one number of its recipe changed")
     parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
