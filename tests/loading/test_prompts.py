@@ -247,9 +247,8 @@ def test_names_that_share_a_word_with_the_target_must_stay():
 @pytest.mark.parametrize("target", ["nudity", "naked person"])
 def test_parts_of_an_explicit_name_are_no_anchors(target):
     """Nor mixtures with other words, "naked man": those would be kept explicit. A solver leaves out the sentences."""
-    words, asked, anchors = replace(read_prompts("explicit"), sentences=[]), Encoder(), Encoder()
-    data = prepare(RECIPE, words, [target], asked, anchors)
-    kept = anchors.prompts_of(data.anchors)
+    words, encode = replace(read_prompts("explicit"), sentences=[]), Encoder()
+    kept = encode.prompts_of(prepare(RECIPE, words, [target], encode, encode).anchors)
     assert len(kept) > 100
     assert not [prompt for prompt in kept if set(target.split()) & set(prompt.split()) - {"person"}]
 
