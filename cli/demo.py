@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cli import train
 from cli.common import GateFile, command, free, is_emoji, merge_gates, numbered, open_model, read_gates, settle, slug
-from cli.generate import draw, say_openings
+from cli.generate import generate, say_openings
 from cli.options import parse
 from cli.pictures import change, check_picture, grid
 from cli.targets import nearest, split
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> str | None:
     cases = pictures(target, args.model)
     texts = [text for _, text, _ in cases for _ in range(SEEDS)]
     seeds = [args.seed + i for i in range(len(texts))]
-    rows = {name: draw(model, texts, seeds, kind, args, name) for name, kind in (("before", None), ("after", gates))}
+    rows = {
+        name: generate(model, texts, seeds, kind, args, name) for name, kind in (("before", None), ("after", gates))
+    }
     print_table(cases, rows, model)
     say_openings(model, gates, [file], [text for group, text, _ in cases if group != "neighbours"])
     out = free(out)

@@ -113,8 +113,8 @@ def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> boo
     return True
 
 
-def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe.ResAG | None,
-         args: argparse.Namespace, text: str) -> Tensor:  # fmt: skip
+def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe.ResAG | None,
+             args: argparse.Namespace, text: str) -> Tensor:  # fmt: skip
     """Images [B, 3, H, W] of prompts, with a progress bar; UserError for --steps that the sampler cannot take."""
     try:
         sampler.check_steps(model.schedule, args.steps, args.sampler)
@@ -134,7 +134,7 @@ def drawn(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe
     """Images by what they are, "before" and "after", or one of them."""
     kinds = {"before": None} if args.before_after or gates is None else {}
     kinds |= {"after": gates} if gates is not None else {}
-    return {name: draw(model, prompts, seeds, kind, args, f"{text}{name}") for name, kind in kinds.items()}
+    return {name: generate(model, prompts, seeds, kind, args, f"{text}{name}") for name, kind in kinds.items()}
 
 
 # --- Openings ----------------------------------------------------------------------------------------------------

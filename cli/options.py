@@ -194,7 +194,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
     text = "only these (repeatable); '50 at once' runs only when named"
     parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
-    parser.add_argument("--ablations", action="store_true", help="variants of CPE and of its anchors instead of peers")
+    parser.add_argument("--ablations", action="store_true", help="with CPE with one number of its recipe changed")
     parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
@@ -206,7 +206,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
 def attack(parser: argparse.ArgumentParser) -> None:
     """Look for inputs that bring an erased concept back."""
     positions(parser, "GATES", "texts", "one gate file")
-    text = "which attack (repeatable): revival, embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
+    text = "which attack (repeatable): embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
     parser.add_argument("--with", action="append", default=[], dest="attacks", metavar="ATTACK", help=text)
     parser.add_argument("--template", default="a picture of a {}", help="the prompt attacked; {} is the target's place")
     parser.add_argument("--out", type=Path, default=Path("images/attack.png"), help="the picture")

@@ -14,14 +14,14 @@ from erasers.common import Weights, finished, moment, move, one_each, pairs, pro
 from weights import Model
 
 
-def revive(original: Weights, edited: Weights, C: Tensor, rho: float, R: Weights | None = None) -> Tensor:
+def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
     """The embeddings C' [n, d] that mean to the edited model what C meant to the original one (eq. 9).
 
-    c' = argmin  sum_l |W_l c' + r_l - W_l^o c|^2 + rho |c'|^2,   W_l edited, W_l^o original, r_l of `R` [n, d_l] or 0.
+    c' = argmin  sum_l |W_l c' - W_l^o c|^2 + rho |c'|^2,   W_l edited, W_l^o original.
     """
     now = sum(W.T @ W for W in edited.values())
-    wanted = sum((C @ W.T - (R[key] if R else 0)) @ edited[key] for key, W in original.items())
-    # c' = (rho I + sum W^T W)^-1 sum W^T (W^o c - r)
+    wanted = sum(C @ W.T @ edited[key] for key, W in original.items())
+    # c' = (rho I + sum W^T W)^-1 sum W^T W^o c
     return torch.linalg.solve(now + rho * torch.eye(len(now), dtype=now.dtype), wanted.T).T
 
 

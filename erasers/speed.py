@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from erasers.beyond import further
 from erasers.common import Weights, finished, one_each, pairs, projections, tokens
 from weights import Model
 
@@ -72,7 +71,6 @@ def null_edit(
 def speed(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
     rho: float = 1.0, threshold: float = 0.1, augment: int = 10, prefilter: bool = True,
-    padding: bool = False, eta: float = 0.0,
 ) -> Weights:  # fmt: skip
     """The last token of every target is read as the surrogate's; of "nudity" alone, all tokens but BOS, as in theirs.
 
@@ -80,14 +78,11 @@ def speed(
     preserved prompts the tokens of '' stay. Chance: the copies' noise, and where k-means starts.
     """
     generator, surrogates = torch.Generator().manual_seed(seed), one_each(surrogate, targets)
-    which = "tail" if padding else "words" if targets == ["nudity"] else "last"
-    C, G = pairs(model, targets, surrogates, which)
-    # means over targets, or over all tokens where padding moves
-    n, G = len(C) if padding else len(targets), further(C, G, eta)
-    T, A = C.T @ C / n, G.T @ C / n
+    C, G = pairs(model, targets, surrogates, "words" if targets == ["nudity"] else "last")
+    T, A = C.T @ C / len(targets), G.T @ C / len(targets)
     empty = next(tokens(model, [""], "all"))
     C2 = torch.cat([empty[:1], centroids(empty[1:], 3, generator)])
-    kept = torch.cat([*tokens(model, preserved, "tail" if padding else "last")]) if preserved else empty[1:]
+    kept = torch.cat([*tokens(model, preserved, "last")]) if preserved else empty[1:]
     kept = kept[torch.randperm(len(kept), generator=generator)]
     edited = {}
     for key, W in projections(model, ["to_v"]).items():

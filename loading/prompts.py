@@ -58,7 +58,9 @@ class Prompts:
     domain: list[str]  # anchors if they are near the target
     frames: list[str] = field(default_factory=list)  # whole sentences, as people write them
     sentences: list[str] = field(default_factory=list)  # anchors as they are, which take the place of all others
-    parts: bool = True  # whether parts of a target's name mean other things: "red" does, an artist's surname does not
+    # Whether parts of a target's name mean other things and must stay: "red" does, but not an artist's surname, nor the
+    # "naked" of "naked person": what has that in it ("naked man") is to go as well.
+    parts: bool = True
 
     @property
     def lines(self) -> list[str]:
@@ -73,7 +75,7 @@ def read_prompts(preset: str) -> Prompts:
         text = path.read_text(encoding="utf-8")
         if frames.is_file():
             text += "\n[frames]\n" + frames.read_text(encoding="utf-8")
-        return replace(parse_prompts(text), parts=not preset.endswith("style"))
+        return replace(parse_prompts(text), parts=preset not in ("style", "emoji-style", "explicit"))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): get the file again") from error
     except ValueError as error:

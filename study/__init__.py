@@ -6,5 +6,4 @@ searches.py  attacks that search words, through the text encoder and the U-Net
 world.py     what is erased, and which pictures are drawn to see it
 erased.py    the rows of the table: every eraser with its settings
 compare.py   one cell of the table, and the table
-variants.py  other gates in the place of CPE's
 """

@@ -8,15 +8,15 @@
 All have one signature, `(victim, target, templates, seed) -> Found`. An attack only looks for inputs: it never changes
 the victim, and its success is the share of the images drawn with them that an evaluator recognises as the target.
 
-    revival              embeddings  closed form           keys, values        RECE, Gong et al. 2024 (arXiv 2407.12383)
     learned_embeddings   embeddings  L-BFGS                keys, values        CPE's own attack, Lee et al. 2025
     textual_inversion    new words   Adam                  noise prediction    CCE, Pham et al. 2024 (arXiv 2308.01508)
     learned_tokens       a prefix    greedy coordinates    noise prediction    UnlearnDiffAtk (arXiv 2310.11868)
     prompting4debugging  a prompt    greedy coordinates    noise prediction    P4D, Chin et al. 2024 (arXiv 2309.06135)
     ring_a_bell          a prompt    greedy coordinates    text encoder alone  Tsai et al. 2024 (arXiv 2310.10012)
 
-The first two stand here, the others in searches.py. They are strong on purpose, all gradients and weights at hand: an
-eraser that withstands them has something to show.
+The first stands here, the others in searches.py. They are strong on purpose, all gradients and weights at hand: an
+eraser that withstands them has something to show. RECE's own attack, the closed form of the first for edited weights,
+is in theory/5.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
 the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.
@@ -30,7 +30,6 @@ from torch import Tensor
 
 import cpe
 from erasers.common import projections
-from erasers.rece import revive
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -111,49 +110,6 @@ class RevivalLoss:
         kv = self.victim.keys_values(context)
         return self.weighted({name: kv[name] - goal for name, goal in self.goal.items()}) / self.energy
 
-    @torch.no_grad()
-    def best(self, tried: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Of contexts [P, T, d] that were tried those of the lowest loss, prompt by prompt, and its mean."""
-        losses, which = torch.stack([self(contexts) for contexts in tried]).min(dim=0)
-        return torch.stack(list(tried))[which, torch.arange(len(which))], losses.mean().item()
-
-    def found(self, tried: Sequence[Tensor], mark: str, prompts: Sequence[str]) -> Found:
-        """What an attack found, of all that it tried; the plain contexts are among that."""
-        contexts, lowest = self.best([self.E, *tried])
-        return Found(contexts, [f"{mark} {prompt}" for prompt in prompts], self.best([self.E])[1], lowest)
-
-
-@torch.no_grad()
-def revived(goal: RevivalLoss, rho: float = 1e-3, rounds: int = 5) -> list[Tensor]:
-    """Contexts [P, T, d] that mean to the erased model what E means to the original, one for every round.
-
-    A gate is not linear: every round takes its correction as a constant, r = R(c) at the context of the round before.
-    Without gates r = 0, and one round is all.
-
-        c' = argmin  sum_l |V_l c' + r_l - W_l c|^2 + rho |c'|^2          V edited, W original, every token c
-    """
-    victim, E, found = goal.victim, goal.E, [goal.E]
-    W, V = (projections(model) for model in (victim.original, victim.erased))
-    for _ in range(rounds if victim.gates is not None else 1):
-        R = victim.gates.residuals(found[-1]) if victim.gates is not None else {}
-        r = {f"{name}.weight": x.flatten(0, 1).cpu().double() for name, x in R.items()}
-        found.append(revive(W, V, E.flatten(0, 1).cpu().double(), rho, r).to(E).view_as(E))
-    return found[1:]
-
-
-def revival(
-    victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *,
-    rho: float = 1e-3, rounds: int = 5,
-) -> Found:  # fmt: skip
-    """RECE's closed form: the context that makes the edited projections say what the original ones said. No chance.
-
-    RECE knows linear maps only. Taken with the weights alone it would leave gates untouched (V = W) and find nothing:
-    against gates it is repeated `rounds` times, see `revived`. `rho` is RECE's for art; a smaller one revives more.
-    """
-    prompts = fill(templates, target)
-    goal = RevivalLoss(victim, victim.original.encode(prompts))
-    return goal.found(revived(goal, rho, rounds), "<revived>", prompts)
-
 
 def whitening(goal: RevivalLoss) -> Tensor:
     """(sum_l w_l V_l^T V_l)^-1/2 [d, d]: how far to go in each direction for the erased weights V to react alike."""
@@ -191,12 +147,17 @@ def learned_embeddings(
 
         min over delta   sum_l w_l |KV_l(E + delta) - W_l E|^2
 
-    One delta per prompt, the best of `starts` + 2 descents: from delta = 0, from the closed form of `revival`, and from
-    noise of `noise` |E|_F as in the paper. It takes AdamW; L-BFGS also finds the exact optimum of edited weights.
+    One delta per prompt, the best of `starts` + 1 descents: from delta = 0, and from noise of `noise` |E|_F as in the
+    paper. It takes AdamW; L-BFGS also finds the exact optimum of edited weights.
     """
     generator, prompts = torch.Generator().manual_seed(seed), fill(templates, target)
     E = victim.original.encode(prompts)
     goal = RevivalLoss(victim, E)
     sigma, drawn = noise * E.norm(dim=(1, 2), keepdim=True), torch.randn(starts, *E.shape, generator=generator)
-    bases, root = [E, goal.best([E, *revived(goal)])[0], *(E + sigma * one for one in drawn.to(E))], whitening(goal)
-    return goal.found([descend(goal, base, root, steps) for base in bases], "<learned>", prompts)
+    bases, root = [E, *(E + sigma * one for one in drawn.to(E))], whitening(goal)
+    tried = torch.stack([E, *(descend(goal, base, root, steps) for base in bases)])
+    with torch.no_grad():
+        losses = torch.stack([goal(contexts) for contexts in tried])  # [starts + 2, P]
+    lowest, best = losses.min(dim=0)
+    contexts = tried[best, torch.arange(len(best))]
+    return Found(contexts, [f"<learned> {prompt}" for prompt in prompts], losses[0].mean().item(), lowest.mean().item())

@@ -30,10 +30,9 @@ from study.attacks import Victim
 from study.erased import NONE, Erased, Method, settings_of
 from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
-from weights import Model
 
 FULL = Budget()
-VERSION = 6  # of all measurements: raise it when a change of the code makes stored figures wrong
+VERSION = 7  # of all measurements: raise it when a change of the code makes stored figures wrong
 
 # --- One cell ----------------------------------------------------------------------------------------------------
 
@@ -47,11 +46,6 @@ def cell_path(world: World, scenario: Scenario, method: Method, budget: Budget, 
     return cache_folder() / "compare" / f"{name}.safetensors"
 
 
-def draw(model: Model, contexts: Tensor, seeds: Sequence[int], gates: torch.nn.Module | None, budget: Budget) -> Tensor:
-    """Images [B, 3, H, W] of contexts [B, T, d]."""
-    return sampler.draw(model, contexts, seeds, gates, budget.steps, budget.guidance_scale, budget.method)
-
-
 class Originals:
     """Images of the unerased model, drawn once for all erasers of a scenario."""
 
@@ -59,7 +53,7 @@ class Originals:
         self.cases = cases(world, scenario, budget)
         self.contexts = world.model.encode([case.prompt for case in self.cases])
         self.seeds = [case.seed for case in self.cases]
-        self.images = draw(world.model, self.contexts, self.seeds, None, budget)
+        self.images = sampler.draw(world.model, self.contexts, self.seeds, None, *budget.sampling)
         self.hits = recognised(world, self.cases, self.images)
         self.features = evaluate.image_features(world.clip, self.images)
         self.prompts = evaluate.text_features(world.clip, world.tokenizer, [case.prompt for case in self.cases])
@@ -88,11 +82,11 @@ def measure(
     erased = method.build(world, scenario, seed, **settings_of(method, scenario))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    images = draw(erased.model, before.contexts, before.seeds, erased.gates, budget)
-    figures = figures_of(world, before, images) | {"seconds": seconds, "parameters": erased.parameters}
+    images = sampler.draw(erased.model, before.contexts, before.seeds, erased.gates, *budget.sampling)
+    figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
         figures["counts"] |= under_attack(world, scenario, erased, budget, seed)
-    figures["H"] = evaluate.combined_interval(H, parts_of_H(figures))[0]
+    figures["H"] = H(shares_of_H(figures["counts"]))
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
     return figures, pixels
@@ -131,30 +125,31 @@ def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budge
         each = torch.arange(max(1, budget.attacked // searches))
         tried = [attack(victim, target, (template,), seed + i).contexts for i in range(searches)]
         contexts = torch.cat([E[each % len(E)] for E in tried])
-        seen = world.see(draw(erased.model, contexts, range(len(contexts)), erased.gates, budget), judge)
+        images = sampler.draw(erased.model, contexts, range(len(contexts)), erased.gates, *budget.sampling)
+        seen = world.see(images, judge)
         found[name] = [(seen == known.index(target.removesuffix(" style"))).sum().item(), len(contexts)]
     return found
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
 
-NUMBERS = {"CLIP score": ".1f", "CMMD": ".2f", "change": ".3f", "seconds": ".0f", "parameters": ",.0f"}
-COLUMNS = (*GROUPS, "style", "H", *NUMBERS, *ATTACKS)
+NUMBERS = {"H": ".2f", "CLIP score": ".1f", "CMMD": ".2f", "change": ".3f", "seconds": ".0f"}
+COLUMNS = (*GROUPS, "style", *NUMBERS, *ATTACKS)
 QUICK_COLUMNS = ("erased", "sentences", "near, unlisted", "others", "kept in sentences", "H")
 
 
-def parts_of_H(figures: dict) -> list[list[int]]:
-    """The counts that H is made of: erased in captions and in sentences, then of all groups that are kept.
+def shares_of_H(counts: dict[str, list[int]]) -> list[float]:
+    """The shares that H is made of: erased in captions and in sentences, then of all groups that are kept.
 
     Without sentences the captions stand for them.
     """
-    groups = {name: figures["counts"][name] for name in GROUPS if figures["counts"].get(name, [0, 0])[1]}
-    kept = [count for name, count in groups.items() if name not in GONE]
-    return [groups["erased"], groups.get("sentences", groups["erased"]), *kept]
+    shares = {name: counts[name][0] / counts[name][1] for name in GROUPS if counts.get(name, [0, 0])[1]}
+    kept = [share for name, share in shares.items() if name not in GONE]
+    return [shares["erased"], shares.get("sentences", shares["erased"]), *kept]
 
 
 def H(shares: Sequence[float]) -> float:
-    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of the shares of `parts_of_H`; 0 if any of the three fails.
+    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of the shares of `shares_of_H`; 0 if any of the three fails.
 
     3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept)
     """
@@ -164,19 +159,17 @@ def H(shares: Sequence[float]) -> float:
 
 
 def cells(figures: dict) -> dict[str, str]:
-    """Figures as the table prints them: shares in per cent and H, with 95 % intervals; no cell where not measured."""
+    """Figures as the table prints them: shares in per cent with 95 % intervals, numbers; no cell where not measured."""
     shown = {name: format(figures[name], how) for name, how in NUMBERS.items() if name in figures}
     for name, (hits, images) in figures["counts"].items():
         if images:
             low, high = evaluate.interval(hits, images)
             shown[name] = f"{100 * hits / images:.0f} ({100 * low:.0f}–{100 * high:.0f})"
-    middle, low, high = evaluate.combined_interval(H, parts_of_H(figures))
-    # what moves one share at a time says nothing of a 0
-    return shown | {"H": f"{middle:.2f}" + (f" ({low:.2f}–{high:.2f})" if middle else "")}
+    return shown
 
 
 def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """The figures {method: figures} of all scenarios together, of methods that each has; no sizes, which differ."""
+    """The figures {method: figures} of all scenarios together, of methods that each has."""
     scenarios, total = list(table.values()), {}
     for method in (name for name in scenarios[0] if all(name in scenario for scenario in scenarios)):
         rows = [scenario[method] for scenario in scenarios]
@@ -184,8 +177,8 @@ def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
         for name, (hits, images) in (pair for row in rows for pair in row["counts"].items()):
             before = counts.get(name, [0, 0])
             counts[name] = [before[0] + hits, before[1] + images]
-        means = {name: statistics.mean(row[name] for row in rows) for name in NUMBERS if name != "parameters"}
-        total[method] = {"counts": counts, **means}
+        means = {name: statistics.mean(row[name] for row in rows) for name in NUMBERS}
+        total[method] = {"counts": counts} | means | {"H": H(shares_of_H(counts))}
     return total
 
 
@@ -224,7 +217,7 @@ def forecast(world: World, scenarios: dict[str, Scenario], methods: Sequence[Met
     context, seconds = world.model.encode(["a picture"] * 8), 0.0
     for _ in range(2):  # the first is slower
         begun = time.perf_counter()
-        draw(world.model, context, range(8), None, budget)
+        sampler.draw(world.model, context, range(8), None, *budget.sampling)
         seconds = time.perf_counter() - begun
     minutes, more = sum(left) * seconds / 8 / 60, "training and attacks" if budget.attacked else "training"
     return f"{len(left)} cells, {sum(left)} images: about {max(1, round(minutes))} min to draw, {more} on top"

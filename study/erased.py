@@ -4,35 +4,36 @@
     erased = method.build(world, scenario, seed=0, **settings_of(method, scenario))
 
 Settings (`tuned.json`) come from benchmarks/tune.py, on targets that no scenario holds.
-Built on erasers, solve and variants.
+Built on erasers and solve.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import cpe
 import erasers
 import solve
+import token_space
 from erasers.common import filled
 from loading.cache import cached_contexts
-from loading.files import UserError, shipped
+from loading.files import shipped
 from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare
-from study import variants
 from study.world import Scenario, World
 from weights import Model
 
 
 @dataclass(frozen=True)
 class Erased:
-    """An erased model and what it cost: an edited model, or the same one with gates."""
+    """An erased model: one with edited weights, or the same one with gates."""
 
     model: Model
-    gates: cpe.ResAG | None
-    parameters: int  # to ship: gates, factors of a LoRA, or edited weights
+    gates: cpe.ResAG | None = None
 
 
 @dataclass(frozen=True)
@@ -48,88 +49,96 @@ class Method:
 
 
 def linear(eraser: str) -> Callable[..., Erased]:
-    """A builder for one of `erasers.ERASERS`. As its authors publish it, but for the two helps below."""
+    """A builder for one of `erasers.ERASERS` but LoRA, as its authors publish it if no setting says otherwise."""
 
-    def build(
-        world: World, scenario: Scenario, seed: int, sentences: bool = False, anchors: bool = False, **settings: Any
-    ) -> Erased:
-        """The model with edited weights; `settings` are of the eraser, of LoRA fields of the preset's recipe.
+    def build(world: World, scenario: Scenario, seed: int, sentences: bool = False, **settings: Any) -> Erased:
+        """The model with edited weights; `settings` are of the eraser.
 
-        With `sentences` targets, their surrogates and what is preserved stand in CPE's templates and sentences. With
-        `anchors` nothing is preserved but the anchors of CPE's gates; the fewer there are, the more each weighs. LoRA,
-        which has CPE's losses, has both.
+        With `sentences` targets, their surrogates and what is preserved stand in CPE's templates and sentences.
         """
-        recipe, prompts, targets = PRESETS[scenario.preset], world.listed(scenario), scenario.names
-        preserved, surrogates = [*prompts.general, *prompts.domain], [recipe.surrogate] * len(targets)
+        prompts, targets = world.listed(scenario), list(scenario.targets)
+        preserved, surrogates = [*prompts.general, *prompts.domain], [PRESETS[scenario.preset].surrogate] * len(targets)
         if sentences:
             preserved = anchor_prompts(preserved, prompts.templates)
-        if anchors or eraser == "lora":
-            listed, preserved = len(preserved), anchors_of_gates(world, scenario)
-            share = listed / len(preserved)
-            settings |= {name: settings[name] * share for name in ("s_p", "keep") if name in settings}
-        if eraser == "lora":
-            settings = {"recipe": replace(recipe, **settings), "templates": prompts.templates}
-        elif sentences and eraser in ("mace", "esd"):  # which put names into sentences themselves
+        if sentences and eraser in ("mace", "esd"):  # which put names into sentences themselves
             settings |= {"templates": prompts.templates}
         elif sentences:
             targets, surrogates = (filled(prompts.templates, names) for names in (targets, surrogates))
         edited = erasers.ERASERS[eraser](world.model, targets, surrogates, preserved, seed, **settings)
-        size = sum(W.numel() for W in edited.values())
-        if eraser == "lora":
-            k = settings["recipe"].k * len(targets)
-            size = sum(min(k, W.shape[1]) * sum(W.shape) for W in edited.values())
-        return Erased(world.model.with_unet(edited), None, size)
+        return Erased(world.model.with_unet(edited))
 
     return build
+
+
+def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
+    """A LoRA of all targets with CPE's losses, anchors and sentences; `settings` replace fields of the recipe."""
+    recipe, prompts = replace(PRESETS[scenario.preset], **settings), world.listed(scenario)
+    given = [*scenario.targets], recipe.surrogate, anchors_of_gates(world, scenario)
+    edited = erasers.ERASERS["lora"](world.model, *given, seed, recipe=recipe, templates=prompts.templates)
+    return Erased(world.model.with_unet(edited))
 
 
 def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     """The anchor prompts that CPE's gates of a scenario's targets train on, together."""
     prompts, recipe, words = world.listed(scenario), PRESETS[scenario.preset], []
     for target in scenario.targets:
-        asked = recipe, prompts, scenario.names_of(target), world.model.encode
-        words += nearest_words(*asked, lambda texts: cached_contexts(world.model, texts))
+        words += nearest_words(recipe, prompts, [target], world.model.encode, partial(cached_contexts, world.model))
     return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.templates)
 
 
 # --- CPE ---------------------------------------------------------------------------------------------------------
 
 
-def gated(kind: str) -> Callable[..., Erased]:
-    """A builder for CPE: gates of each target by itself, "solved" or trained (`variants.trainer`), then merged."""
+def gated(make: Callable[..., cpe.ResAG]) -> Callable[..., Erased]:
+    """A builder for CPE: gates of each target by itself, made by `solved` or `trained`, then merged."""
 
     def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
-        """The same model with gates; `settings` replace `solve.Settings` or fields of the preset's recipe."""
-        if kind in variants.GATES and len(scenario.targets) > 1:
-            raise UserError(f"gates of kind {kind} cannot be merged: choose a scenario with one target")
-        recipe, gates = PRESETS[scenario.preset], []
-        recipe = recipe if kind == "solved" else replace(recipe, **settings)
+        """The same model with gates; `settings` are of `make`."""
+        recipe, gates, prompts = PRESETS[scenario.preset], [], world.listed(scenario)
         for target in scenario.targets:
-            data = prepare(recipe, world.listed(scenario), scenario.names_of(target), world.model.encode,
-                           lambda texts: cached_contexts(world.model, texts))  # fmt: skip
-            if kind == "solved":
-                gates.append(solved(world, data, solve.Settings(**{"eta": recipe.eta} | settings), seed))
-            else:
-                trainer = variants.trainer(world.layers, data, recipe, seed, kind)
-                list(trainer)
-                gates.append(trainer.gates.requires_grad_(False))
-        size = sum(p.numel() for each in gates for p in each.parameters())
-        return Erased(world.model, gates[0] if len(gates) == 1 else cpe.merge(gates), size)
+            encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
+            data = prepare(recipe, prompts, [target], encode, encode_anchors)
+            gates.append(make(world, data, recipe, seed, **settings))
+        return Erased(world.model, cpe.merge(gates))
 
     return build
 
 
-def solved(world: World, data: cpe.Data, settings: solve.Settings, seed: int) -> cpe.ResAG:
-    """Gates of one target that are solved for (solve.py)."""
+def solved(world: World, data: cpe.Data, recipe: cpe.Recipe, seed: int, **settings: Any) -> cpe.ResAG:
+    """Gates of one target that are solved for (solve.py); `settings` replace fields of `solve.Settings`."""
     one = solve.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
-    solver = solve.Solver(world.space, one, torch.cat([data.anchors.to(data.empty), data.empty]), settings)
+    asked = solve.Settings(**{"eta": recipe.eta} | settings)
+    solver = solve.Solver(world.space, one, torch.cat([data.anchors.to(data.empty), data.empty]), asked)
     return solver.solve(data.targets, data.surrogates, seed)
+
+
+def trained(
+    world: World, data: cpe.Data, recipe: cpe.Recipe, seed: int, mixed: bool = True, **settings: Any
+) -> cpe.ResAG:
+    """Gates of one target, trained; `settings` replace fields of the recipe. Anchors are `mixed` in pairs, or not."""
+    recipe, start = replace(recipe, **settings), torch.Generator().manual_seed(seed)
+    device, losses = data.empty.device, token_space.Losses(world.layers, data, recipe.eta)
+    gates = cpe.ResAG(world.layers.widths, data.empty.shape[2], recipe.r, recipe.k, generator=start).to(device)
+    chance = start if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+    list((cpe.Trainer if mixed else Unmixed)(gates, losses, recipe, chance))
+    return gates.requires_grad_(False)
+
+
+class Unmixed(cpe.Trainer):
+    """Training with anchors that are not mixed: what the paper's mixtures are worth."""
+
+    def draw_anchors(self) -> Tensor:
+        """Anchors [n + 1, T, d]: anchor prompts with noise; the last is the empty prompt."""
+        data, chance = self.losses.data, {"generator": self.generator, "device": self.generator.device}
+        E = data.anchors[torch.randint(len(data.anchors), (self.recipe.anchors,), **chance)].to(data.empty)
+        sigma = self.recipe.noise * E.norm(dim=(1, 2), keepdim=True)
+        return torch.cat([E + sigma * torch.randn(E.shape, **chance, dtype=E.dtype), data.empty])
 
 
 # --- The rows ----------------------------------------------------------------------------------------------------
 
-NONE = Method("none", lambda world, scenario, seed: Erased(world.model, None, 0))
-LINEAR = ("uce", "rece", "mace", "speed", "esd", "lora")
+NONE = Method("none", lambda world, scenario, seed: Erased(world.model))
+LINEAR = ("uce", "rece", "mace", "speed", "esd")
 
 # What benchmarks/tune.py found best, by method: for one target; and what differs for several, for more than thirty, and
 # for a style. Of CPE the recipe is its preset.
@@ -151,16 +160,15 @@ def settings_of(method: Method, scenario: Scenario) -> dict:
 METHODS = {
     method.name: method
     for method in (
-        Method("cpe", gated("resag")),
-        Method("cpe, solved", gated("solved")),
-        *(Method(row, linear(n)) for n in LINEAR[:-1] for row in (n, f"{n}, published")),
-        Method("lora", linear("lora")),
+        Method("cpe", gated(trained)),
+        Method("cpe, solved", gated(solved)),
+        *(Method(row, linear(n)) for n in LINEAR for row in (n, f"{n}, published")),
+        Method("lora", lora),
     )
 }
 QUICK_ROWS = ("cpe", "cpe, solved", "uce", "rece", "speed")
 
-# What reviewers asked: each row changes one number of CPE (hard and mlp their lambda, too), or gives a linear eraser
-# what CPE has.
+# Each row changes one number of CPE's recipe, or leaves the anchors unmixed.
 STEPS = {
     "eta": (0.0, 1.0), "lam": (30.0, 3000.0), "r": (4, 64), "k": (1, 2, 8), "stages": (1, 4), "deltas": (1, 64),
     "noise": (0.0, 1e-2), "delta_start": (0.0,), "rise": (0.0,), "templates": (1,), "nearest": (0,),
@@ -168,8 +176,7 @@ STEPS = {
 ABLATIONS = {
     method.name: method
     for method in (
-        *(Method(f"{n}, CPE's anchors", linear(n), {"anchors": True}) for n in LINEAR[:4]),
-        *(Method(f"cpe, {kind}", gated(kind)) for kind in (*variants.GATES, "unmixed")),
-        *(Method(f"cpe, {n} = {x:g}", gated("resag"), {n: x}) for n, values in STEPS.items() for x in values),
+        Method("cpe, unmixed", gated(trained), {"mixed": False}),
+        *(Method(f"cpe, {n} = {x:g}", gated(trained), {n: x}) for n, values in STEPS.items() for x in values),
     )
 }

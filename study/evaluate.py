@@ -11,7 +11,7 @@ CMMD, Jayasumana et al. 2024 (2401.09603).
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -108,24 +108,6 @@ def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, (middle - spread) / (1 + z**2 / n)), min(1.0, (middle + spread) / (1 + z**2 / n))
 
 
-def combined_interval(
-    statistic: Callable[[Sequence[float]], float], counts: Sequence[Sequence[int]]
-) -> tuple[float, float, float]:
-    """A statistic of several shares, each of its own images, (successes, images), and its 95 % confidence interval.
-
-    The statistic rises or falls with each share. Each is moved alone to the ends of its `interval`; what these moves
-    make is added as independent errors are (MOVER, Zou and Donner 2008). Of H its upper end is
-    somewhat low where there are few images.
-    """
-    shares = [successes / images for successes, images in counts]
-    middle, down, up = statistic(shares), 0.0, 0.0
-    for i, count in enumerate(counts):
-        ends = [statistic([*shares[:i], end, *shares[i + 1 :]]) for end in interval(*count)]
-        # low = S - sqrt(sum_i (S - S_i,low)^2), and high likewise
-        down, up = down + (middle - min(ends)) ** 2, up + (max(ends) - middle) ** 2
-    return middle, middle - down**0.5, middle + up**0.5
-
-
 # --- Pictures in a folder ----------------------------------------------------------------------------------------
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -172,8 +154,7 @@ def drawn_with(path: Path) -> dict:
     """The settings that `generate` writes into its pictures, the prompt among them; {} where there are none."""
     with suppress(OSError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
         image.load()
-        said = json.loads(image.info.get("cpe", "{}"))
-        return said if isinstance(said, dict) else {}
+        return dict(json.loads(image.info.get("cpe", "{}")))
     return {}
 
 
@@ -182,8 +163,6 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            if "cpe" in image.info:  # `generate` once wrote the prompt over the picture, which is square
-                image = image.crop((0, image.height - image.width, image.width, image.height))
             pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture ({error}): remove it, or get it again") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip import Tokenizer
 from erasers.common import trajectories
-from study.attacks import TEMPLATES, Found, Victim, fill, learned_embeddings, revival
+from study.attacks import TEMPLATES, Found, Victim, fill, learned_embeddings
 from weights import Model
 
 # --- Through the text encoder and the U-Net ----------------------------------------------------------------------
@@ -33,10 +33,13 @@ def embed(model: Model, template: str, X: Tensor) -> Tensor:
     return torch.cat([known[:, : 1 + len(left)], X, known[:, 1 + len(left) :]], dim=1)
 
 
-def encode_embedded(model: Model, embedded: Tensor) -> Tensor:
-    """Contexts [B, T, d] of token embeddings [B, T, e]: `model.encode` without its first lookup, differentiable."""
+def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
+    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it, differentiable in X; see `embed`."""
     text = model.text_encoder.text_model
-    return text.final_layer_norm(text.encoder(embedded + text.embeddings.position_embedding.weight))
+    embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
+    # `model.encode` without its first lookup
+    E = text.encoder(embedded.flatten(0, 1) + text.embeddings.position_embedding.weight)
+    return text.final_layer_norm(E).unflatten(0, embedded.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,6 @@ def drawn_samples(
     """Latents [>= images, c, h, w] that the original model draws for the prompts, and `count` samples of them."""
     latents = trajectories(model, list(prompts) * -(-images // len(prompts)), steps, 7.5, generator)[-1]
     return latents, sampled(model, latents, count, generator)
-
-
-def learned_contexts(model: Model, templates: Sequence[str], X: Tensor) -> Tensor:
-    """Contexts [B, P, T, d] of every template with the words X [B, n, e] in it. ValueError as for `embed`."""
-    embedded = torch.stack([embed(model, template, X) for template in templates], dim=1)
-    return encode_embedded(model, embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
 
 
 def invert(
@@ -263,7 +260,6 @@ def ring_a_bell(
 # --- All attacks -------------------------------------------------------------------------------------------------
 
 ATTACKS: dict[str, Callable[..., Found]] = {  # (victim, target, templates, seed, **options)
-    "revival": revival,
     "embeddings": learned_embeddings,
     "inversion": textual_inversion,
     "tokens": learned_tokens,

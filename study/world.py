@@ -48,21 +48,11 @@ class Scenario:
 
     targets: tuple[str, ...]
     preset: str = "emoji"
-    aliases: tuple[str, ...] = ()  # other names, erased with the first target
 
     @property
     def style(self) -> bool:
         """Whether a way of drawing is erased, not a thing."""
         return self.preset.endswith("style")
-
-    @property
-    def names(self) -> list[str]:
-        """All names that are to go."""
-        return [*self.targets, *self.aliases]
-
-    def names_of(self, target: str) -> list[str]:
-        """A target and its aliases: those of a scenario belong to its first target."""
-        return [target, *(self.aliases if target == self.targets[0] else ())]
 
 
 TEN = (
@@ -88,7 +78,6 @@ ABLATION_SCENARIOS = {
     "neighbours": SCENARIOS["neighbours"],
     "shared word": Scenario(("cat face",)),
     "shared colour": Scenario(("red apple",)),
-    "part of the name": Scenario(("santa claus",), aliases=("santa",)),
 }
 
 
@@ -104,7 +93,11 @@ class Budget:
     searches: int = 2  # of each attack that searches by chance, which share its images
     steps: int = 12
     guidance_scale: float = 4.0
-    method: str = "dpm"
+
+    @property
+    def sampling(self) -> tuple[int, float, str]:
+        """Steps, guidance scale and method: how `sampler.draw` is to draw."""
+        return self.steps, self.guidance_scale, "dpm"
 
 
 QUICK = Budget(erased=8, near=1, others=1, sentences=12, attacked=0, steps=10)
@@ -149,10 +142,8 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that figures depend on: the model's networks, the judge, and a device that rounds otherwise."""
+        """Of all that figures depend on: the model's networks and the judge."""
         digest = hashlib.sha256(self.model.fingerprint.encode())
-        if self.model.device.type != "cpu":
-            digest.update(self.model.device.type.encode())
         for network in (self.model.unet, self.model.vae, self.clip):
             for tensor in network.state_dict().values():
                 digest.update(tensor.cpu().contiguous().numpy())
@@ -172,12 +163,10 @@ class World:
         return f"{ground}, {style} style" if style else ground
 
     def listed(self, scenario: Scenario) -> Prompts:
-        """The preset's templates, sentences for training among them, and anchor words: none names a target, an alias,
-        or what is held out.
-        """
+        """The preset's templates and sentences, and anchor words: none names a target, or what is held out."""
         prompts = read_prompts(scenario.preset)
         prompts = dataclasses.replace(prompts, templates=prompts.lines, frames=[])
-        return anchor_words(prompts, [*scenario.names, *self.held_out])
+        return anchor_words(prompts, [*scenario.targets, *self.held_out])
 
     def see(self, images: Tensor, judge: str) -> Tensor:
         """What CLIP recognises in images [B, 3, H, W]: indices of concepts or of styles [B], of "half" [B, 2]."""

@@ -81,5 +81,5 @@ def test_pictures_of_attacks_are_numbered(run, gates, name):
     if name == "attack-2.png":
         Path("images").mkdir()
         Path("images/attack.png").write_bytes(b"mine")
-    code, said = run("attack", gates, "--with", "revival", "--steps", "1", "--guidance", "1")
+    code, said = run("attack", gates, "--with", "embeddings", "--steps", "1", "--guidance", "1")
     assert (code, f"wrote   images/{name}" in said) == (0, True), said

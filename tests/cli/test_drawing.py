@@ -402,4 +402,4 @@ def test_unknown_images_are_refused_by_draw(tiny_original):
     model = weights.load_model(tiny_original)
     args = options.parse(["generate", "a cat", "--steps", "1", "--guidance", "1", "--sampler", "ddim"])
     with pytest.raises(UserError, match="every image needs a prompt and a seed"):
-        generate.draw(model, ["a cat"], [1, 2], None, args, "x")
+        generate.generate(model, ["a cat"], [1, 2], None, args, "x")

@@ -234,7 +234,17 @@ def test_names_that_share_a_word_with_the_target_must_stay():
     assert len(relatives(["red heart"], [f"{i} thing{i}" for i in range(40)])) == 2 + 2 * 8
     # an alias is erased, too, and an artist's surname, or the word of a style, means the same
     assert "heart" not in relatives(["red heart", "heart"], ["dog"])
-    assert [read_prompts(preset).parts for preset in ("emoji", "celebrity", "style", "emoji-style")] == [1, 1, 0, 0]
+    presets = "emoji", "celebrity", "object", "style", "emoji-style", "explicit"
+    assert [read_prompts(preset).parts for preset in presets] == [1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("target", ["nudity", "naked person"])
+def test_parts_of_an_explicit_name_are_no_anchors(target):
+    """Nor mixtures with other words, "naked man": those would be kept explicit. A solver leaves out the sentences."""
+    words, encode = replace(read_prompts("explicit"), sentences=[]), Encoder()
+    kept = encode.prompts_of(prepare(RECIPE, words, [target], encode, encode).anchors)
+    assert len(kept) > 100
+    assert not [prompt for prompt in kept if set(target.split()) & set(prompt.split()) - {"person"}]
 
 
 def test_sentences_are_read_beside_words():
