@@ -70,9 +70,10 @@ def failure(repository: str, file: str, error: Exception) -> UserError:
         advice = "make room on the disk, or set HF_HOME to another"
     elif isinstance(error, OSError) and error.filename:  # of the cache, not of the network
         advice = "check that folder, or set HF_HOME to another"
-    emoji = "use `--model emoji`, which comes with this project, or " if repository == SD14 else ""
+    emoji = "use --model emoji, " if repository == SD14 else ""
     why = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{said} ({why}): {advice}; or {emoji}give the folder of a copy from another machine")
+    why = "" if type(error).__name__ in NO_NETWORK else f" ({why})"  # that is said already
+    return UserError(f"{said}{why}: {advice}, {emoji}or give the folder of a copy from another machine")
 
 
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:
