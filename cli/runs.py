@@ -46,10 +46,9 @@ class Trainer(cpe.Trainer):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state()` was taken, after the first step; ValueError if it is of another run, or damaged."""
         try:
-            gates = {name.removeprefix("gates."): t for name, t in state.items() if name.startswith("gates.")}
-            self.gates.load_state_dict(gates)
+            self.gates.load_state_dict({name: state[f"gates.{name}"] for name in self.gates.state_dict()})
             self.phase, self.step = map(int, state["position"])
-            if self.phase not in range(len(self.steps)) or not 0 < self.step <= self.steps[self.phase]:
+            if not 0 < self.step <= self.steps[self.phase] or self.phase < 0:
                 raise ValueError(f"it has no step {self.step} of phase {self.phase}")
             if self.phase:
                 E = self.losses.data.targets
@@ -61,7 +60,7 @@ class Trainer(cpe.Trainer):
                 moments[i] = {n: torch.empty_like(like).copy_(state[f"optimizer.{i}.{n}"]) for n, like in likes.items()}
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
             self.generator.set_state(state["generator"])
-        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
 
@@ -98,19 +97,17 @@ def state_file(out: Path) -> Path:
 
 def check_state(path: Path, resume: bool, name: str) -> None:
     """UserError where a state lies that is damaged, of another run, or not to be gone on with."""
-    if not os.path.exists(path):
-        return
-    if not resume:
+    if os.path.exists(path) and not resume:
         said = "is of an unfinished run: go on with it, by the same settings and --resume, or remove it to begin anew"
         raise UserError(f"{path} {said}.")
-    if metadata_of(path).get("run") != name:
+    if os.path.exists(path) and metadata_of(path).get("run") != name:
         said = "is damaged, or of a run with other settings: use the same, choose another --out, or remove it"
         raise UserError(f"{path} {said}.")
 
 
 @contextmanager
 def between_steps() -> Iterator[list[int]]:
-    """Ctrl-C, or torchrun's end, is noted in the list that is given, until the block can end; a second ends it."""
+    """Ctrl-C, or SIGTERM, is noted in the list that is given, until the block can end; a second ends it."""
     asked: list[int] = []
 
     def note(number: int, frame: object) -> None:
