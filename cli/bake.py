@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> str | None:
     settings = {"version": VERSION, "inputs": inputs, "fingerprint": model.fingerprint, "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(recipe)
     name, state = json.dumps(settings, sort_keys=True), state_file(out)
-    check_state(state, args.resume, name)
+    check_state(state, name)
     train(baker, state, name, "baking")
     baked = model.with_text_encoder(baker.changed())
     export(baked, out) if out.suffix == ".safetensors" else save_model(baked, out)

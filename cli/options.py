@@ -92,12 +92,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=("ddim", "dpm"), help="DDIM or DPM-Solver++(2M) (likewise)")
 
 
-def add_steps_scale(parser: argparse.ArgumentParser) -> None:
-    """Faster and worse, or slower and better; and going on."""
-    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-
-
 def demo(parser: argparse.ArgumentParser) -> None:
     """Erase a concept from the embedded model, and show what became of it and of others."""
     positions(parser, "TARGET", "targets", "what to erase (default: red heart)")
@@ -126,7 +120,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
-    add_steps_scale(parser)
+    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
     parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
     add_model(parser, "sd14")
@@ -209,7 +203,7 @@ def bake(parser: argparse.ArgumentParser) -> None:
     positions(parser, "GATES", "texts", "gate files to bake in")
     parser.add_argument("--out", type=Path, help="folder, or .safetensors file, to write (default: models/<target>)")
     parser.add_argument("--preset", choices=PRESETS, help="prompts to train on (default: those of the gates)")
-    add_steps_scale(parser)
+    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
     add_model(parser)
 
 

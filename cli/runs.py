@@ -1,6 +1,6 @@
 """Training that can be interrupted, and gone on with bit for bit.
 
-    check_state(state_file(out), args.resume, name)
+    check_state(state_file(out), name)
     train(trainer, state_file(out), name, "training red heart")
 
 A trainer yields something for every step, counts them in `phase` and `step` against `steps`, the length of every
@@ -75,15 +75,17 @@ def train(trainer: Any, path: Path, name: str, text: str) -> None:
             trainer.load_state(load_tensors(path)[0])
         except ValueError as error:
             raise UserError(f"{path}: {error}. Remove it to begin anew.") from error
+    done, saved = sum(trainer.steps[: trainer.phase]) + trainer.step, time.monotonic()
+    if done:
+        print(f"goes on {path}, at step {done:,} of {sum(trainer.steps):,}")
     try:
-        done, saved = sum(trainer.steps[: trainer.phase]) + trainer.step, time.monotonic()
         with between_steps() as asked:
             for _ in bar(trainer, sum(trainer.steps), text, done):
                 if asked or time.monotonic() - saved > SAVE_SECONDS:
                     save_tensors(path, trainer.state(), {"run": name})
                     saved = time.monotonic()
                 if asked:
-                    raise KeyboardInterrupt("go on with --resume")
+                    raise KeyboardInterrupt("the same command goes on")
     except FloatingPointError as error:
         path.unlink(missing_ok=True)  # it would diverge again
         raise UserError(f"{text}: {error}. Try another --seed, or smaller learning rates.") from error
@@ -95,13 +97,10 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
-def check_state(path: Path, resume: bool, name: str) -> None:
-    """UserError where a state lies that is damaged, of another run, or not to be gone on with."""
-    if os.path.exists(path) and not resume:
-        said = "is of an unfinished run: go on with it, by the same settings and --resume, or remove it to begin anew"
-        raise UserError(f"{path} {said}.")
+def check_state(path: Path, name: str) -> None:
+    """UserError where a state lies that is damaged, or of another run, and not to be gone on with."""
     if os.path.exists(path) and metadata_of(path).get("run") != name:
-        said = "is damaged, or of a run with other settings: use the same, choose another --out, or remove it"
+        said = "is of an unfinished run with other settings, or damaged: give the same, another --out, or remove it"
         raise UserError(f"{path} {said}.")
 
 

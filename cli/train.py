@@ -40,8 +40,6 @@ def run(args: argparse.Namespace) -> str:
     args.model = args.model or "sd14"
     args.how = how(args)
     jobs = jobs_of(args)
-    if args.target_file:  # what is there of an earlier run is gone on with
-        args.resume = True
     for job in jobs:  # before a model is downloaded
         with many.naming(job.line):
             check_new(job.out)
@@ -58,7 +56,7 @@ def how(args: argparse.Namespace) -> str:
     """--how; where nobody said it, by steps if an option of these is given, else as the model's defaults have it."""
     odd = given(args).keys() - {field.name for field in dataclasses.fields(solve.Settings)}
     of_steps = [*sorted(odd), *["steps_scale"] * (args.steps_scale != 1)]
-    of_steps += [name for name in ("literal", "resume") if getattr(args, name)]
+    of_steps += ["literal"] * args.literal
     if args.how == "solve" and of_steps:
         raise UserError(f"--{of_steps[0].replace('_', '-')}: of --how train alone, as nothing is trained here.")
     return args.how or ("train" if of_steps else defaults_of(args.model).get("how", "train"))
@@ -189,7 +187,7 @@ def finish(shop: Workshop, job: Job, where: str) -> None:
         gates = solved(shop, job.target)
     else:
         name = json.dumps(settings, sort_keys=True)
-        check_state(state, shop.args.resume, name)
+        check_state(state, name)
         trainer = trainer_of(shop, job.target)
         train(trainer, state, name, f"{where}training {job.target.names[0]}")
         gates = trainer.gates
