@@ -72,7 +72,8 @@ def failure(repository: str, file: str, error: Exception) -> UserError:
         advice = "check that folder, or set HF_HOME to another"
     emoji = "use --model emoji, " if repository == SD14 else ""
     why = (str(error).splitlines() or [type(error).__name__])[0]
-    why = "" if type(error).__name__ in NO_NETWORK else f" ({why})"  # that is said already
+    known = type(error).__name__ in NO_NETWORK and "HF_HUB_OFFLINE" not in why
+    why = "" if known else f" ({why})"
     return UserError(f"{said}{why}: {advice}, {emoji}or give the folder of a copy from another machine")
 
 
