@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cpe
-from cli.common import GateFile, command, merge_gates, open_model, settle, slug
+from cli.common import GateFile, command, merge_gates, open_model, settle, slug, space_of
 from cli.runs import check_state, digest, state_file, train
 from deploy.bake import HELD_OUT, Baker, Recipe, token_figures
 from deploy.export import export
 from deploy.targets import Concept, read_concept, training_prompts
 from loading.files import UserError, check_writable
-from loading.prompts import PRESETS, Prompts, anchor_words, fewer, read_prompts
-from token_space import TokenSpace, context_gate, spectral_norm
+from loading.prompts import PRESETS, anchor_words, fewer, read_prompts
+from token_space import TokenSpace, context_gate
 from weights import Model, save_model
 
 VERSION = 4  # raise it when the same settings come to give another text encoder
@@ -27,20 +27,18 @@ VERSION = 4  # raise it when the same settings come to give another text encoder
 
 def run(args: argparse.Namespace) -> str | None:
     """`bake`. UserError if --out exists already, or where gates cannot be baked."""
-    if args.texts or not args.gates:
-        raise UserError("which gates? Give files that end in .safetensors: bake gates/red-heart.safetensors")
     files = settle(args)
     preset = args.preset or common_preset(files)
-    concepts, prompts = [concept_of(file, preset) for file in files], read_prompts(preset)
+    # What a file leaves open is as the preset has it.
+    concepts = [read_concept({"prompts": file.target} | file.metadata, PRESETS[preset]) for file in files]
+    names, prompts = [name for concept in concepts for name in concept.names], read_prompts(preset)
     out = args.out or Path("models") / slug("-".join(concept.names[0] for concept in concepts))
     if os.path.lexists(out):
         raise UserError(f"--out: {out} exists already: choose another name, or remove it.")
     for path in (out, state_file(out)):
         check_writable(path)
     model = open_model(args, ("text_encoder", "unet", "vae"))
-    gates = merge_gates(files, model)
-    space = TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm))
-    recipe = Recipe().of(len(concepts), args.steps_scale)
+    gates, space, recipe = merge_gates(files, model), space_of(model), Recipe().of(len(concepts), args.steps_scale)
     try:
         texts = training_prompts(concepts, prompts, args.seed)
         targets, others = (model.tokenizer(part, model.tokens).to(model.device) for part in texts)
@@ -51,15 +49,15 @@ def run(args: argparse.Namespace) -> str | None:
     inputs = digest(prompts, gates.state_dict() | model.cross_attention())
     settings = {"version": VERSION, "inputs": inputs, "fingerprint": model.fingerprint, "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(recipe)
-    state = state_file(out)
-    check_state(state, args.resume, json.dumps(settings, sort_keys=True))
-    train(baker, state, json.dumps(settings, sort_keys=True), "baking")
+    name, state = json.dumps(settings, sort_keys=True), state_file(out)
+    check_state(state, name)
+    train(baker, state, name, "baking")
     baked = model.with_text_encoder(baker.changed())
     export(baked, out) if out.suffix == ".safetensors" else save_model(baked, out)
     state.unlink(missing_ok=True)
-    print(f"wrote   {out}: {model.name} without {', '.join(name for c in concepts for name in c.names)}")
-    measure(space, model, baked, gates, concepts, prompts)
-    return command("generate", f"a picture of a {concepts[0].names[0]}", "--model", out)
+    print(f"wrote   {out}: {model.name} without {', '.join(names)}")
+    measure(space, model, baked, gates, concepts, fewer(anchor_words(prompts, names)).domain)
+    return command("generate", f"a picture of a {names[0]}", "--model", out)
 
 
 def common_preset(files: Sequence[GateFile]) -> str:
@@ -71,15 +69,9 @@ def common_preset(files: Sequence[GateFile]) -> str:
     return presets[0]
 
 
-def concept_of(file: GateFile, preset: str) -> Concept:
-    """What a gate file erases; what it leaves open is as the preset has it."""
-    return read_concept({"prompts": file.target} | file.metadata, PRESETS[preset])
-
-
 def measure(space: TokenSpace, model: Model, baked: Model, gates: cpe.ResAG, concepts: Sequence[Concept],
-            prompts: Prompts) -> None:  # fmt: skip
-    """Print what baking loses."""
-    words = fewer(anchor_words(prompts, [name for concept in concepts for name in concept.names])).domain
+            words: Sequence[str]) -> None:  # fmt: skip
+    """Print what baking loses of the targets, and how far it moves other words."""
     print("\nleft: the share of the erasure still missing on the target. near, others: how far other concepts move,")
     print(f"relative to it. 0 is best everywhere.\n{'':52}{'gates':>10}{'baked':>10}")
     for concept in concepts:

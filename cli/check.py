@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import cpe
-from cli.common import SHUT, GateFile, command, open_model, settle
+from cli.common import SHUT, GateFile, command, open_model, settle, space_of
 from cli.many import read_lines
 from loading.cache import cached_contexts
 from loading.files import UserError
 from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, within
-from token_space import TokenSpace, spectral_norm
+from token_space import TokenSpace
 from weights import Model
 
 WORST = 8  # how many sentences are printed
@@ -26,30 +25,21 @@ WORST = 8  # how many sentences are printed
 
 def run(args: argparse.Namespace) -> str | None:
     """`check`: what gates do in sentences with their target, and in others. UserError for gates of another model."""
-    if args.texts or not args.gates:
-        raise UserError("which gates? Give files that end in .safetensors: check gates/red-heart.safetensors")
     files = settle(args)
     own = [line for _, line in read_lines(args.sentences)] if args.sentences else None
     if own and (odd := [line for line in own if line.count("{}") != 1]):
         raise UserError(f"{args.sentences}: {odd[0]!r} needs one {{}}, where the target's name goes.")
     model = open_model(args, ("text_encoder", "unet"))
-    space = TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm, model.tokens))
+    space = space_of(model)
     found = [check(file, model, space, own) for file in files]
     print("\n\n".join(each.text() for each in found))
     return command("inspect", files[0].path, found[0].sentences[found[0].order()[0]])
 
 
-# --- Sentences ---------------------------------------------------------------------------------------------------
-
-
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
-    found = sentences(preset, "held-out") + sentences(preset, "strange")
-    found = found or read_prompts(preset).lines
+    found = sentences(preset, "held-out") + sentences(preset, "strange") or read_prompts(preset).lines
     return found[:: -(-len(found) // most)]
-
-
-# --- What was found ----------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -15,7 +15,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,8 @@ import cpe
 from deploy.targets import Concept, read_concept
 from loading.files import UserError, load_tensors, opened, read_json, shipped
 from loading.prompts import PRESETS, normalised, read_prompts
+from sampler import Schedule, check_steps
+from token_space import TokenSpace, spectral_norm
 from weights import Model, expected_unet, load_model
 
 NAMED = {"emoji": "the embedded model", "sd14": "Stable Diffusion 1.x"}
@@ -60,10 +62,16 @@ def open_model(args: argparse.Namespace, parts: Sequence[str]) -> Model:
     return load_model(args.model, getattr(torch, getattr(args, "dtype", "float32")), args.device, parts)
 
 
+def space_of(model: Model) -> TokenSpace:
+    """The projections that gates correct, as seen from the context."""
+    return TokenSpace(cpe.Layers.of(model.cross_attention(), spectral_norm, model.tokens))
+
+
 def settle(args: argparse.Namespace) -> "list[GateFile]":
     """Fill in --model, --steps, --guidance, --sampler where nobody said them, from the gate files; returns these.
 
-    UserError for a gate file that is damaged, or does not fit the model: before a model is downloaded.
+    UserError for a gate file that is damaged, or does not fit the model, and for steps that the sampler cannot take:
+    before a model is downloaded.
     """
     args.gates = list(dict.fromkeys(args.gates))
     files = [read_gates(path) for path in args.gates]
@@ -71,9 +79,14 @@ def settle(args: argparse.Namespace) -> "list[GateFile]":
     drawing = files[0].drawing if files and args.model == files[0].model else {}
     defaults = defaults_of(args.model) | drawing
     vars(args).update({name: defaults[name] for name in DRAWING if getattr(args, name, 0) is None})
+    if "steps" in args:
+        try:
+            check_steps(Schedule(), args.steps, args.sampler)
+        except ValueError as error:
+            raise UserError(f"--steps: {error}.") from error
     if args.model in NAMED:  # other models' sizes are in their files
         for file in files:
-            check_fits(file, sizes_of(expected_unet(args.model)), args.model)
+            check_fits(file, expected_unet(args.model), args.model)
     return files
 
 
@@ -127,15 +140,14 @@ def gate_file(path: Path, gates: cpe.ResAG, said: dict[str, str]) -> GateFile:
     """Gates and what their metadata says; ValueError for nonsense there."""
     # No terminal obeys what a file says.
     metadata = {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in said.items()}
-    fits = [name for name in NAMED if sizes_of(expected_unet(name)) == sizes(gates)]
-    model = metadata.get("model") or next(iter(fits), None)
+    fits = (name for name in NAMED if sizes_of(expected_unet(name)) == (gates.w_qs.shape[1], gates.widths))
+    model = metadata.get("model") or next(fits, None)
     preset, named = metadata.get("preset"), {"prompts": path.stem} | metadata
     if preset not in PRESETS:
         preset = likeliest_preset(gates, read_concept(named, PRESETS["celebrity"]).names[0], model)
-    concept = read_concept(named, PRESETS[preset])
     drawing = json.loads(metadata.get("drawing", "{}"))
     drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
-    return GateFile(path, gates, metadata, model, preset, concept, drawing)
+    return GateFile(path, gates, metadata, model, preset, read_concept(named, PRESETS[preset]), drawing)
 
 
 def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
@@ -150,33 +162,28 @@ def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
 def merge_gates(files: Sequence[GateFile], model: Model) -> cpe.ResAG:
     """The gates of all files as one module of the model's kind; UserError if they do not fit it."""
     for file in files:
-        check_fits(file, sizes_of(model.part("unet").empty()), model.name)
+        check_fits(file, model.part("unet").empty(), model.name)
         if file.metadata.get("fingerprint", model.fingerprint) != model.fingerprint:
             warnings.warn(f"{file.path} was trained for another model (its text encoder differs)", stacklevel=2)
     return cpe.merge([file.gates for file in files]).requires_grad_(False).to(model.device, model.dtype)
 
 
-def sizes(gates: cpe.ResAG) -> tuple[int, dict[str, int]]:
-    """The width of the context that gates read, and that of every projection that they correct."""
-    return gates.w_qs.shape[1], gates.widths
-
-
 def sizes_of(unet: torch.nn.Module) -> tuple[int, dict[str, int]]:
-    """The sizes of gates that fit a U-Net."""
+    """The sizes of gates that fit a U-Net: the width of its context, and that of every projection they correct."""
     layers = unet.cross_attentions()
     widths = {f"{path}.{k}": getattr(a, k).out_features for path, a in layers.items() for k in ("to_k", "to_v")}
     return unet.config["cross_attention_dim"], widths
 
 
-def check_fits(file: GateFile, wanted: tuple[int, dict[str, int]], name: str) -> None:
-    """UserError if the gates' projections are not those of the U-Net of the model `name`: says of which they are."""
-    (width, corrected), (d, widths) = sizes(file.gates), wanted
-    if (width, corrected) != wanted:
+def check_fits(file: GateFile, unet: torch.nn.Module, name: str) -> None:
+    """UserError if gates are not of the size of the model `name` with this U-Net: says of which model they are."""
+    width, widths = sizes_of(unet)
+    if (file.gates.w_qs.shape[1], file.gates.widths) != (width, widths):
         known = f"It fits {NAMED.get(file.model, file.model)}: use --model {file.model}, or leave --model out"
         advice = known if file.model else "Use the --model that it was trained for, or train gates for this one"
         raise UserError(
-            f"{file.path} is of another model: it corrects {len(corrected)} projections of a context of width {width}, "
-            f"{name} has {len(widths)} of width {d}. {advice}."
+            f"{file.path} is of another model: it corrects {len(file.gates.widths)} projections of a context of width "
+            f"{file.gates.w_qs.shape[1]}, {name} has {len(widths)} of width {width}. {advice}."
         )
 
 
@@ -197,15 +204,10 @@ def slug(name: str) -> str:
     return words
 
 
-def numbered(path: Path) -> Iterator[Path]:
-    """x.png, x-2.png, x-3.png, ...: nothing is overwritten."""
-    yield path
-    yield from (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-
-
-def free(path: Path) -> Path:
-    """The first of the numbered names where nothing is yet."""
-    return next(each for each in numbered(path) if not os.path.lexists(each))
+def free(path: Path, mine: Callable[[Path], bool] = lambda there: False) -> Path:
+    """x.png, x-2.png, x-3.png, ...: the first where nothing is yet, or what is `mine`. Nothing is overwritten."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
+    return next(each for each in names if not os.path.lexists(each) or mine(each))
 
 
 def command(*words: object) -> str:
@@ -217,19 +219,20 @@ def command(*words: object) -> str:
 
 
 def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
-    """Steps behind a progress bar; after the first few, how long all of them take is said, unless that is short.
+    """Steps behind a progress bar, `done` of the `total` made before.
 
-    `done` of the `total` steps were made before. None of torchrun's processes but the first shows a bar.
+    After the first few it is said how long all of them take, unless that is short.
     """
-    quiet = sys.stderr is None or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0")
-    often = 0.1 if quiet or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
-    with tqdm(total=total, initial=done, desc=text, leave=False, mininterval=often, disable=quiet) as progress:
-        begun = 0.0
-        for number, step in enumerate(steps):
+    often = 0.1 if sys.stderr is None or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
+    with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=sys.stderr is None) as progress:
+        for number, step in enumerate(progress):
             if number == 0:  # it warms up, and is not measured
                 begun = time.perf_counter()
             elif number == 3 and (seconds := (time.perf_counter() - begun) / 3 * (total - done)) >= 10:
-                spoken = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-                tqdm.write(f"time    {text}: about {spoken} ({total - done:,} steps)", file=sys.stdout)
-            progress.update()
+                tqdm.write(f"time    {text}: about {spoken(seconds)} ({total - done:,} steps)", file=sys.stdout)
             yield step
+
+
+def spoken(seconds: float) -> str:
+    """A time as people say it."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

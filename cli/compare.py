@@ -2,12 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
-from cli.common import command, free, open_model, slug
+from cli.common import command, free, open_model, slug, spoken
 from cli.pictures import check_picture, grid
 from loading.files import UserError, check_writable, write_text
 from loading.prompts import PRESETS, read_prompts
@@ -28,12 +30,13 @@ def run(args: argparse.Namespace) -> str | None:
     args.model = args.model or "emoji"
     world = World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)
-    print(table.forecast(world, scenarios, methods, budget, args.seed))
+    print(table.forecast(world, scenarios, methods, budget, args.seed), flush=True)
+    targets = [len(scenario.targets) * (not table.cell_path(world, scenario, method, budget, args.seed).is_file())
+               for scenario in scenarios.values() for method in (NONE, *methods)]  # fmt: skip
     figures, pictures = {}, {}
     try:
-        cells = table.run(world, scenarios, methods, budget, args.seed)
-        cells = tqdm(cells, "comparing", len(scenarios) * (len(methods) + 1), leave=False)
-        for scenario, method, row, images in cells:
+        cells = timed(table.run(world, scenarios, methods, budget, args.seed), targets)
+        for scenario, method, row, images in tqdm(cells, "comparing", len(targets), leave=False):
             figures.setdefault(scenario, {})[method] = row
             pictures.setdefault(scenario, []).append(images)
     except FloatingPointError as error:
@@ -47,13 +50,32 @@ def run(args: argparse.Namespace) -> str | None:
         prompts = [cases[i].prompt for i in table.shown_columns(cases)]
         grid([torch.stack(list(row)).float() / 127.5 - 1 for row in rows], path, prompts, list(figures[scenario]))
         print(f"wrote   {path}")
-    if args.markdown:
-        write_text(args.markdown, table.markdown(figures, columns))
-        print(f"wrote   {args.markdown}")
-    if args.json:
-        write_text(args.json, json.dumps({"scenarios": figures, "model": world.fingerprint}, indent=2) + "\n")
-        print(f"wrote   {args.json}")
+    written = {"scenarios": figures, "model": world.fingerprint}
+    for path, text in (
+        (args.markdown, table.markdown(figures, columns)),
+        (args.json, json.dumps(written, indent=2) + "\n"),
+    ):
+        if path:
+            write_text(path, text)
+            print(f"wrote   {path}")
     return command("compare", *([] if args.quick else ["--ablations"])) if not args.ablations else None
+
+
+def timed(cells: Iterable[tuple], targets: Sequence[int]) -> Iterator[tuple]:
+    """The cells; after the first eraser that is measured now, it is said how long the rest takes if all are like it.
+
+    `targets` counts those of every cell; 0: it is on disk. Erasing takes as much longer as there are more targets.
+    """
+    begun, told = time.perf_counter(), False
+    for number, (scenario, eraser, row, images) in enumerate(cells):
+        took, making, left = time.perf_counter() - begun, row["seconds"], list(filter(None, targets[number + 1 :]))
+        if targets[number] and left and eraser != NONE.name and not told:
+            rest = sum(took - making + making * many / targets[number] for many in left)
+            said = f"{eraser} took {spoken(took)}, {spoken(making)} of it to erase"
+            tqdm.write(f"time    {said}; about {spoken(rest)} more, if all others are like it", file=sys.stdout)
+            told = True
+        yield scenario, eraser, row, images
+        begun = time.perf_counter()
 
 
 def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:
@@ -61,21 +83,16 @@ def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:
     scenarios, methods = (ABLATION_SCENARIOS, METHODS | ABLATIONS) if args.ablations else (SCENARIOS, METHODS)
     names = list(dict.fromkeys(args.eraser)) or (list(QUICK_ROWS) if args.quick else list(methods))
     names = [name for name in names if name != NONE.name]  # it has a row in any case
-    check_known(names, methods, "eraser")
     if args.preset == "style" or (args.preset != "emoji" and not args.targets):
         raise UserError("--preset goes with targets, and styles are judged on the embedded model alone: emoji-style.")
     if args.targets:
         scenarios = of_targets(args.targets, args.preset)
-    check_known(args.scenario, scenarios, "scenario")
+    for what, known, said in ("eraser", methods, names), ("scenario", scenarios, args.scenario):
+        if unknown := [name for name in said if name not in known]:
+            choices = ", ".join(f'"{name}"' for name in known)
+            raise UserError(f"unknown {what} {unknown[0]!r}: choose among {choices}.")
     chosen = list(dict.fromkeys(args.scenario)) or [name for name in scenarios if name not in LONG]
     return {name: scenarios[name] for name in chosen[: 1 if args.quick else None]}, [methods[name] for name in names]
-
-
-def check_known(names: Sequence[str], known: dict, what: str) -> None:
-    """UserError for a name that is not known."""
-    if unknown := [name for name in names if name not in known]:
-        choices = ", ".join(f'"{name}"' for name in known)
-        raise UserError(f"unknown {what} {unknown[0]!r}: choose among {choices}.")
 
 
 def of_targets(targets: Sequence[str], preset: str) -> dict[str, Scenario]:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cli import train
-from cli.common import GateFile, command, free, is_emoji, merge_gates, numbered, open_model, read_gates, settle, slug
-from cli.generate import generate, say_openings
+from cli import openings, train
+from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
+from cli.generate import generate
 from cli.options import parse
 from cli.pictures import change, check_picture, grid
-from cli.targets import nearest, split
+from cli.targets import nearest
 from loading.files import UserError
 from loading.prompts import normalised, read_prompts, sentences
 from study import evaluate
@@ -28,14 +28,17 @@ def run(args: argparse.Namespace) -> str | None:
     if not is_emoji(args.model):
         raise UserError("the demo is of the embedded model: leave --model out.")
     settle(args)
-    names = split(args.targets or ["red heart"], args.model)
+    names = args.targets or ["red heart"]
     things = {normalised(thing): thing for thing in read_prompts("emoji").domain}
     if len(names) > 1 or normalised(names[0]) not in things:
         raise UserError(f"{', '.join(names)}: the demo erases one thing that the model knows: {command('list')}.")
     target = things[normalised(names[0])]
     out = args.out or Path("images") / f"demo-{slug(target)}.png"
     check_picture(out)
-    file, model = trained(args, target, out), open_model(args, ("text_encoder", "unet", "vae", "clip"))
+    path = free(out.with_suffix(".safetensors"))
+    same = [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")]
+    train.run(parse(["train", target, "--out", str(path), *same]))
+    file, model = read_gates(path), open_model(args, ("text_encoder", "unet", "vae", "clip"))
     gates = merge_gates([file], model)
 
     cases = pictures(target, args.model)
@@ -45,24 +48,11 @@ def run(args: argparse.Namespace) -> str | None:
         name: generate(model, texts, seeds, kind, args, name) for name, kind in (("before", None), ("after", gates))
     }
     print_table(cases, rows, model)
-    say_openings(model, gates, [file], [text for group, text, _ in cases if group != "neighbours"])
+    openings.say([file], [text for _, text, _ in cases], model)
     out = free(out)
     grid([images[::SEEDS] for images in rows.values()], out, [text for _, text, _ in cases], list(rows))
     print(f"wrote   {out}")
     return command("inspect", file.path, cases[3][1])
-
-
-def trained(args: argparse.Namespace, target: str, out: Path) -> GateFile:
-    """The gates of the demo, as `train` makes them; those of an earlier one are used again, or stay where they are."""
-    same = [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")]
-    for path in numbered(out.with_suffix(".safetensors")):
-        try:
-            train.run(parse(["train", target, "--out", str(path), *same]))
-            break
-        except UserError:
-            if not path.is_file():  # no gates of other settings that are in the way
-                raise
-    return read_gates(path)
 
 
 def pictures(target: str, model: str) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ from cli.common import open_model
 from cli.many import read_lines
 from loading.files import UserError, check_writable, write_text
 from study.evaluate import PICTURES, judge_folder, read_folder
-from weights import load_clip
+from weights import CLIP_LARGE, load_clip
 
 NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
           "ANUS_EXPOSED", "MALE_BREAST_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED", "ARMPITS_EXPOSED")  # fmt: skip
@@ -31,9 +31,8 @@ def run(args: argparse.Namespace) -> str | None:
         raise UserError("--fid compares with pictures of an unerased model: give their folder as --reference.")
     fid = needed("cleanfid.fid", "clean-fid") if args.fid else None
     detector = needed("nudenet", "nudenet").NudeDetector() if args.nudity else None
-    folder, names = Path(args.folders[0]), [*args.name]
-    names += [line for _, line in read_lines(args.names)] if args.names else []
-    found = read_folder(folder)
+    names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
+    folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
     if args.reference and not reference:
         raise UserError(f"--reference: {args.reference} holds no pictures.")
@@ -41,11 +40,10 @@ def run(args: argparse.Namespace) -> str | None:
         model = open_model(args, ("text_encoder",))
         clip, tokenizer = model.clip, model.tokenizer
     else:
-        clip, tokenizer = load_clip(*([args.clip] if args.clip else []), device=args.device)
+        clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
     figures = judge_folder(clip, tokenizer, found, names, reference)
     if fid:
-        figures["fid"] = fid.compute_fid(str(folder), str(args.reference))
-        figures["kid"] = fid.compute_kid(str(folder), str(args.reference))
+        figures |= {kind: getattr(fid, f"compute_{kind}")(folder, str(args.reference)) for kind in ("fid", "kid")}
     if detector:
         figures |= nudity(detector, [path for path, _ in found])
     for name, value in figures.items():

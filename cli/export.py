@@ -4,28 +4,30 @@ Gates are no part of a model: `bake` them first, into a folder that is exported 
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
-from cli.common import command, open_model
+from cli.common import command, free, metadata_of, open_model
 from deploy.export import export
 from loading.files import UserError, check_writable
 
 
 def run(args: argparse.Namespace) -> str | None:
     """`export`. UserError where gates are given, or --out is no name of a new safetensors file."""
-    if args.gates or args.texts:
-        how = command("bake", *args.gates, "--out", args.out or "erased.safetensors")
+    if gates := [path for path in args.gates if metadata_of(path).keys() & {"target", "prompts"}]:
+        how = command("bake", *gates, "--out", args.out or "erased.safetensors")
         raise UserError(f"export writes a model, and gates are no part of one: {how} writes one without the target.")
-    if args.model is None:
-        raise UserError("which model? Say --model FOLDER, as `bake` has written it.")
-    out = args.out or Path(f"{Path(args.model).name}.safetensors")
-    if out.suffix != ".safetensors" or os.path.lexists(out):
+    models = [*([args.model] if args.model else []), *args.models, *map(str, args.gates)]
+    if len(models) != 1:
+        raise UserError(f"one model is exported, not {len(models)}: {command('export', 'models/red-heart')}, say.")
+    (args.model,) = models
+    out = args.out or free(Path("models") / f"{Path(args.model).stem}-{args.dtype}.safetensors")
+    if out.suffix != ".safetensors" or out.exists():
         raise UserError(f"--out: {out}: give the name of a new file that ends in .safetensors.")
     check_writable(out)
-    model = open_model(args, ("text_encoder", "unet", "vae"))
-    export(model, out, torch.float16)
-    print(f"wrote   {out} ({out.stat().st_size / 2**20:.0f} MB, float16): text encoder, U-Net and autoencoder")
+    dtype, args.dtype = getattr(torch, args.dtype), "float32"  # that of the file, and that of the model in memory
+    export(open_model(args, ("text_encoder", "unet", "vae")), out, dtype)
+    size = f"{out.stat().st_size / 2**20:.0f} MB, {str(dtype).removeprefix('torch.')}"
+    print(f"wrote   {out} ({size}): text encoder, U-Net and autoencoder")
     return None

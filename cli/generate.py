@@ -1,6 +1,7 @@
 """generate: pictures of prompts, with gates or without, named after their prompts, and never over another file.
 
-Of every prompt that names a target it says how far the gate has opened; those in which it stayed shut stand at the end.
+A picture holds its prompt and settings, for `evaluate`. Of every prompt that names a target it is said what the gate
+does there (openings.py).
 """
 
 import argparse
@@ -17,11 +18,11 @@ from torch import Tensor
 
 import cpe
 import sampler
-from cli import many
-from cli.common import SHUT, GateFile, bar, command, free, merge_gates, numbered, open_model, settle, slug
-from cli.pictures import change, check_picture, drawn_with, grid
+from cli import many, openings
+from cli.common import bar, command, free, merge_gates, open_model, settle, slug
+from cli.pictures import change, check_picture, grid
 from loading.files import UserError
-from loading.prompts import spellings, within
+from study.evaluate import drawn_with
 from weights import Model
 
 
@@ -44,8 +45,7 @@ def run(args: argparse.Namespace) -> str:
     check_prompts(args.prompts)
     files = settle(args)
     sheets = from_file(args) if args.prompt_file else [together(args)]
-    for sheet in sheets[:1]:
-        check_picture(sheet.out)
+    check_picture(sheets[0].out)
     model = open_model(args, ("text_encoder", "unet", "vae"))
     gates, kept = merge_gates(files, model) if files else None, 0
     for number, sheet in enumerate(sheets, 1):
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> str:
     if args.prompt_file:
         print(f"drew    {len(sheets) - kept} prompts, kept {kept}")
     prompts = [prompt for sheet in sheets for prompt in sheet.prompts]
-    say_openings(model, gates, files, prompts)
+    openings.say(files, prompts, model)
     return command("inspect", *args.gates, *prompts[:1]) if files else command("list")
 
 
@@ -69,40 +69,47 @@ def together(args: argparse.Namespace) -> Sheet:
     out = args.out or Path("images") / f"{slug(args.prompts[0])}.png"
     if os.path.isdir(out):
         raise UserError(f"--out: {out} is a folder: give the name of a picture in it.")
-    return Sheet(free(out), args.prompts, [args.seed + i for i in range(len(args.prompts))], args)
+    return Sheet(out, args.prompts, [args.seed + i for i in range(len(args.prompts))], args)
 
 
 def from_file(args: argparse.Namespace) -> list[Sheet]:
-    """A picture for every prompt of a file that is this process's share; UserError where --out is no folder."""
+    """A picture for every prompt of a file; UserError where --out is no folder."""
     folder = args.out or Path("images") / slug(args.prompt_file.stem)
     if folder.suffix == ".png" or os.path.isfile(folder):
         raise UserError(f"--out is a folder here, for many pictures: {folder} is not.")
-    args.device, sheets = many.own_device(args.device), []
+    sheets = []
     for number, each in enumerate(many.read_drawings(args.prompt_file), 1):
         out = folder / f"{slug(each.case) if each.case else f'{number:04}'}-{slug(each.prompt)}.png"
         how = argparse.Namespace(**vars(args))
         how.guidance = args.guidance if each.guidance is None else each.guidance
         seed = args.seed if each.seed is None else each.seed
         sheets.append(Sheet(out, [each.prompt], [seed], how, f"{args.prompt_file}, line {each.line} ({each.prompt!r})"))
-    return many.share(sheets)
+    return sheets
 
 
-def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> bool:
-    """Draw a sheet, unless an earlier run with the same settings has; whether it had to be drawn."""
+def settings(sheet: Sheet, model: Model) -> dict:
+    """All that a picture depends on, as its file has it: of a file of prompts, who has the same has the same picture.
+
+    The U-Net and the autoencoder are too large to hash: their files' size and time stand for them.
+    """
     names = ("steps", "guidance", "sampler", "dtype", "before_after", "negative")
     said = {name: getattr(sheet.how, name) for name in names} | {"seed": sheet.seeds[0], "prompt": sheet.prompts[0]}
     said |= {"model": model.name, "fingerprint": model.fingerprint, "schedule": model.schedule.config}
-    # The U-Net and the autoencoder are too large to hash: their files' size and time stand for them.
     said |= {"files": [[s.st_size, s.st_mtime_ns] for s in (os.stat(model.part(n).path) for n in ("unet", "vae"))]}
     said |= {"gates": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sheet.how.gates]}
-    said = json.dumps(said, sort_keys=True) if sheet.line else ""
-    out = next(path for path in numbered(sheet.out) if not os.path.lexists(path) or drawn_with(path) == said != "")
+    return json.loads(json.dumps(said | {"pictures": len(sheet.prompts)}))
+
+
+def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> bool:
+    """Draw a sheet, unless it is of a file and an earlier run with the same settings has; whether it was drawn."""
+    said = settings(sheet, model)
+    out = free(sheet.out, lambda path: sheet.line and drawn_with(path) == said)
     if os.path.lexists(out):
         return False
     rows = drawn(model, sheet.prompts, sheet.seeds, gates, sheet.how, text)
     # Of a file it stands alone, without a heading: other programs judge such folders, and would judge the letters, too.
     columns = sheet.prompts if len(rows) == 2 or not sheet.line else ()
-    grid(list(rows.values()), out, columns, list(rows) if len(rows) == 2 else (), said)
+    grid(list(rows.values()), out, columns, list(rows) if len(rows) == 2 else (), json.dumps(said, sort_keys=True))
     first, last = sheet.seeds[0], sheet.seeds[-1]
     seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
     above = "above before, below after, " if len(rows) == 2 else ""
@@ -115,11 +122,7 @@ def write(sheet: Sheet, model: Model, gates: cpe.ResAG | None, text: str) -> boo
 
 def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe.ResAG | None,
              args: argparse.Namespace, text: str) -> Tensor:  # fmt: skip
-    """Images [B, 3, H, W] of prompts, with a progress bar; UserError for --steps that the sampler cannot take."""
-    try:
-        sampler.check_steps(model.schedule, args.steps, args.sampler)
-    except ValueError as error:
-        raise UserError(f"--steps: {error}.") from error
+    """Images [B, 3, H, W] of prompts, with a progress bar; UserError for images that are no numbers."""
     try:
         return sampler.draw(model, prompts, seeds, gates, args.steps, args.guidance, args.sampler,
                             progress=partial(bar, text=text), negative=getattr(args, "negative", ""))  # fmt: skip
@@ -135,24 +138,3 @@ def drawn(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe
     kinds = {"before": None} if args.before_after or gates is None else {}
     kinds |= {"after": gates} if gates is not None else {}
     return {name: generate(model, prompts, seeds, kind, args, f"{text}{name}") for name, kind in kinds.items()}
-
-
-# --- Openings ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def say_openings(model: Model, gates: cpe.ResAG | None, files: Sequence[GateFile], prompts: Sequence[str]) -> None:
-    """Print how far the gate of every target that a prompt names has opened, and where it stayed shut."""
-    named = [(prompt, n) for prompt in prompts for n, file in enumerate(files) if names_it(prompt, file)]
-    shut = []
-    for prompt, n in named:
-        widest = gates.gate(model.encode([prompt]))[0][n, 0, 1:].max().item()
-        print(f"opened  {widest:.2f}  {files[n].target}: {prompt}")
-        shut += [f"        {files[n].target!r} in {prompt!r}"] * (widest < SHUT)
-    if shut:
-        print(f"SHUT    {len(shut)} of {len(named)}: what follows was probably drawn, not erased", *shut, sep="\n")
-
-
-def names_it(prompt: str, file: GateFile) -> bool:
-    """Whether a prompt has the name of what a gate file erases in it, in any spelling."""
-    return any(within(spelling, prompt) for name in file.concept.names for spelling in spellings(name))

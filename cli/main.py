@@ -6,7 +6,6 @@ what it found, and returns the command to give next (`common.command`), or None.
 KeyboardInterrupt("how to go on") where something can be gone on with.
 """
 
-import argparse
 import importlib
 import os
 import sys
@@ -26,34 +25,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # terminals that know fewer letters
     args = parse(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = lambda message, *_: f"cpe.py: {message}\n"
-    try:
-        return guarded(args)
-    except KeyboardInterrupt as interrupt:
-        more = f" ({interrupt})" if str(interrupt) else ""
-        print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
-        return 130
-
-
-def guarded(args: argparse.Namespace) -> int:
-    """Run a command; what the user can mend becomes one line and exit code 2."""
-    from loading.files import UserError
-
     begun = time.perf_counter()
     try:
         following = importlib.import_module(f"cli.{args.command}").run(args)
         following = f"\nnext    {following}" if following else ""
         print(f"took    {time.perf_counter() - begun:.1f} s{following}", flush=True)
         return 0
-    except UserError as error:
-        said = str(error)
-    except (MemoryError, RuntimeError, OSError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
-            said = "out of memory: close other programs, or try fewer prompts at once, --dtype bfloat16, --device cpu"
-        elif isinstance(error, OSError):
-            said = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
-            if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again as it ends
-        else:
+    except KeyboardInterrupt as interrupt:
+        more = f" ({interrupt})" if str(interrupt) else ""
+        print(f"\ncpe.py: interrupted; nothing half-written is left{more}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (said := sentence(error)) is None:
             raise
-    print(f"cpe.py: {said}", file=sys.stderr)
-    return 2
+        print(f"cpe.py: {said}", file=sys.stderr)
+        return 2
+
+
+def sentence(error: Exception) -> str | None:
+    """What to say of an error that a person can mend; None for any other, which is a fault of ours."""
+    from loading.files import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
+        return "out of memory: close other programs, or try fewer prompts at once, --dtype bfloat16, --device cpu"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again as it ends
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
+    return None

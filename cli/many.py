@@ -1,32 +1,13 @@
-"""Files of many targets or prompts, one a line, and their division among the processes that torchrun starts.
-
-    torchrun --nproc_per_node=2 cpe.py train --targets FILE     # each process takes every second line
-
-The processes never speak to one another: every line is worked on as if it stood alone. What a cluster's own RANK and
-WORLD_SIZE say counts only where torchrun has set its variables, and only for files of lines.
-"""
+"""Files of many targets, or of many prompts: plain lines, or CSV as the benchmarks have it."""
 
 import csv
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from loading.files import UserError
-
-
-def share(everything: Sequence) -> Sequence:
-    """What this of torchrun's processes works on, everything[rank::world_size]; all of it where there is but one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return everything
-    return everything[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
-
-
-def own_device(kind: str) -> str:
-    """The device of this process: each that torchrun started has a graphics card of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ else kind
 
 
 @contextmanager
@@ -40,10 +21,10 @@ def naming(line: str) -> Iterator[None]:
 
 def read_text(path: Path) -> list[str]:
     """The lines of a text file; UserError when it cannot be read, or is no text in UTF-8."""
-    if not path.exists():
-        raise UserError(f"the file {path} does not exist: check its name.")
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"the file {path} does not exist: check its name.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text in UTF-8 ({error}): check the file.") from error
 
@@ -76,11 +57,8 @@ def names_in(line: str) -> list[str]:
         raise UserError("a name is missing before or after a comma.")
     if any(name.count('"') % 2 for name in names):
         raise UserError("a double quote is not closed.")
-    numbers = [name for name in names if re.fullmatch(r"[\d.]+", name)]
-    if numbers and len(names) > 1:
+    if len(names) > 1 and (numbers := [name for name in names if re.fullmatch(r"[\d.]+", name)]):
         raise UserError(f"{numbers[0]!r} would be erased as a name: leave a column of numbers out of the file.")
-    if re.match(r"\d+[.)]\s|[-*•]\s", line):
-        raise UserError("it begins as in a list: leave that out. (If it belongs to the name: train it as an argument.)")
     if ending := next((i for i, name in enumerate(names) if i and ENDING.fullmatch(name)), 0):
         whole = ", ".join(names[ending - 1 : ending + 1])
         raise UserError(f'{names[ending]!r} would be erased as a name. If it belongs to the one before: "{whole}".')
@@ -105,7 +83,7 @@ GUIDANCE = ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_sc
 def read_drawings(path: Path) -> list[Drawing]:
     """The prompts of a file: plain lines, or CSV, which has a column `prompt`; what else there is is passed aloud.
 
-    UserError as for `read_lines` and `read_rows`, or for a seed or a guidance scale that is no number.
+    UserError as for `read_lines`; for a file without prompts, for quotes or commas astray, or for no numbers.
     """
     text = read_text(path)
     columns = next(csv.reader(text), [])
@@ -115,38 +93,26 @@ def read_drawings(path: Path) -> list[Drawing]:
         raise UserError(f"{path} has no column `prompt` (only {', '.join(columns)}): name one so in its first line.")
     if unknown := [name for name in columns if name not in ("prompt", "case_number", *SEED, *GUIDANCE)]:
         print(f"passed  columns {', '.join(unknown)} of {path}")
-    rows = read_rows(path, text)
-    drawings = [drawing(path, number, row) for number, row in rows if row["prompt"]]
-    if not drawings:
-        raise UserError(f"{path} has no prompts: fill its column `prompt`.")
-    if blank := [number for number, row in rows if not row["prompt"]]:
-        more = f" and {len(blank) - 1} more" if len(blank) > 1 else ""
-        print(f"passed  line {blank[0]}{more} of {path}: no prompt there")
-    return drawings
-
-
-def read_rows(path: Path, text: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file, each with the number of its last line.
-
-    UserError for quotes that are not closed, or a row of more fields than there are columns.
-    """
-    reader, rows = csv.DictReader((line + "\n" for line in text), restval="", strict=True), []
+    reader, drawings = csv.DictReader((line + "\n" for line in text), restval="", strict=True), []
     try:
         for row in reader:
-            if None in row:
-                columns = len(reader.fieldnames)
-                fields = f"{columns + len(row[None])} fields for {columns} columns"
-                advice = "put what holds a comma in double quotes"
-                raise UserError(f"{path}, line {reader.line_num} has {fields}: {advice}.")
-            rows.append((reader.line_num, {name: field.strip() for name, field in row.items()}))
+            with naming(f"{path}, line {reader.line_num}"):
+                drawings.append(drawing(reader.line_num, row, len(columns)))
     except csv.Error as error:
         line = reader.reader.line_num  # the other is that of the last row
         raise UserError(f"{path}, line {line} is no CSV ({error}): check its double quotes.") from error
-    return rows
+    if blank := [each.line for each in drawings if not each.prompt]:
+        print(f"passed  {len(blank)} of the lines of {path}, line {blank[0]} first: no prompt there")
+    if len(blank) == len(drawings):
+        raise UserError(f"{path} has no prompts: fill its column `prompt`.")
+    return [each for each in drawings if each.prompt]
 
 
-def drawing(path: Path, line: int, row: dict[str, str]) -> Drawing:
-    """A row of a CSV file; UserError for what is no number."""
+def drawing(line: int, row: dict, columns: int) -> Drawing:
+    """A row of a CSV file, and the number of its last line; UserError for too many fields, or what is no number."""
+    if more := row.pop(None, []):
+        raise UserError(f"{columns + len(more)} fields for {columns} columns: put what holds a comma in double quotes.")
+    row = {name: field.strip() for name, field in row.items()}
     seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
     try:
         # Seeds with ".0" are common in tables with gaps; by way of a float, large ones would lose digits.
@@ -154,6 +120,5 @@ def drawing(path: Path, line: int, row: dict[str, str]) -> Drawing:
         if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
             raise ValueError(f"seed {seed}, guidance {guidance}")
     except ValueError as error:
-        said = "seeds are whole numbers from 0, guidance scales 0 to 100"
-        raise UserError(f"{path}, line {line}: {error}; {said}.") from error
+        raise UserError(f"{error}; seeds are whole numbers from 0, guidance scales 0 to 100.") from error
     return Drawing(line, row["prompt"], seed, guidance, row.get("case_number"))

@@ -11,33 +11,22 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 VERSION = "0.2.0"
 PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
-
-
-GONE = {
-    "--prompt": "prompts stand without an option now",
-    "--zone": "gates have no dead zone any more",
-    "--gate": "`train --how solve` makes gates that change the context",
-    "--json": "only compare and evaluate write figures",
-}
+MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what became of old options, and suggests what was meant by an option, or a command, that does not exist."""
+    """Suggests what was meant by an option, or a command, that does not exist."""
+
+    about = "texts"  # where the positions go that are no gate files
 
     def error(self, message: str) -> None:
         """Print usage and message, and end with exit code 2."""
-        odd = (
-            re.findall(r"--[\w-]+", message) if "unrecognized" in message else re.findall("COMMAND.*?'(.*?)'", message)
-        )
-        for word in odd:
-            if word in GONE:
-                message = f"there is no {word} any more: {GONE[word]}"
-            elif near := difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1):
-                message = f"there is no {word}: did you mean {near[0]}?"
+        for word in re.findall(r"unrecognized arguments: (\S+)|COMMAND.*?'(.*?)'", message)[:1]:
+            if near := difflib.get_close_matches("".join(word), [*self._option_string_actions, *COMMANDS], 1):
+                message = f"there is no {''.join(word)}: did you mean {near[0]}?"
         super().error(message)
 
 
@@ -52,14 +41,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         top.error(f"{odd[0][:80]!r} is not text: it holds bytes that are no letters")
     command = top.parse_args(arguments[:1] or ["--help"]).command
     parser = Parser(prog=f"cpe.py {command}", description=f"{COMMANDS[command].__doc__}", allow_abbrev=False)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, gates=[])
     COMMANDS[command](parser)
-    position = "".join(f" [{action.metavar} ...]" for action in parser._get_positional_actions())
-    parser.usage = f"%(prog)s{position} [options]"
-    return parser.parse_intermixed_args(arguments[1:])
-
-
-# --- What several commands have ----------------------------------------------------------------------------------
+    (about,) = [action.metavar for action in parser._get_positional_actions()] or [""]
+    parser.usage = f"%(prog)s{about and f' [{about} ...]'} [options]"
+    args = parser.parse_intermixed_args(arguments[1:])
+    given = getattr(args, "positions", [])
+    files = [text for text in given if text.endswith(".safetensors")]
+    texts = [text for text in given if text not in files]
+    if files and "GATES" not in about and about != "MODEL":
+        parser.error(f"{files[0]}: cpe.py {command} takes no gate files")
+    if about == "GATES" and (texts or not files):
+        parser.error(f"which gates? Give files that end in .safetensors: {command} gates/red-heart.safetensors")
+    args.gates = [*args.gates, *map(Path, files)]
+    vars(args)[parser.about] = [*(getattr(args, parser.about, None) or []), *texts]
+    return args
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -75,26 +71,10 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-class Sort(argparse.Action):
-    """Positions: what ends in .safetensors goes to `gates`, all else to the list of `const`."""
-
-    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, _: Any = None) -> None:
-        """Add values to what is there."""
-        for value in values:
-            if value.endswith(".safetensors") and not parser.takes_gates:
-                parser.error(f"{value}: {parser.prog} takes no gate files")
-            name = "gates" if value.endswith(".safetensors") else self.const
-            setattr(args, name, [*getattr(args, name), Path(value) if name == "gates" else value])
-
-
 def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: str) -> None:
-    """Positions of one kind or two; after parsing they are lists, `args.gates` and `args.<dest>`.
-
-    Where the metavar names no gate files, one is a mistake.
-    """
-    parser.set_defaults(**{"gates": [], dest: []})
-    parser.takes_gates = "GATES" in metavar
-    parser.add_argument("positions", nargs="*", action=Sort, const=dest, metavar=metavar, help=text)
+    """Positions: after parsing, `args.gates` and `args.<dest>`; gate files only where the metavar names them."""
+    parser.about = dest
+    parser.add_argument("positions", nargs="*", metavar=metavar, help=text)
 
 
 def add_model(parser: argparse.ArgumentParser, default: str = "the gates' own, else sd14") -> None:
@@ -110,15 +90,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's own)")
     parser.add_argument("--guidance", type=number(float, 0, 100), help="guidance scale (likewise)")
     parser.add_argument("--sampler", choices=("ddim", "dpm"), help="DDIM or DPM-Solver++(2M) (likewise)")
-
-
-def add_steps_scale(parser: argparse.ArgumentParser) -> None:
-    """Faster and worse, or slower and better; and going on."""
-    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-
-
-# --- Commands ----------------------------------------------------------------------------------------------------
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +112,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Make a gate that erases a concept."""
     positions(parser, "TARGET", "targets", "what to erase: one gate file each")
     parser.add_argument("--target", nargs="+", action="extend", dest="targets", help="the same")
-    many = 'file of targets: one a line, its other names after commas, "A, Jr." in quotes (torchrun splits the lines)'
+    many = 'file of targets: one a line, its other names after commas, "A, Jr." in quotes'
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
     parser.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
     parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")
@@ -149,21 +120,22 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
-    add_steps_scale(parser)
+    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
     parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
     add_model(parser, "sd14")
     fields = recipe_fields()
     parser.epilog = f"numbers of the recipe (cpe.Recipe explains them): {' '.join(f'--{o}' for _, o, _ in fields)}"
     for name, option, kind in fields:
-        parser.add_argument(f"--{option}", dest=f"recipe_{name}", type=number(kind, 0, 1e9), help=argparse.SUPPRESS)
+        low = 1 if kind is int and name not in MAY_BE_NONE else 0
+        parser.add_argument(f"--{option}", dest=f"recipe_{name}", type=number(kind, low, 1e9), help=argparse.SUPPRESS)
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
     """Draw pictures, with or without gates."""
     positions(parser, "PROMPT_OR_GATES", "prompts", "what to draw, from seeds SEED, SEED + 1, ...; and gate files")
     parser.add_argument("--gates", action="append", type=Path, metavar="FILE", help="a gate file, as positions are")
-    many = "file of prompts: one a line, or CSV with a column `prompt` (torchrun splits the lines)"
+    many = "file of prompts: one a line, or CSV with a column `prompt`"
     parser.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
     parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
@@ -191,8 +163,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
     """Measure CPE against the linear erasers."""
     positions(parser, "TARGET", "targets", "instead of the scenarios: erase these at once")
     parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of the targets: their words and recipe")
-    text = "only these (repeatable); '50 at once' runs only when named"
-    parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
     parser.add_argument("--ablations", action="store_true", help="with CPE with one number of its recipe changed")
     parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
@@ -232,15 +203,16 @@ def bake(parser: argparse.ArgumentParser) -> None:
     positions(parser, "GATES", "texts", "gate files to bake in")
     parser.add_argument("--out", type=Path, help="folder, or .safetensors file, to write (default: models/<target>)")
     parser.add_argument("--preset", choices=PRESETS, help="prompts to train on (default: those of the gates)")
-    add_steps_scale(parser)
+    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
     add_model(parser)
 
 
 def export(parser: argparse.ArgumentParser) -> None:
     """Write an erased model as one file for other programs."""
-    positions(parser, "GATES", "texts", "none: gates are baked first")
-    parser.add_argument("--out", type=Path, help="what to write (default: <model>.safetensors)")
-    add_model(parser, "none")
+    positions(parser, "MODEL", "models", "a folder that `bake` has written, or what else --model takes")
+    parser.add_argument("--out", type=Path, help="what to write (default: models/<model>-float16.safetensors)")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the file's numbers")
+    add_model(parser, "MODEL")
 
 
 def list_(parser: argparse.ArgumentParser) -> None:

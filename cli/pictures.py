@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from cli.openings import Opening
 from loading.files import UserError, atomic, check_writable
 
 LINE = 14  # pixels of a line of text
@@ -54,15 +55,6 @@ def check_picture(path: Path) -> None:
     check_writable(path)
 
 
-def drawn_with(path: Path) -> str:
-    """What `grid` put into a PNG; "" if it is damaged, or says nothing."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("cpe", "")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-
-
 def change(before: Tensor, after: Tensor) -> str:
     """How far an image moved, as people say it, and the mean absolute difference, of 2 at most."""
     moved = (before - after).abs().mean().item()
@@ -70,17 +62,18 @@ def change(before: Tensor, after: Tensor) -> str:
     return f"{next(word for limit, word in words if moved < limit)} ({moved:.3f} of 2)"
 
 
-def openings(tokens: Sequence[str], values: Tensor, names: Sequence[str]) -> Image.Image:
-    """A sentence with the opening [N, T] of every gate behind its words: white 0, red 1."""
-    font, rows = ImageFont.load_default(), len(names)
+def sentence(found: Sequence[Opening]) -> Image.Image:
+    """A prompt with the opening of every gate behind its words: white 0, red 1; a row a gate."""
+    font, tokens = ImageFont.load_default(), found[0].tokens
     widths = [int(font.getlength(token)) + 10 for token in tokens]
-    left = 10 + max(int(font.getlength(name)) for name in names)
-    page = Image.new("RGB", (left + sum(widths), 8 + rows * 2 * LINE), "white")
-    draw, shades = ImageDraw.Draw(page), (255 * (1 - values)).round().int().tolist()
-    for row, name in enumerate(names):
+    left = 10 + max(int(font.getlength(opening.target)) for opening in found)
+    page = Image.new("RGB", (left + sum(widths), 8 + len(found) * 2 * LINE), "white")
+    draw = ImageDraw.Draw(page)
+    for row, opening in enumerate(found):
         y, x = 4 + row * 2 * LINE, left
-        draw.text((4, y + 4), name, "black", font)
-        for token, width, shade in zip(tokens, widths, shades[row], strict=True):
+        draw.text((4, y + 4), opening.target, "black", font)
+        for token, width, value in zip(tokens, widths, opening.values.tolist(), strict=True):
+            shade = round(255 * (1 - value))
             draw.rectangle((x, y, x + width - 2, y + 2 * LINE - 4), fill=(255, shade, shade))
             draw.text((x + 4, y + 4), token, "black", font)
             x += width

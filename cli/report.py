@@ -13,30 +13,30 @@ from PIL import Image
 from cli.check import WORST, Found, held_out
 from cli.common import GateFile, defaults_of, free, merge_gates
 from cli.generate import drawn
-from cli.inspect import opened
-from cli.pictures import openings, sheet
+from cli.openings import look
+from cli.pictures import sentence, sheet
 from loading.files import write_text
 from loading.prompts import fill
+from token_space import TokenSpace
 from weights import Model
 
 
-def write(file: GateFile, model: Model, found: Found, out: Path, seed: int) -> Path:
+def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Path, seed: int) -> Path:
     """Draw and write the page of a gate file that is just trained; returns its path. UserError as for `draw`."""
     worst, moved = found.order()[:WORST], found.moved.argsort(descending=True)[:WORST].tolist()
     prompts = [f"a picture of a {file.target}"]
     prompts += [fill(line, file.target) for line in held_out(file.preset)[:3]]
     prompts += [found.others[i] for i in moved[:2]]
     how = argparse.Namespace(**defaults_of(model.name), before_after=True)
-    gates, seeds = merge_gates([file], model), [seed + i for i in range(len(prompts))]
-    rows = drawn(model, prompts, seeds, gates, how, "report, ")
-    looked_at = [prompts[0], *(found.sentences[i] for i in worst[:3])]
-    pictures = [(text, openings(*opened(gates, model, text), [""])) for text in looked_at]
+    seeds = [seed + i for i in range(len(prompts))]
+    rows = drawn(model, prompts, seeds, merge_gates([file], model), how, "report, ")
+    looked_at = [look(file, text, model, space) for text in (prompts[0], *(found.sentences[i] for i in worst[:3]))]
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         target=html.escape(file.target),
         model=html.escape(model.name),
         line=html.escape(found.in_a_line()),
         pictures=embedded("; ".join(prompts), sheet(list(rows.values()), prompts, list(rows))),
-        openings="".join(f"<p>{embedded(text, picture)}</p>" for text, picture in pictures),
+        openings="".join(f"<p>{embedded(each.sentence(), sentence([each]))}</p>" for each in looked_at),
         worst=table((f"{found.reached[i]:.0%}", found.sentences[i]) for i in worst),
         moved=table((f"{found.moved[i]:.1%}", found.others[i]) for i in moved),
         settings=table(sorted(file.metadata.items())),
@@ -50,9 +50,8 @@ def embedded(text: str, picture: Image.Image) -> str:
     """A picture inside the page, and what it shows in words."""
     content = io.BytesIO()
     picture.save(content, "PNG")
-    return (
-        f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
-    )
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:

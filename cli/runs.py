@@ -1,6 +1,6 @@
 """Training that can be interrupted, and gone on with bit for bit.
 
-    check_state(state_file(out), args.resume, name)
+    check_state(state_file(out), name)
     train(trainer, state_file(out), name, "training red heart")
 
 A trainer yields something for every step, counts them in `phase` and `step` against `steps`, the length of every
@@ -46,10 +46,9 @@ class Trainer(cpe.Trainer):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state()` was taken, after the first step; ValueError if it is of another run, or damaged."""
         try:
-            gates = {name.removeprefix("gates."): t for name, t in state.items() if name.startswith("gates.")}
-            self.gates.load_state_dict(gates)
+            self.gates.load_state_dict({name: state[f"gates.{name}"] for name in self.gates.state_dict()})
             self.phase, self.step = map(int, state["position"])
-            if self.phase not in range(len(self.steps)) or not 0 < self.step <= self.steps[self.phase]:
+            if not 0 < self.step <= self.steps[self.phase] or self.phase < 0:
                 raise ValueError(f"it has no step {self.step} of phase {self.phase}")
             if self.phase:
                 E = self.losses.data.targets
@@ -61,7 +60,7 @@ class Trainer(cpe.Trainer):
                 moments[i] = {n: torch.empty_like(like).copy_(state[f"optimizer.{i}.{n}"]) for n, like in likes.items()}
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
             self.generator.set_state(state["generator"])
-        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"this state is of another run: {error}") from error
 
 
@@ -76,15 +75,17 @@ def train(trainer: Any, path: Path, name: str, text: str) -> None:
             trainer.load_state(load_tensors(path)[0])
         except ValueError as error:
             raise UserError(f"{path}: {error}. Remove it to begin anew.") from error
+    done, saved = sum(trainer.steps[: trainer.phase]) + trainer.step, time.monotonic()
+    if done:
+        print(f"goes on {path}, at step {done:,} of {sum(trainer.steps):,}")
     try:
-        done, saved = sum(trainer.steps[: trainer.phase]) + trainer.step, time.monotonic()
         with between_steps() as asked:
             for _ in bar(trainer, sum(trainer.steps), text, done):
                 if asked or time.monotonic() - saved > SAVE_SECONDS:
                     save_tensors(path, trainer.state(), {"run": name})
                     saved = time.monotonic()
                 if asked:
-                    raise KeyboardInterrupt("go on with --resume")
+                    raise KeyboardInterrupt("the same command goes on")
     except FloatingPointError as error:
         path.unlink(missing_ok=True)  # it would diverge again
         raise UserError(f"{text}: {error}. Try another --seed, or smaller learning rates.") from error
@@ -96,21 +97,16 @@ def state_file(out: Path) -> Path:
     return out.with_name(f"{name}.state.safetensors")
 
 
-def check_state(path: Path, resume: bool, name: str) -> None:
-    """UserError where a state lies that is damaged, of another run, or not to be gone on with."""
-    if not os.path.exists(path):
-        return
-    if not resume:
-        said = "is of an unfinished run: go on with it, by the same settings and --resume, or remove it to begin anew"
-        raise UserError(f"{path} {said}.")
-    if metadata_of(path).get("run") != name:
-        said = "is damaged, or of a run with other settings: use the same, choose another --out, or remove it"
+def check_state(path: Path, name: str) -> None:
+    """UserError where a state lies that is damaged, or of another run, and not to be gone on with."""
+    if os.path.exists(path) and metadata_of(path).get("run") != name:
+        said = "is of an unfinished run with other settings, or damaged: give the same, another --out, or remove it"
         raise UserError(f"{path} {said}.")
 
 
 @contextmanager
 def between_steps() -> Iterator[list[int]]:
-    """Ctrl-C, or torchrun's end, is noted in the list that is given, until the block can end; a second ends it."""
+    """Ctrl-C, or SIGTERM, is noted in the list that is given, until the block can end; a second ends it."""
     asked: list[int] = []
 
     def note(number: int, frame: object) -> None:

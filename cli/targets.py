@@ -5,6 +5,7 @@ What is recognised is acted on, and said; what could mean two things is refused,
 
 import argparse
 import re
+import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cli.common import command, defaults_of, is_emoji
+from cli.many import ENDING
 from loading.files import UserError
 from loading.prompts import PRESETS, normalised, read_prompts
 from weights import load_model
@@ -40,9 +42,11 @@ def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]
         elif all(normalised(part) in known for part in parts):
             print(f"targets {', '.join(parts)}: {text!r} names {len(parts)} things, each gets a gate of its own")
             names += parts
+        elif ENDING.fullmatch(parts[-1]):
+            raise UserError(f"{text!r} looks like one name with a comma: add --one-name.")
         else:
-            several, one = command("train", *parts), command("train", text, "--one-name")
-            raise UserError(f"{text!r} may be one name or {len(parts)}: give `{one}`, or `{several}`.")
+            several = " ".join(shlex.quote(part) for part in parts)
+            raise UserError(f"{text!r}: one name? Add --one-name. {len(parts)} of them? Write {several} instead.")
     names = [spaced(name) for name in names]
     return list({normalised(name) or name: name for name in reversed(names)}.values())[::-1]
 
@@ -58,19 +62,16 @@ def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     preset = args.preset or defaults_of(args.model)["preset"]
     if is_emoji(args.model):
         names[0], preset = style_of(names[0], preset)
-    surrogate = spaced(PRESETS[preset].surrogate if args.surrogate is None else args.surrogate)
-    if not surrogate:
-        raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
+    surrogate = spaced(args.surrogate or PRESETS[preset].surrogate)
     for name in names:
         if not name:
             raise UserError('the target is empty: say what to erase, for example train "Brad Pitt".')
         if (normalised(name) or name) == (normalised(surrogate) or surrogate):
             raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
     if is_emoji(args.model):
-        check_known(names, args.model)
         if args.surrogate is None and preset not in ("emoji", "emoji-style"):
             raise UserError(f"--preset {preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
-        check_known([surrogate], args.model)
+        check_known([*names, surrogate], args.model)
     return Target(names, preset, surrogate)
 
 
@@ -93,12 +94,12 @@ def check_known(names: Sequence[str], model: str) -> None:
     """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
     prompts = read_prompts("emoji")
     words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
-    for name in names:
-        if not normalised(name) or not set(normalised(name).split()) <= words:
-            raise UserError(
-                f"the embedded model cannot draw {name!r}. Nearest in meaning: {', '.join(nearest(name, model))}; "
-                f"all that it knows: {command('list')}. Real names need --model sd14."
-            )
+    if unknown := [name for name in names if not normalised(name) or not set(normalised(name).split()) <= words]:
+        raise UserError(
+            f"the embedded model cannot draw {unknown[0]!r}. Nearest in meaning: "
+            f"{', '.join(nearest(unknown[0], model))}; all that it knows: {command('list')}. "
+            "Real names need --model sd14."
+        )
 
 
 @torch.no_grad()

@@ -10,18 +10,17 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import cpe
 import solve
 import token_space
 from cli import check, many, report
-from cli.common import bar, command, defaults_of, gate_file, is_emoji, metadata_of, open_model, slug
+from cli.common import bar, command, defaults_of, gate_file, is_emoji, metadata_of, open_model, slug, space_of
 from cli.options import recipe_fields
 from cli.runs import Trainer, check_state, digest, state_file, train
 from cli.targets import Target, split, styles, target_of
@@ -36,13 +35,11 @@ VERSIONS = {"train": 4, "solve": 2}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 
 
-def run(args: argparse.Namespace) -> str | None:
+def run(args: argparse.Namespace) -> str:
     """`train`: one gate file a target. UserError for a target that cannot be erased, or a file that is in the way."""
     args.model = args.model or "sd14"
     args.how = how(args)
     jobs = jobs_of(args)
-    if args.target_file:  # what is there of an earlier run is gone on with
-        args.resume, args.device, jobs = True, many.own_device(args.device), many.share(jobs)
     for job in jobs:  # before a model is downloaded
         with many.naming(job.line):
             check_new(job.out)
@@ -50,8 +47,6 @@ def run(args: argparse.Namespace) -> str | None:
     for number, job in enumerate(jobs, 1):
         with many.naming(job.line):
             finish(shop, job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
-    if not jobs:  # fewer lines than processes
-        return None
     name = jobs[0].target.names[0]
     a = "" if not is_emoji(args.model) else "a robot, " if name in styles() else "a "
     return command("generate", f"a picture of {a}{name}", jobs[0].out, "--before-after")
@@ -61,7 +56,7 @@ def how(args: argparse.Namespace) -> str:
     """--how; where nobody said it, by steps if an option of these is given, else as the model's defaults have it."""
     odd = given(args).keys() - {field.name for field in dataclasses.fields(solve.Settings)}
     of_steps = [*sorted(odd), *["steps_scale"] * (args.steps_scale != 1)]
-    of_steps += [name for name in ("literal", "resume") if getattr(args, name)]
+    of_steps += ["literal"] * args.literal
     if args.how == "solve" and of_steps:
         raise UserError(f"--{of_steps[0].replace('_', '-')}: of --how train alone, as nothing is trained here.")
     return args.how or ("train" if of_steps else defaults_of(args.model).get("how", "train"))
@@ -124,11 +119,8 @@ def check_new(out: Path) -> None:
         check_writable(state_file(out))  # its name is longer
 
 
-# --- What all targets of one command share -----------------------------------------------------------------------
-
-
 class Workshop:
-    """The model, opened once, what is read of it, and what is encoded for every target."""
+    """What all targets of one command share: the model, opened once, what is read of it, and encoded for each."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -140,9 +132,8 @@ class Workshop:
 
     @cached_property
     def space(self) -> token_space.TokenSpace:
-        """The projections that the losses look through, as seen from the context."""
-        layers = cpe.Layers.of(self.model.cross_attention(), token_space.spectral_norm, self.model.tokens)
-        return token_space.TokenSpace(layers)
+        """The projections that the losses look through."""
+        return space_of(self.model)
 
     def recipe(self, target: Target) -> "cpe.Recipe | solve.Settings":
         """The numbers of a target's preset, and those that were given."""
@@ -173,23 +164,16 @@ class Workshop:
         def progress(parts: list) -> Iterable:
             return bar(parts, len(parts), "encoding anchors") if len(parts) > 1 else parts
 
-        def anchors(texts: list[str]) -> Tensor:
-            return cached_contexts(self.model, texts, progress)
-
-        def bare(texts: list[str]) -> Tensor:
-            # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
-            return cached_contexts(self.model, texts, progress, tokens=16)
-
-        def own(texts: list[str]) -> Tensor:
+        def own(texts: list[str]) -> torch.Tensor:
             return cached_contexts(self.model, texts).to(self.model.device, self.model.dtype)
 
+        anchors = partial(cached_contexts, self.model, progress=progress)
+        # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
+        bare = partial(anchors, tokens=16)
         try:
             return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
         except ValueError as error:
             raise UserError(f"prompts/{target.preset}.txt: {error}.") from error
-
-
-# --- One gate file -----------------------------------------------------------------------------------------------
 
 
 def finish(shop: Workshop, job: Job, where: str) -> None:
@@ -203,7 +187,7 @@ def finish(shop: Workshop, job: Job, where: str) -> None:
         gates = solved(shop, job.target)
     else:
         name = json.dumps(settings, sort_keys=True)
-        check_state(state, shop.args.resume, name)
+        check_state(state, name)
         trainer = trainer_of(shop, job.target)
         train(trainer, state, name, f"{where}training {job.target.names[0]}")
         gates = trainer.gates
@@ -220,7 +204,8 @@ def finish(shop: Workshop, job: Job, where: str) -> None:
     found = check.check(file, shop.model, shop.space)
     print(f"check   {found.in_a_line()}")
     if shop.args.report:
-        print(f"wrote   {report.write(file, shop.model, found, job.out.with_suffix('.html'), shop.args.seed)}")
+        page = report.write(file, shop.model, shop.space, found, job.out.with_suffix(".html"), shop.args.seed)
+        print(f"wrote   {page}")
 
 
 def trainer_of(shop: Workshop, target: Target) -> Trainer:
@@ -253,7 +238,7 @@ def is_finished(out: Path, settings: dict[str, str]) -> bool:
         return False
     there = metadata_of(out)
     if other := [name for name, value in settings.items() if there.get(name, "").casefold() != value.casefold()]:
-        options: dict[str, Any] = {field: option for field, option, _ in recipe_fields()}
+        options = {field: option for field, option, _ in recipe_fields()}
         named = ", ".join(options.get(name, name) for name in other[:3])
         what = f"trained with other settings ({named})" if "target" in there else "no finished gate file"
         raise UserError(f"{out} is there already, {what}: choose another --out, or remove it.")

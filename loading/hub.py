@@ -57,10 +57,12 @@ def failure(repository: str, file: str, error: Exception) -> UserError:
         advice = "check the name; for a model behind a licence, accept it on its page and run `hf auth login`"
     elif disk_full(error) or getattr(error, "filename", None):  # of the cache, not of the network
         advice = "make room on the disk, check that folder, or set HF_HOME to another"
-    emoji = "use `--model emoji`, which comes with this project, or " if repository == SD14 else ""
     said = f"{file} of {repository} is not in the Hugging Face cache, and downloading it failed"
+    emoji = "use --model emoji, " if repository == SD14 else ""
     why = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{said} ({why}): {advice}; or {emoji}give the folder of a copy from another machine")
+    # without a network the client's own words are those of a socket
+    why = "" if re.search("Connect|LocalEntryNotFound", type(error).__name__) else f" ({why})"
+    return UserError(f"{said}{why}: {advice}, {emoji}or give the folder of a copy from another machine")
 
 
 def fetch(repository: str, wanted: Sequence[tuple[str, ...]]) -> Path:

@@ -128,6 +128,8 @@ def read_folder(folder: Path) -> list[tuple[Path, str]]:
         drawn = drawn_with(path)
         if drawn.get("before_after"):
             raise UserError(f"{path} holds before and after: draw it anew, without --before-after")
+        if drawn.get("pictures", 1) > 1:
+            raise UserError(f"{path} holds {drawn['pictures']} pictures: draw each by itself, or with --prompts FILE")
         if path.name not in said and path.with_suffix(".txt").is_file():
             said[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
         said.setdefault(path.name, str(drawn.get("prompt", "")))
@@ -163,6 +165,8 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
+            if "cpe" in image.info:  # `generate` writes the prompt over the picture, which is square
+                image = image.crop((0, image.height - image.width, image.width, image.height))
             pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture ({error}): remove it, or get it again") from error

@@ -44,8 +44,6 @@ def run(
     Returns its exit code and what it printed.
     """
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str, model: str | None = None) -> tuple[int, str]:
         model = str(tiny_original) if model is None else model

@@ -181,7 +181,7 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(folder_of, tmp_path, name,
     moments, went_on = spread(changes.value, kills), 0
     while moments or not out.exists():
         begun = runs.state_file(out).exists()
-        code = ended(start(run_command, [*run, "--resume"], cache, changes, moments[0] if moments else 0))
+        code = ended(start(run_command, run, cache, changes, moments[0] if moments else 0))
         assert code in (0, -signal.SIGKILL)
         assert code or out.exists()
         went_on += begun
@@ -377,7 +377,7 @@ def test_a_disk_that_fills_up_during_training_leaves_the_last_state(run, tiny_or
     assert "the disk is full: make room" in said
     for module in (runs, training):
         monkeypatch.setattr(module, "save_tensors", save)
-    assert run([*train(tiny_original, tmp_path / "x.safetensors"), "--resume"])[0] == 0
+    assert run(train(tiny_original, tmp_path / "x.safetensors"))[0] == 0
 
 
 def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, tiny_original, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import FEW, contents, write_gates
 
 from cli import bake
@@ -40,14 +41,28 @@ def test_a_baked_model_is_named_after_its_target_and_draws_without_gates(run, ga
 def test_a_baked_model_is_exported_as_one_file(run, gates):
     assert run(*BAKE, gates, "--out", "one.safetensors")[0] == 0  # at once
     assert run(*BAKE, gates)[0] == 0
-    export = ("export", "--model", "models/red-heart", "--out", "two.safetensors")  # or from the folder
-    code, said = run(*export)
+    export = ("export", "models/red-heart", "--out", "two.safetensors")  # or from the folder
+    code, said = run(*export, model="")
     assert (code, "wrote   two.safetensors" in said) == (0, True), said
     assert load_tensors("two.safetensors")[0].keys() == load_tensors("one.safetensors")[0].keys()
-    code, said = run(*export)
+    code, said = run(*export, model="")
     assert (code, "give the name of a new file" in said) == (2, True)
-    code, said = run("export", gates)
+    code, said = run("export", gates, model="")
     assert (code, "python cpe.py bake red-heart.safetensors --out erased.safetensors" in said) == (2, True)
+
+
+def test_an_exported_model_is_named_after_its_model_and_numbers(run, tiny_original):
+    files = {"float16": torch.float16, "float32": torch.float32}
+    for dtype, kind in files.items():
+        out = f"models/{tiny_original.name}-{dtype}.safetensors"
+        code, said = run("export", "--dtype", dtype)
+        assert (code, f"wrote   {out} (" in said) == (0, True), said
+        assert {tensor.dtype for tensor in load_tensors(out)[0].values()} == {kind}
+    code, said = run("export", out, model="")  # a checkpoint, and no gates
+    assert (code, "tiny-float32.safetensors is not this TextEncoder" in said) == (2, True)  # but for its small size
+    for words in [], ["a", "b"]:
+        code, said = run("export", *words, model="")
+        assert (code, f"one model is exported, not {len(words)}" in said) == (2, True)
 
 
 def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
@@ -64,9 +79,9 @@ def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(baking.Baker, "update", interrupted)
         code, said = run(*settings, "--out", "x")
-    assert (code, "go on with --resume" in said) == (130, True)
+    assert (code, "the same command goes on" in said) == (130, True)
     assert not Path("x").exists()
-    assert run(*settings, "--out", "x", "--resume")[0] == 0
+    assert run(*settings, "--out", "x")[0] == 0
     assert contents("x") == contents("whole")
 
 
@@ -83,3 +98,4 @@ def test_pictures_of_attacks_are_numbered(run, gates, name):
         Path("images/attack.png").write_bytes(b"mine")
     code, said = run("attack", gates, "--with", "embeddings", "--steps", "1", "--guidance", "1")
     assert (code, f"wrote   images/{name}" in said) == (0, True), said
+    assert said.startswith("time    attacks and pictures: about ")

@@ -15,10 +15,10 @@ from tiny import contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, demo, generate, many, options, pictures, targets
-from cli import inspect as inspecting
+from cli import check, common, compare, demo, generate, many, openings, options, pictures, targets
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import read_prompts
+from study.evaluate import drawn_with, read_folder, read_image
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
@@ -75,28 +75,37 @@ def test_how_long_it_takes_is_said_beforehand_from_measured_steps(monkeypatch, c
     assert capsys.readouterr().out == "time    long: about 10 min (90 steps)\n"
 
 
+def test_the_rest_of_a_comparison_takes_as_long_as_its_first_eraser_for_as_many_targets(monkeypatch, capsys):
+    clock = iter([0.0, 5.0, 5.0, 35.0, 35.0, 36.0, 36.0, 37.0, 37.0])  # 30 s for the second cell
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    cells = [("object", name, {"seconds": 20.0}, []) for name in ("none", "cpe", "uce", "rece")]
+    assert list(compare.timed(cells, [1, 1, 0, 10])) == cells  # uce is on disk; the last has ten targets
+    assert "cpe took 30 s, 20 s of it to erase; about 4 min more, if all others are like it" in capsys.readouterr().out
+
+
 def test_gates_of_a_model_that_is_gone_say_which(run, tiny_original):
     write_gates(tiny_original, Path("b.safetensors"), model="elsewhere/model")
     code, said = run("generate", "a cat", "b.safetensors", model="")
     assert (code, "elsewhere/model" in said) == (2, True)
 
 
-def test_it_says_how_far_gates_opened_and_in_which_prompts_they_stayed_shut(run, gates):
+def test_it_says_what_gates_do_in_prompts_that_name_their_target_the_failures_last(run, gates, monkeypatch):
     tensors, metadata = load_tensors(gates)
     (scaler,) = [name for name in tensors if "scaler" in name]
-    for factor, shut in (0.0, False), (-1e4, None):
-        save_tensors("x.safetensors", tensors | {scaler: factor * tensors[scaler]}, metadata)
-        said = run("generate", "my red hearts", "a cat", "x.safetensors", "--steps", "1")[1]
-        assert said.count("opened  ") == 1
-        if shut is False:
-            assert "opened  0.50  red heart: my red hearts" in said
-            assert "SHUT" not in said
-    shutting = tensors | {scaler: torch.zeros_like(tensors[scaler])}
-    save_tensors("x.safetensors", shutting, metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "SHUT", 0.6)
-        said = run("generate", "my red hearts", "a cat", "x.safetensors", "--steps", "1")[1]
-    assert "SHUT    1 of 1: what follows was probably drawn, not erased\n        'red heart' in 'my red hearts'" in said
+    save_tensors("x.safetensors", tensors | {scaler: 0 * tensors[scaler]}, metadata)  # half open everywhere
+    prompts = ("my red hearts", "a red-heart", "a cat")
+    for least, word in (0.6, "SHUT    "), (0.4, "WEAK    "):
+        monkeypatch.setattr(openings, "SHUT", least)
+        said = run("generate", *prompts, "x.safetensors", "--steps", "1")[1]
+        for prompt in prompts[:2]:
+            assert f"{word}{prompt!r} names 'red heart', but its gate opens to 0.50 at" in said
+            inspected = run("inspect", prompt, "x.safetensors")[1]  # in the same words
+            assert next(line for line in said.splitlines() if repr(prompt) in line) in inspected.splitlines()
+        assert "'a cat'" not in said.split("next ")[0]
+    found = iter([0.1, 0.9])
+    monkeypatch.setattr(openings, "look", lambda file, prompt, *_: opening(0.9, next(found), prompt))
+    lines = run("generate", *prompts, "x.safetensors", "--steps", "1")[1].splitlines()
+    assert [line.split()[0] for line in lines if " names " in line] == ["opens", "WEAK"]
 
 
 def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):
@@ -147,7 +156,6 @@ def test_what_is_said_to_be_next_runs(run, gates, tiny_original):
         (("inspect", "red-heart.safetensors"), "one prompt is looked at, not 0"),
         (("inspect", "red-heart.safetensors", "a", "cat"), "one prompt is looked at, not 2: quote it"),
         (("inspect", "red-heart.safetensors", "  "), "the prompt is empty"),
-        (("check", "red-heart"), "which gates? Give files that end in .safetensors"),
         (("check", "red-heart.safetensors", "--sentences", "lines"), "needs one {}"),
         (("demo", "red heart", "--model", "."), "the demo is of the embedded model"),
     ],
@@ -164,8 +172,9 @@ def test_what_a_user_can_mend_is_a_sentence(run, gates, arguments, words):
 
 
 @pytest.mark.parametrize("words", [["generate", "a cat"], ["generate", "--prompts", "lines"]])
-def test_steps_that_cannot_be_drawn_are_a_sentence(run, words):
+def test_steps_that_cannot_be_drawn_are_a_sentence_before_a_model_is_opened(run, monkeypatch, words):
     Path("lines").write_text("a picture of a cat\n")
+    monkeypatch.setattr(generate, "open_model", lambda *_: pytest.fail("opened the model"))
     code, said = run(*words, "--sampler", "ddim", "--steps", "600")
     assert (code, "--steps: ddim takes up to 500 steps or 1000" in said) == (2, True)
 
@@ -246,7 +255,7 @@ def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
         ("prompt,seed\na cat,x", "line 2: .*seeds are whole numbers"),
         ("prompt,seed\na cat,4.5", "line 2: .*seeds are whole numbers"),
         ("prompt,guidance_scale\na cat,much", "line 2: .*guidance scales 0 to 100"),
-        ("prompt,seed\na cat, asleep,4", "line 2 has 3 fields for 2 columns: put what holds a comma in double quotes"),
+        ("prompt,seed\na cat, asleep,4", "line 2: 3 fields for 2 columns: put what holds a comma in double quotes"),
         ('prompt\n"a cat\na dog', "line 3 is no CSV .*: check its double quotes"),
         ("a,b\n1,2", "has no column `prompt`"),
         ("prompt\n\n", "has no prompts"),
@@ -263,7 +272,7 @@ def test_a_row_without_a_prompt_is_passed_over_aloud_and_seeds_keep_every_digit(
     Path("t.csv").write_text('prompt,seed\na cat,42.0\n,7\n\n"a ""red"" heart, twice",9007199254740993\n')
     drawings = many.read_drawings(Path("t.csv"))
     assert [(each.prompt, each.seed) for each in drawings] == [("a cat", 42), ('a "red" heart, twice', 2**53 + 1)]
-    assert "passed  line 3 of t.csv: no prompt there" in capsys.readouterr().out
+    assert "passed  1 of the lines of t.csv, line 3 first: no prompt there" in capsys.readouterr().out
 
 
 def test_a_row_is_the_single_command_with_the_same_numbers_bit_for_bit(run, gates):
@@ -278,6 +287,21 @@ def test_a_row_is_the_single_command_with_the_same_numbers_bit_for_bit(run, gate
         assert bare.tobytes() == row.tobytes()
 
 
+def test_pictures_that_it_draws_are_judged_by_their_prompts(run, gates, tiny_original):
+    for prompt in "a red heart", "a cat":
+        assert run("generate", prompt, gates, "--steps", "1", "--out", f"drawn/{prompt}.png")[0] == 0
+    assert [prompt for _, prompt in read_folder(Path("drawn"))] == ["a cat", "a red heart"]
+    Path("one").write_text("a cat\n")
+    assert run("generate", "--prompts", "one", gates, "--steps", "1", "--out", "bare")[0] == 0
+    with_heading, without = read_image(Path("drawn/a cat.png"), 16), read_image(Path("bare/0001-a-cat.png"), 16)
+    assert torch.equal(with_heading, without)
+    code, said = run("evaluate", "drawn", "--name", "cat", "--name", "red heart")
+    assert (code, "accuracy" in said) == (0, True), said
+    assert run("generate", "a cat", "a dog", "--steps", "1", "--out", "drawn/two.png")[0] == 0
+    code, said = run("evaluate", "drawn")
+    assert (code, "drawn/two.png holds 2 pictures: draw each by itself" in said) == (2, True)
+
+
 def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGB", (1, 1)).save(path)
@@ -285,7 +309,7 @@ def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
     content[16:24] = struct.pack(">II", 50_000, 50_000)  # width and height in the header
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path.write_bytes(content)
-    assert pictures.drawn_with(path) == ""
+    assert drawn_with(path) == {}
 
 
 # --- inspect, check, demo ----------------------------------------------------------------------------------------
@@ -304,24 +328,29 @@ def test_inspect_has_a_line_for_every_token_and_a_column_for_every_gate(run, gat
         assert image.width > image.height
 
 
+def opening(value: float, share: float | None, prompt: str = "my cat") -> openings.Opening:
+    """A gate that opens to a value at the third token; <start> does not count."""
+    values = torch.tensor([1.0, 0.0, value, 0.0])
+    return openings.Opening("cat", prompt, ["<start>", "my", "cat", "<end>"], values, share)
+
+
 @pytest.mark.parametrize(
     ("value", "share", "begins"),
     [
-        (0.1, 0.9, "SHUT    the prompt names 'cat', but its gate opens to 0.10"),
-        (0.9, 0.1, "WEAK    the prompt names 'cat', but its gate opens to 0.90 at 'cat', and makes only 10%"),
-        (0.9, 0.9, "opens   the prompt names 'cat'; its gate opens to 0.90 at 'cat', and makes 90%"),
-        (0.9, None, "OPENS   the prompt does not name 'cat', yet its gate opens to 0.90"),
-        (0.1, None, "shut    the prompt does not name 'cat'; its gate opens to 0.10"),
+        (0.1, 0.9, "SHUT    'my cat' names 'cat', but its gate opens to 0.10"),
+        (0.9, 0.1, "WEAK    'my cat' names 'cat', but its gate opens to 0.90 at 'cat', and makes only 10%"),
+        (0.9, 0.9, "opens   'my cat' names 'cat'; its gate opens to 0.90 at 'cat', and makes 90%"),
+        (0.9, None, "OPENS   'my cat' does not name 'cat', yet its gate opens to 0.90"),
+        (0.1, None, "shut    'my cat' does not name 'cat'; its gate opens to 0.10"),
     ],
 )
-def test_inspect_says_what_it_means_loudly_where_that_is_bad(value, share, begins):
-    values = torch.tensor([1.0, 0.0, value, 0.0])  # <start> does not count
-    assert inspecting.meaning("cat", values, ["<start>", "a", "cat", "<end>"], share).startswith(begins)
+def test_what_an_opening_means_is_said_loudly_where_that_is_bad(value, share, begins):
+    assert opening(value, share).sentence().startswith(begins)
 
 
 def test_inspect_measures_the_change_of_the_prompt_itself(run, gates):
     assert "of the change that erases it" in run("inspect", gates, "My Red  Hearts, please".replace("  ", " "))[1]
-    assert "the prompt does not name 'red heart'" in run("inspect", gates, "a red rose")[1]
+    assert "'a red rose' does not name 'red heart'" in run("inspect", gates, "a red rose")[1]
 
 
 def test_a_gate_file_cannot_write_to_the_terminal(run, gates):
@@ -371,11 +400,9 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
         assert f"\n{group}: " in said
     with Image.open("images/demo-crab.png") as image:
         assert image.width > 12 * 128
-    assert "kept    images/demo-crab.safetensors" in run("demo", "Crab", "--steps", "1", "--guidance", "1", model="")[1]
-    code, said = run(
-        "demo", "crab", "--steps", "1", "--guidance", "1", "--seed", "1", model=""
-    )  # others are in the way
-    assert (code, "wrote   images/demo-crab-2.safetensors" in said) == (0, True)
+    assert "'a picture of a crab' names 'crab'" in said
+    said = run("demo", "Crab", "--steps", "1", "--guidance", "1", model="")[1]
+    assert all(f"wrote   images/demo-crab-2.{kind}" in said for kind in ("safetensors", "png"))
 
 
 def test_the_prompts_of_the_demo_are_filled_in(all_things):

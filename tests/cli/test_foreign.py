@@ -8,6 +8,7 @@ from tiny import ROOT
 
 import cpe
 from cli import bake, common
+from deploy.targets import read_concept
 from loading.configs import SD14_CONFIGS
 from loading.files import UserError, save_tensors
 from loading.prompts import PRESETS
@@ -45,7 +46,7 @@ def test_baking_asks_for_the_preset_and_takes_its_surrogate(tmp_path, target):
     file = common.read_gates(theirs(tmp_path / "x.safetensors", target, PEOPLE[target]))
     with pytest.raises(UserError, match=r"does not say how it was trained: say --preset \(one of celebrity, style"):
         bake.common_preset([file])
-    concept = bake.concept_of(file, "object")
+    concept = read_concept({"prompts": file.target} | file.metadata, PRESETS["object"])
     assert ("object", concept.surrogate, concept.eta) == of_preset("object")
     assert concept.names == [target]
 

@@ -1,6 +1,5 @@
 """main and options: how commands are found, how errors end them, and that help answers at once."""
 
-import builtins
 import errno
 import os
 import shutil
@@ -36,7 +35,9 @@ def test_the_script_is_the_command_line():
     [
         (["trian"], "did you mean train?"),
         (["train", "x", "y.safetensors"], "y.safetensors: cpe.py train takes no gate files"),
-        (["generate", "--prompt", "x"], "there is no --prompt any more: prompts stand without an option now"),
+        (["check", "red-heart"], "which gates? Give files that end in .safetensors: check gates/red-heart.safetensors"),
+        (["bake"], "which gates? Give files that end in .safetensors: bake gates/red-heart.safetensors"),
+        (["train", "x", "--rank", "0"], "0 is not between 1 and"),
         (["fly"], "invalid choice: 'fly'"),
         (["generate", "a\0b"], "is not text"),
         (["generate", "a\udce9b"], "is not text"),
@@ -114,14 +115,10 @@ def test_another_error_is_a_traceback(run, monkeypatch):
 
 
 def test_an_interruption_while_torch_is_imported_is_no_traceback(monkeypatch, capsys):
-    real = builtins.__import__
+    def interrupted(_):
+        raise KeyboardInterrupt
 
-    def interrupted(name, *rest):
-        if name.startswith("loading"):
-            raise KeyboardInterrupt
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", interrupted)
+    monkeypatch.setattr("importlib.import_module", interrupted)
     assert main(["list"]) == 130
     assert "interrupted; nothing half-written is left" in capsys.readouterr().err
 

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, contents
+from tiny import contents
 
 import cpe
 import token_space
@@ -227,19 +225,11 @@ LINES = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
 SHORT = ("--preset", "emoji", "--steps-scale", "0.004")
 
 
-def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
-    """Make this process one of those that torchrun starts."""
-    for name, value in ("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank), ("TORCHELASTIC_RUN_ID", "x"):
-        monkeypatch.setenv(name, str(value))
-
-
-def test_a_file_of_targets_gives_the_files_of_one_by_one(run, monkeypatch):
+def test_a_file_of_targets_gives_the_files_of_one_by_one(run):
     Path("targets.txt").write_text(LINES)
-    for rank in range(2):
-        as_process(monkeypatch, rank, 2)
-        code, said = run("train", "--targets", "targets.txt", *SHORT, "--out", "all")
-        assert code == 0, said
-        assert "passed  1 comment line of targets.txt" in said
+    code, said = run("train", "--targets", "targets.txt", *SHORT, "--out", "all")
+    assert code == 0, said
+    assert "passed  1 comment line of targets.txt" in said
     for name, *aliases in (["red heart", "--alias", "love"], ["dog face"], ["two hearts"], ["#cat"]):
         assert run("train", name, *aliases, *SHORT, "--out", f"alone/{common.slug(name)}.safetensors")[0] == 0
     assert [name.split("-")[0] for name in contents("all")] == ["cat", "dog", "red", "two"]  # `#cat` is a target
@@ -250,13 +240,6 @@ def test_targets_side_by_side_get_a_file_each(run):
     code, said = run("train", "--target", "red heart", "dog face", *SHORT)
     assert code == 0, said
     assert list(contents("gates")) == ["dog-face.safetensors", "red-heart.safetensors"]
-
-
-def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    code, said = run(*TRAIN)
-    assert (code, f"wrote   {GATES}" in said, "took " in said) == (0, True, True)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +254,6 @@ def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypat
             "Martin Luther King, Jr.\n",
             """'Jr.' would be erased as a name. If it belongs to the one before: "Martin Luther""",
         ),
-        ("1. Brad Pitt\n", "line 1: it begins as in a list"),
         ('"Sammy Davis\n', "line 1: a double quote is not closed"),
         ("an object\n", "line 1: 'an object' is both target and surrogate"),
         ("caf\udce9", "cannot be read as text in UTF-8"),
@@ -302,17 +284,6 @@ def test_quotes_keep_a_name_with_a_comma_together(line, names):
     assert many.names_in(line) == names
 
 
-def test_torchrun_starts_it(tiny_original, tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no torchrun")
-    (tmp_path / "targets.txt").write_text("red heart\ndog face\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "cpe.py"]
-    command += ["train", "--targets", "targets.txt", *SHORT, "--model", tiny_original, "--first-steps", "2"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    assert list(contents(tmp_path / "gates")) == ["dog-face.safetensors", "red-heart.safetensors"]
-
-
 # --- Interrupted -------------------------------------------------------------------------------------------------
 
 
@@ -340,11 +311,12 @@ def test_a_run_that_was_interrupted_at_any_step_goes_on_bit_for_bit(run, monkeyp
         interrupt_at(patch, step)
         code, said = run(*TRAIN, *PHASES, "--out", "x.safetensors")
     assert code == 130
-    assert "interrupted; nothing half-written is left (go on with --resume)" in said
+    assert "interrupted; nothing half-written is left (the same command goes on)" in said
     assert list(Path().glob("x.*")) == [Path("x.state.safetensors")]
+    code, said = run(*TRAIN, *PHASES, "--seed", "1", "--out", "x.safetensors")
+    assert (code, "x.state.safetensors is of an unfinished run with other settings" in said) == (2, True)
     code, said = run(*TRAIN, *PHASES, "--out", "x.safetensors")
-    assert (code, "x.state.safetensors is of an unfinished run: go on with it" in said) == (2, True)
-    assert run(*TRAIN, *PHASES, "--out", "x.safetensors", "--resume")[0] == 0
+    assert (code, f"goes on x.state.safetensors, at step {step} of {LAST}" in said) == (0, True)
     assert content("x.safetensors") == content("whole.safetensors")
     assert not Path("x.state.safetensors").exists()
 
@@ -382,9 +354,9 @@ def test_a_state_of_another_run_is_refused_and_left_alone(run, monkeypatch, kind
     else:
         save_tensors(state, tensors | {"position": torch.tensor([9, 9])}, metadata)
     before = state.read_bytes()
-    code, said = run(*TRAIN, "--resume")
+    code, said = run(*TRAIN)
     assert code == 2
-    words = {"settings": "other settings", "damaged": "is damaged", "shapes": "this state is of another run"}
+    words = {"settings": "other settings", "damaged": "or damaged", "shapes": "this state is of another run"}
     assert words[kind] in said
     assert state.read_bytes() == before
 
