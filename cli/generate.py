@@ -73,18 +73,18 @@ def together(args: argparse.Namespace) -> Sheet:
 
 
 def from_file(args: argparse.Namespace) -> list[Sheet]:
-    """A picture for every prompt of a file; UserError where --out is no folder."""
+    """A picture for every prompt of this process's share of a file; UserError where --out is no folder."""
     folder = args.out or Path("images") / slug(args.prompt_file.stem)
     if folder.suffix == ".png" or os.path.isfile(folder):
         raise UserError(f"--out is a folder here, for many pictures: {folder} is not.")
-    sheets = []
+    args.device, sheets = many.own_device(args.device), []
     for number, each in enumerate(many.read_drawings(args.prompt_file), 1):
         out = folder / f"{slug(each.case) if each.case else f'{number:04}'}-{slug(each.prompt)}.png"
         how = argparse.Namespace(**vars(args))
         how.guidance = args.guidance if each.guidance is None else each.guidance
         seed = args.seed if each.seed is None else each.seed
         sheets.append(Sheet(out, [each.prompt], [seed], how, f"{args.prompt_file}, line {each.line} ({each.prompt!r})"))
-    return sheets
+    return many.share(sheets)
 
 
 def settings(sheet: Sheet, model: Model) -> dict:

@@ -1,13 +1,31 @@
-"""Files of many targets, or of many prompts: plain lines, or CSV as the benchmarks have it."""
+"""Files of many targets, or of many prompts: plain lines, or CSV as the benchmarks have it.
+
+    torchrun --nproc_per_node=2 cpe.py train --targets FILE     # each process takes every second line
+
+Such processes never speak to one another. A cluster's own RANK and WORLD_SIZE count only where torchrun set its own.
+"""
 
 import csv
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from loading.files import UserError
+
+
+def share(everything: Sequence) -> Sequence:
+    """What this one of torchrun's processes works on, everything[rank::world_size]; all of it without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return everything
+    return everything[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
+
+
+def own_device(kind: str) -> str:
+    """The device of this process: each that torchrun started has a graphics card of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ else kind
 
 
 @contextmanager

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> str:
     args.model = args.model or "sd14"
     args.how = how(args)
     jobs = jobs_of(args)
+    if args.target_file:
+        args.device, jobs = many.own_device(args.device), many.share(jobs)
     for job in jobs:  # before a model is downloaded
         with many.naming(job.line):
             check_new(job.out)
@@ -138,7 +140,7 @@ class Workshop:
     def recipe(self, target: Target) -> "cpe.Recipe | solve.Settings":
         """The numbers of a target's preset, and those that were given."""
         if self.args.how == "solve":
-            return solve.Settings(**{"eta": PRESETS[target.preset].eta} | given(self.args))
+            return solve.Settings.of(PRESETS[target.preset], target.preset.endswith("style"), **given(self.args))
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
         scaled = {name: max(1, round(getattr(recipe, name) * self.args.steps_scale)) for name in STEPS}
         return replace(recipe, **scaled | given(self.args))

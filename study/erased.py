@@ -94,29 +94,30 @@ def gated(make: Callable[..., cpe.ResAG]) -> Callable[..., Erased]:
 
     def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
         """The same model with gates; `settings` are of `make`."""
-        recipe, gates, prompts = PRESETS[scenario.preset], [], world.listed(scenario)
+        preset, gates, prompts = scenario.preset, [], world.listed(scenario)
+        encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
         for target in scenario.targets:
-            encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
-            data = prepare(recipe, prompts, [target], encode, encode_anchors)
-            gates.append(make(world, data, recipe, seed, **settings))
+            # what the other gates erase, this one shall leave to them
+            others = [other for other in scenario.targets if other != target]
+            known = replace(prompts, general=[*prompts.general, *others])
+            data = prepare(PRESETS[preset], known, [target], encode, encode_anchors)
+            gates.append(make(world, data, preset, seed, **settings))
         return Erased(world.model, cpe.merge(gates))
 
     return build
 
 
-def solved(world: World, data: cpe.Data, recipe: cpe.Recipe, seed: int, **settings: Any) -> cpe.ResAG:
+def solved(world: World, data: cpe.Data, preset: str, seed: int, **settings: Any) -> cpe.ResAG:
     """Gates of one target that are solved for (solve.py); `settings` replace fields of `solve.Settings`."""
     one = solve.constant_direction(world.model.text_encoder.text_model.final_layer_norm)
-    asked = solve.Settings(**{"eta": recipe.eta} | settings)
+    asked = solve.Settings.of(PRESETS[preset], preset.endswith("style"), **settings)
     solver = solve.Solver(world.space, one, torch.cat([data.anchors.to(data.empty), data.empty]), asked)
     return solver.solve(data.targets, data.surrogates, seed)
 
 
-def trained(
-    world: World, data: cpe.Data, recipe: cpe.Recipe, seed: int, mixed: bool = True, **settings: Any
-) -> cpe.ResAG:
-    """Gates of one target, trained; `settings` replace fields of the recipe. Anchors are `mixed` in pairs, or not."""
-    recipe, start = replace(recipe, **settings), torch.Generator().manual_seed(seed)
+def trained(world: World, data: cpe.Data, preset: str, seed: int, mixed: bool = True, **settings: Any) -> cpe.ResAG:
+    """Gates of one target, trained; `settings` replace fields of the preset. Anchors are `mixed` in pairs, or not."""
+    recipe, start = replace(PRESETS[preset], **settings), torch.Generator().manual_seed(seed)
     device, losses = data.empty.device, token_space.Losses(world.layers, data, recipe.eta)
     gates = cpe.ResAG(world.layers.widths, data.empty.shape[2], recipe.r, recipe.k, generator=start).to(device)
     chance = start if device.type == "cpu" else torch.Generator(device).manual_seed(seed)

@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import contents
+from tiny import ROOT, contents
 
 import cpe
 import token_space
@@ -225,11 +227,19 @@ LINES = "# to erase\nred heart, love\n\n  dog face \n#cat\ntwo hearts\n"
 SHORT = ("--preset", "emoji", "--steps-scale", "0.004")
 
 
-def test_a_file_of_targets_gives_the_files_of_one_by_one(run):
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Make this process one of those that torchrun starts."""
+    for name, value in ("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank), ("TORCHELASTIC_RUN_ID", "x"):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_file_of_targets_gives_the_files_of_one_by_one(run, monkeypatch):
     Path("targets.txt").write_text(LINES)
-    code, said = run("train", "--targets", "targets.txt", *SHORT, "--out", "all")
-    assert code == 0, said
-    assert "passed  1 comment line of targets.txt" in said
+    for rank in range(2):
+        as_process(monkeypatch, rank, 2)
+        code, said = run("train", "--targets", "targets.txt", *SHORT, "--out", "all")
+        assert code == 0, said
+        assert "passed  1 comment line of targets.txt" in said
     for name, *aliases in (["red heart", "--alias", "love"], ["dog face"], ["two hearts"], ["#cat"]):
         assert run("train", name, *aliases, *SHORT, "--out", f"alone/{common.slug(name)}.safetensors")[0] == 0
     assert [name.split("-")[0] for name in contents("all")] == ["cat", "dog", "red", "two"]  # `#cat` is a target
@@ -240,6 +250,13 @@ def test_targets_side_by_side_get_a_file_each(run):
     code, said = run("train", "--target", "red heart", "dog face", *SHORT)
     assert code == 0, said
     assert list(contents("gates")) == ["dog-face.safetensors", "red-heart.safetensors"]
+
+
+def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, said = run(*TRAIN)
+    assert (code, f"wrote   {GATES}" in said, "took " in said) == (0, True, True)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +299,17 @@ def test_a_mistake_in_the_file_is_named_before_any_work(run, tmp_path, monkeypat
 )
 def test_quotes_keep_a_name_with_a_comma_together(line, names):
     assert many.names_in(line) == names
+
+
+def test_torchrun_starts_it(tiny_original, tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torchrun")
+    (tmp_path / "targets.txt").write_text("red heart\ndog face\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "cpe.py"]
+    command += ["train", "--targets", "targets.txt", *SHORT, "--model", tiny_original, "--first-steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert list(contents(tmp_path / "gates")) == ["dog-face.safetensors", "red-heart.safetensors"]
 
 
 # --- Interrupted -------------------------------------------------------------------------------------------------
