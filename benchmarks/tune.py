@@ -85,9 +85,8 @@ LONGER = {"first_steps": [3000], "later_steps": [750], "attack_steps": [300]}  #
 ASIDE = {  # more questions, on scenarios of their own: the method, the scenarios, the settings
     "surrogate": ("cpe", TARGETS, product(surrogate=["cloud", "an object", "picture", "white circle"])),
     "cpe, solved, many": ("cpe, solved", [TEN], product(weight=[30.0, 100.0], bend=[0.5, 0.25], k=[8, 16])),
-    "uce, many": ("uce", [TEN], product(**TAILS, s_p=[3.0, 10.0, 30.0, 100.0], eta=[0.0, 0.3])),
-    "rece, many": ("rece", [TEN], product(**BOTH, rounds=[3], s_p=[0.3, 3.0])
-                   + product(**TAILS, **ONCE, s_p=[3.0, 10.0, 30.0], eta=[0.0, 0.3])),
+    "uce, many": ("uce", [TEN], product(**TAILS, s_p=[10.0, 30.0, 100.0, 300.0], eta=[0.0, 0.3])),
+    "rece, many": ("rece", [TEN], product(**TAILS, **ONCE, s_p=[10.0, 30.0, 100.0, 300.0], eta=[0.0, 0.3])),
     "mace, many": ("mace", [TEN], product(**SAID, **FEW, keep=[1.0, 3.0, 10.0], lam=[0.1], eta=[0.0, 0.3])),
     "speed, many": ("speed", [TEN], product(**BOTH, threshold=[3.0, 1.0, 0.3, 0.1, 0.03, 0.01])),
     "esd, many": ("esd", [TEN], product(**OPPOSITE, lr=[2e-4], negative=[5.0], steps=[200, 400, 600])),

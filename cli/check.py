@@ -16,7 +16,7 @@ from cli.common import SHUT, GateFile, command, open_model, settle, space_of
 from cli.many import read_lines
 from loading.cache import cached_contexts
 from loading.files import UserError
-from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, within
+from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, spellings, within
 from token_space import TokenSpace
 from weights import Model
 
@@ -107,13 +107,20 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
 
 
 def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 150) -> list[str]:
-    """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name."""
+    """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name.
+
+    Of a style other styles, each in every sentence.
+    """
     try:
         prompts = anchor_words(read_prompts(preset), names)
         words = [*prompts.domain, *prompts.general]
     except ValueError:  # there are no others
         words = []
-    parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]
-    words = [*dict.fromkeys(parts), *words[:: max(1, len(words) // most)]][:most]
-    filled = [fill(lines[i % len(lines)], word) for i, word in enumerate(words)]
-    return ["", *(text for text in filled if not any(within(name, text) for name in names))]
+    if preset.endswith("style") and (styles := [word for word in words if word.endswith(" style")]):
+        filled = [fill(line, style) for style in styles for line in lines][:most]
+    else:
+        parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]
+        words = [*dict.fromkeys(parts), *words[:: -(-len(words) // most) or 1]][:most]
+        filled = [fill(lines[i % len(lines)], word) for i, word in enumerate(words)]
+    spelt = [spelling for name in names for spelling in spellings(name)]
+    return ["", *(text for text in filled if not any(within(spelling, text) for spelling in spelt))]

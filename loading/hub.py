@@ -52,7 +52,7 @@ def find(repository: str, names: tuple[str, ...], revision: str) -> str:
 
 def failure(repository: str, file: str, error: Exception) -> UserError:
     """What to say of an error of the hub's client, and what to do about it."""
-    advice = "connect to the network, and try again"
+    advice = "connect to the network and try again"
     if isinstance(error, RepositoryNotFoundError):
         advice = "check the name; for a model behind a licence, accept it on its page and run `hf auth login`"
     elif disk_full(error) or getattr(error, "filename", None):  # of the cache, not of the network

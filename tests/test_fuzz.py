@@ -472,7 +472,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "print_table", lambda *_: None)
     monkeypatch.setattr(demo, "nearest", lambda *_: ["dog face", "cat", "fox", "crab"])
     for module in (drawing, demo):
-        monkeypatch.setattr(module, "draw", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
+        monkeypatch.setattr(module, "generate", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
     for module in (check, demo, targets, training):
         monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)
     for module in (check, drawing, training):

@@ -1,6 +1,7 @@
 """solve.py: the closed forms are the optimum they claim to be, and the gates do what gates are for."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 
 import cpe
 import solve
+from loading.cache import cached_contexts
+from loading.prompts import PRESETS, prepare, read_prompts, sentences
 from solve import Settings, Solver
 from token_space import TokenSpace
+from weights import load_model
 
 D, T = 24, 12
 
@@ -174,3 +178,28 @@ def test_places_count_every_token_once():
 def test_what_cannot_be_solved_is_said(words, solver, wrong, said):
     with pytest.raises(ValueError, match=said):
         wrong(words, solver)
+
+
+# --- A style of the embedded model -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_style_goes_from_things_that_no_gate_was_solved_on_and_other_styles_stay():
+    """In sentences of no other file, about things on no list."""
+    model, preset = load_model("emoji"), "emoji-style"
+    recipe, prompts, encode = PRESETS[preset], read_prompts(preset), partial(cached_contexts, model)
+    data = prepare(recipe, prompts, ["blob style"], model.encode, encode)
+    space = TokenSpace(cpe.Layers.of(model.cross_attention()))
+    one = solve.constant_direction(model.text_encoder.text_model.final_layer_norm)
+    anchors, settings = torch.cat([data.anchors.to(data.empty), data.empty]), Settings.of(recipe, style=True)
+    with torch.enable_grad():
+        gates = Solver(space, one, anchors, settings).solve(data.targets, data.surrogates)
+    blob, noto, fluent = (
+        model.encode([line.replace("{}", style) for line in sentences(preset, "held-out")])
+        for style in ("blob style", "noto style", "fluent style")
+    )
+    reached = space.reached(gates, blob, (1 + settings.eta) * (noto - blob))
+    assert reached.mean() > 0.8  # 0.87
+    assert (reached > 0.5).float().mean() > 0.9  # all but one
+    moved = space.error(gates, fluent, torch.zeros_like(fluent)).sum(dim=1)
+    assert moved.max() < 0.02 * space.energy(noto - blob).sum(dim=1).mean()

@@ -391,6 +391,12 @@ def all_things(few_prompts, monkeypatch):
         monkeypatch.setattr(module, "read_prompts", read_prompts)
 
 
+def test_of_a_style_other_styles_are_the_prompts_without_it(all_things):
+    styles = check.without(["blob style"], "emoji-style", ["a fox in {}", "{}, a cat"])  # and no "a fox in blob"
+    assert {"a fox in noto style", "noto style, a cat", "twemoji style, a cat"} <= set(styles)
+    assert not any("blob" in prompt for prompt in styles)
+
+
 def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
     monkeypatch.setattr(demo, "SEEDS", 1)
     code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")

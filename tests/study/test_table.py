@@ -52,7 +52,8 @@ def test_sentences_for_training_are_templates_and_no_others(world, sentence_file
 
 @pytest.mark.parametrize("preset", ["emoji", "emoji-style"])
 def test_sentences_for_training_are_never_those_to_try(preset):
-    tried = {normalised(line) for kind in ("held-out", "strange", "beside") for line in sentences("emoji", kind)}
+    kinds = ("held-out", "strange", "beside")
+    tried = {normalised(line) for each in ("emoji", preset) for kind in kinds for line in sentences(each, kind)}
     assert not tried & {normalised(line) for line in read_prompts(preset).lines}
 
 
