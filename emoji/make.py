@@ -609,7 +609,9 @@ def train_clip(recipe: Recipe) -> None:
 
 
 JOINED = 6000  # texts that CLIP's projection is solved on
-PAIRS = (60, 28, 6, 6)  # for the U-Net: how often a picture shows one thing, two, two alike, three alike
+# For the U-Net: how often a picture shows one thing, two, two alike, three alike. Several were tried, (60, 28, 6, 6)
+# for 96 minutes of a core, (90, 8, 1, 1) for 65: it drew two blurred things, and for some sentences about one as well.
+PAIRS = (100, 0, 0, 0)
 APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
 SECOND = 3.0  # and that of the second of two names, which stands on the right: attention sees no order of tokens
 
