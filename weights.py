@@ -288,6 +288,8 @@ def save_model(model: Model, folder: str | Path) -> Path:
         ):
             files.write_text(temporary / file, json.dumps(config, indent=2))
         os.replace(temporary, folder)
+    except FileNotFoundError as error:  # of the model that is copied
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check the folder of the model") from error
     except (OSError, Unwritten) as error:  # a file in it, under a name that the user never gave
         raise Unwritten(folder, getattr(error, "error", error)) from error
     finally:

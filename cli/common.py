@@ -219,12 +219,13 @@ def command(*words: object) -> str:
 
 
 def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
-    """Steps behind a progress bar, `done` of the `total` made before.
+    """Steps behind a progress bar, `done` of the `total` made before; one bar for all of torchrun's processes.
 
     After the first few it is said how long all of them take, unless that is short.
     """
     often = 0.1 if sys.stderr is None or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
-    with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=sys.stderr is None) as progress:
+    quiet = sys.stderr is None or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0")
+    with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=quiet) as progress:
         for number, step in enumerate(progress):
             if number == 0:  # it warms up, and is not measured
                 begun = time.perf_counter()

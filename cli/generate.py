@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> str:
     check_prompts(args.prompts)
     files = settle(args)
     sheets = from_file(args) if args.prompt_file else [together(args)]
-    check_picture(sheets[0].out)
+    for sheet in sheets[:1]:  # torchrun may have more processes than there are lines
+        check_picture(sheet.out)
     model = open_model(args, ("text_encoder", "unet", "vae"))
     gates, kept = merge_gates(files, model) if files else None, 0
     for number, sheet in enumerate(sheets, 1):

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=2 cpe.py train --targets FILE     # each process takes every second line
 
-Such processes never speak to one another. A cluster's own RANK and WORLD_SIZE count only where torchrun set its own.
+Such processes never speak to one another. RANK and WORLD_SIZE, which clusters set as well, count only if torchrun has
+started the process.
 """
 
 import csv
@@ -77,6 +78,8 @@ def names_in(line: str) -> list[str]:
         raise UserError("a double quote is not closed.")
     if len(names) > 1 and (numbers := [name for name in names if re.fullmatch(r"[\d.]+", name)]):
         raise UserError(f"{numbers[0]!r} would be erased as a name: leave a column of numbers out of the file.")
+    if re.match(r"\d+[.)]\s|[-*•]\s", line):
+        raise UserError("it begins as in a list: leave that out. (If it belongs to the name: train it as an argument.)")
     if ending := next((i for i, name in enumerate(names) if i and ENDING.fullmatch(name)), 0):
         whole = ", ".join(names[ending - 1 : ending + 1])
         raise UserError(f'{names[ending]!r} would be erased as a name. If it belongs to the one before: "{whole}".')

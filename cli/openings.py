@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cli.common import SHUT, GateFile, space_of
-from loading.prompts import spellings, within
+from loading.prompts import normalised, spellings, within
 from token_space import TokenSpace
 from weights import Model
 
@@ -71,8 +71,9 @@ def with_surrogate(file: GateFile, prompt: str) -> str:
     names = {each for name in file.concept.names for each in spellings(name) if within(each, prompt)}
     if not names:
         return prompt
-    # Between its words there may stand anything that is no letter: "red-heart".
-    forms = [r"\W+".join(map(re.escape, name.split())) for name in sorted(names, key=len, reverse=True)]
+    # Between its words there may stand anything that is no letter: "red-heart", "Jay Z". Some names are signs alone.
+    words = [(normalised(name) or name).split() for name in sorted(names, key=len, reverse=True)]
+    forms = [r"\W+".join(map(re.escape, each)) for each in words]
     plain, pattern = unicodedata.normalize("NFC", prompt), rf"(?<!\w)({'|'.join(forms)})(?!\w)"
     return re.sub(pattern, lambda _: file.concept.surrogate, plain, flags=re.IGNORECASE)
 

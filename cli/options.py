@@ -14,6 +14,10 @@ from pathlib import Path
 
 VERSION = "0.2.0"
 PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
+GONE = {  # options of the version before
+    "--resume": "the same command goes on by itself",
+    "--prompt": 'prompts stand without an option: generate "a red heart" gates/red-heart.safetensors',
+}
 MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
 
 
@@ -25,7 +29,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Print usage and message, and end with exit code 2."""
         for word in re.findall(r"unrecognized arguments: (\S+)|COMMAND.*?'(.*?)'", message)[:1]:
-            if near := difflib.get_close_matches("".join(word), [*self._option_string_actions, *COMMANDS], 1):
+            if "".join(word) in GONE:
+                message = f"{''.join(word)} is gone: {GONE[''.join(word)]}"
+            elif near := difflib.get_close_matches("".join(word), [*self._option_string_actions, *COMMANDS], 1):
                 message = f"there is no {''.join(word)}: did you mean {near[0]}?"
         super().error(message)
 
@@ -163,9 +169,10 @@ def compare(parser: argparse.ArgumentParser) -> None:
     """Measure CPE against the linear erasers."""
     positions(parser, "TARGET", "targets", "instead of the scenarios: erase these at once")
     parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of the targets: their words and recipe")
-    parser.add_argument("--scenario", action="append", default=[], metavar="NAME", help="only these (repeatable)")
+    parser.add_argument("--scenario", action="append", default=[], metavar="NAME",
+                        help="only these (repeatable); '50 at once' is measured only when named")  # fmt: skip
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
-    parser.add_argument("--ablations", action="store_true", help="with CPE with one number of its recipe changed")
+    parser.add_argument("--ablations", action="store_true", help="also CPE with one number of its recipe changed")
     parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")

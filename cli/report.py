@@ -22,7 +22,7 @@ from weights import Model
 
 
 def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Path, seed: int) -> Path:
-    """Draw and write the page of a gate file that is just trained; returns its path. UserError as for `draw`."""
+    """Draw and write the page of a gate file that is just trained; returns its path. UserError where it cannot."""
     worst, moved = found.order()[:WORST], found.moved.argsort(descending=True)[:WORST].tolist()
     prompts = [f"a picture of a {file.target}"]
     prompts += [fill(line, file.target) for line in held_out(file.preset)[:3]]

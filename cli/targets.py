@@ -62,7 +62,9 @@ def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     preset = args.preset or defaults_of(args.model)["preset"]
     if is_emoji(args.model):
         names[0], preset = style_of(names[0], preset)
-    surrogate = spaced(args.surrogate or PRESETS[preset].surrogate)
+    surrogate = spaced(PRESETS[preset].surrogate if args.surrogate is None else args.surrogate)
+    if not surrogate:
+        raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
     for name in names:
         if not name:
             raise UserError('the target is empty: say what to erase, for example train "Brad Pitt".')
@@ -93,7 +95,8 @@ def style_of(name: str, preset: str) -> tuple[str, str]:
 def check_known(names: Sequence[str], model: str) -> None:
     """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
     prompts = read_prompts("emoji")
-    words = {word for entry in (*prompts.domain, *prompts.general) for word in normalised(entry).split()}
+    drawn = {*prompts.domain, *prompts.general} - {*prompts.undrawn}
+    words = {word for entry in drawn for word in normalised(entry).split()}
     if unknown := [name for name in names if not normalised(name) or not set(normalised(name).split()) <= words]:
         raise UserError(
             f"the embedded model cannot draw {unknown[0]!r}. Nearest in meaning: "

@@ -35,7 +35,7 @@ VERSIONS = {"train": 4, "solve": 2}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace) -> str | None:
     """`train`: one gate file a target. UserError for a target that cannot be erased, or a file that is in the way."""
     args.model = args.model or "sd14"
     args.how = how(args)
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> str:
     for number, job in enumerate(jobs, 1):
         with many.naming(job.line):
             finish(shop, job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
+    if not jobs:  # torchrun has more processes than there are lines
+        return None
     name = jobs[0].target.names[0]
     a = "" if not is_emoji(args.model) else "a robot, " if name in styles() else "a "
     return command("generate", f"a picture of {a}{name}", jobs[0].out, "--before-after")

@@ -199,8 +199,10 @@ class Baker:
     @torch.no_grad()
     def frozen(self, hidden: Tensor) -> Frozen:
         """What training reads of the states [P, T, d] that the last MLP adds to."""
-        said = [F.linear(quick_gelu(self.last.mlp.fc1(self.read(h))), self.weight, self.bias) for h in hidden.split(32)]
-        return Frozen(hidden, (hidden + torch.cat(said)).half())
+        mlp, rest = self.last.mlp, []
+        for h in hidden.split(32):  # thousands of prompts: what is kept of each is in half precision
+            rest.append((h + F.linear(quick_gelu(mlp.fc1(self.read(h))), self.weight, self.bias)).half())
+        return Frozen(hidden, torch.cat(rest))
 
     def shares_missed(self, rows: Tensor, others: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
         """|tower(p) - wanted(p)|_M^2 over the first `length` tokens of prompts, as shares of the shift: [P], [Q]."""

@@ -2,7 +2,7 @@
 
     anchors = cached_contexts(model, prompts)      # [A, 77, d], half precision; the second target finds them on disk
 
-Files are named by the text encoder's fingerprint and the tokens, so none is ever stale.
+Files are named by the text encoder's fingerprint and the tokens: one is stale only where the config's heads change.
 """
 
 import hashlib

@@ -150,10 +150,12 @@ def folder_part(folder: Path, part: str, dtype: torch.dtype) -> Part:
         if (folder / name).exists():
             return Part(build, config, folder / name, lambda key: diffusers_name(key, part))
     missing = f"{folder / stem}.safetensors does not exist"
-    for file in sorted(folder.iterdir()):
-        refuse_pickles(file)
+    found = sorted(folder.iterdir())
+    for file in found:
         if re.fullmatch(rf"{stem}\.\w+\.safetensors", file.name):  # .bf16, .non_ema
             raise UserError(f"{missing}, only the variant {file.name}: rename it to {stem}.safetensors to use it")
+    for file in found:
+        refuse_pickles(file)
     raise UserError(f"{missing}: is this a whole model in the diffusers layout?")
 
 

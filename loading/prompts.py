@@ -46,7 +46,7 @@ Encode = Callable[[list[str]], Tensor]  # B prompts -> contexts [B, T, d]
 
 # --- Files of prompts --------------------------------------------------------------------------------------------
 
-SECTIONS = ("templates", "frames", "sentences", "general", "domain")
+SECTIONS = ("templates", "frames", "sentences", "general", "undrawn", "domain")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Prompts:
     domain: list[str]  # anchors if they are near the target
     frames: list[str] = field(default_factory=list)  # whole sentences, as people write them
     sentences: list[str] = field(default_factory=list)  # anchors as they are, which take the place of all others
+    undrawn: list[str] = field(default_factory=list)  # those of `general` that the model cannot draw
     # Whether parts of a target's name mean other things and must stay: "red" does, but not an artist's surname, nor the
     # "naked" of "naked person": what has that in it ("naked man") is to go as well.
     parts: bool = True
@@ -83,10 +84,10 @@ def read_prompts(preset: str) -> Prompts:
 
 
 def parse_prompts(text: str) -> Prompts:
-    """Prompts from a file with the headings [templates], [frames], [sentences], [general], [domain], one entry a line.
+    """Prompts from a file with the headings [templates], [frames], [sentences], [general], [undrawn], [domain].
 
-    All but [templates] may be missing; lines that begin with # are comments. ValueError for another heading, an entry
-    above all headings, no template, or one without its {}.
+    One entry a line; all but [templates] may be missing; lines that begin with # are comments. ValueError for another
+    heading, an entry above all headings, no template, or one without its {}.
     """
     sections: dict[str, list[str]] = {f"[{name}]": [] for name in SECTIONS}
     current = ""
@@ -98,6 +99,7 @@ def parse_prompts(text: str) -> Prompts:
             raise ValueError(f"{line}: entries must stand under a heading, one of {', '.join(sections)}")
         if line != current:
             sections[current].append(line)
+    sections["[general]"] += sections["[undrawn]"]
     prompts = Prompts(**{heading[1:-1]: lines for heading, lines in sections.items()})
     if not prompts.templates or any(line.count("{}") != 1 for line in prompts.lines):
         raise ValueError("[templates] needs at least one line, and each there and in [frames] one {} in it")

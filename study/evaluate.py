@@ -154,7 +154,7 @@ def read_captions(table: Path) -> dict[str, str]:
 
 def drawn_with(path: Path) -> dict:
     """The settings that `generate` writes into its pictures, the prompt among them; {} where there are none."""
-    with suppress(OSError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
+    with suppress(OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
         image.load()
         return dict(json.loads(image.info.get("cpe", "{}")))
     return {}
@@ -168,7 +168,7 @@ def read_image(path: Path, size: int) -> Tensor:
             if "cpe" in image.info:  # `generate` writes the prompt over the picture, which is square
                 image = image.crop((0, image.height - image.width, image.width, image.height))
             pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture ({error}): remove it, or get it again") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 

@@ -15,7 +15,8 @@ Groups of pictures:
     kept beside              the other thing in a picture of two; of a style, the thing that is drawn in it
 
 A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
--strange.txt and -beside.txt; a preset without such files has no such group. Built on evaluate and weights.
+-strange.txt and -beside.txt (of a style emoji's, with the style behind them); a preset without such files has no such
+group. Built on evaluate and weights.
 """
 
 import dataclasses
@@ -142,8 +143,8 @@ class World:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that figures depend on: the model's networks and the judge."""
-        digest = hashlib.sha256(self.model.fingerprint.encode())
+        """Of all that figures depend on: the model's networks, the judge, and the kind of device, which rounds."""
+        digest = hashlib.sha256(f"{self.model.fingerprint} {self.model.device.type}".encode())
         for network in (self.model.unet, self.model.vae, self.clip):
             for tensor in network.state_dict().values():
                 digest.update(tensor.cpu().contiguous().numpy())

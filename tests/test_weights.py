@@ -2,6 +2,7 @@
 
 import errno
 import filecmp
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,6 +297,16 @@ def test_saving_a_model_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be written"):
         weights.save_model(model, tmp_path / "copy")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", [UNET_FILE, "tokenizer/merges.txt"])
+def test_saving_a_model_whose_file_cannot_be_read_names_that_file(tiny, tmp_path, file):
+    model = load_model(tiny)
+    (tiny / file).unlink()
+    with pytest.raises(UserError, match=f"tiny/{re.escape(file)} cannot be read") as error:
+        weights.save_model(model, tmp_path / "copy")
+    assert "written" not in str(error.value)
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.oracle

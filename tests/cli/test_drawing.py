@@ -6,6 +6,7 @@ import shutil
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,22 @@ def test_it_says_what_gates_do_in_prompts_that_name_their_target_the_failures_la
     monkeypatch.setattr(openings, "look", lambda file, prompt, *_: opening(0.9, next(found), prompt))
     lines = run("generate", *prompts, "x.safetensors", "--steps", "1")[1].splitlines()
     assert [line.split()[0] for line in lines if " names " in line] == ["opens", "WEAK"]
+
+
+@pytest.mark.parametrize(
+    ("target", "prompt", "instead"),
+    [
+        ("Jay-Z", "a photo of Jay Z", "a photo of cloud"),
+        ("Dr. Dre", "dr dre's music", "cloud music"),
+        ("C++", "a book about c++", "a book about cloud"),
+        ("red heart", "a red-heart, hearts", "a cloud, hearts"),
+        ("red heart", "a red hearth", "a red hearth"),
+    ],
+)
+def test_a_name_is_found_however_its_words_are_joined(gates, target, prompt, instead):
+    file = common.read_gates(gates)
+    concept = replace(file.concept, names=[target], surrogate="cloud")
+    assert openings.with_surrogate(replace(file, concept=concept), prompt) == instead
 
 
 def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):

@@ -71,8 +71,10 @@ def test_the_other_preset_is_not_insisted_on(capsys):
     [
         (["  "], {"model": "sd14"}, "the target is empty"),
         (["An  Object"], {"model": "sd14", "preset": "object"}, "is both target and surrogate"),
+        (["x"], {"model": "sd14", "surrogate": " \t"}, "the surrogate is empty"),
         (["red heart"], {"preset": "celebrity"}, "--preset celebrity is for Stable Diffusion"),
         (["red heart", "Brad"], {}, "cannot draw 'Brad'"),
+        (["chair"], {}, "cannot draw 'chair'"),  # it is among the anchors
         (["red heart"], {"surrogate": "a person of note"}, "cannot draw 'a person of note'"),
     ],
 )

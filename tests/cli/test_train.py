@@ -246,6 +246,15 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, monkeypatch):
     assert all_in("all") == all_in("alone")
 
 
+def test_a_process_of_torchrun_without_a_line_has_nothing_to_do(run, gates, monkeypatch):
+    Path("one.txt").write_text("red heart\n")
+    as_process(monkeypatch, 1, 2)
+    assert run("train", "--targets", "one.txt", *SHORT, "--out", "all")[0] == 0
+    assert run("generate", "--prompts", "one.txt", gates, "--out", "drawn", "--steps", "1")[0] == 0
+    assert not Path("all").exists()
+    assert not Path("drawn").exists()
+
+
 def test_targets_side_by_side_get_a_file_each(run):
     code, said = run("train", "--target", "red heart", "dog face", *SHORT)
     assert code == 0, said
@@ -271,6 +280,7 @@ def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypat
             "Martin Luther King, Jr.\n",
             """'Jr.' would be erased as a name. If it belongs to the one before: "Martin Luther""",
         ),
+        ("1. Brad Pitt\n", "line 1: it begins as in a list"),
         ('"Sammy Davis\n', "line 1: a double quote is not closed"),
         ("an object\n", "line 1: 'an object' is both target and surrogate"),
         ("caf\udce9", "cannot be read as text in UTF-8"),

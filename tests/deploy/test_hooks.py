@@ -285,7 +285,7 @@ GRAPHS = {
 def test_a_graph_computes_the_gates_of_the_prompt_it_is_given(tree, gates, how, learning):
     expected, seen = erased(tree, gates, context("new")), context("seen")
     hooks.attach(tree, gates.requires_grad_(learning))
-    tree(seen)  # remembered, but not in the graph
+    tree(seen)  # a pass before the graph is recorded
     graph = GRAPHS[how](tree, seen)
     for _ in range(2):
         torch.testing.assert_close(graph(context("new")), expected)

@@ -210,3 +210,9 @@ def test_pictures_of_generate_say_their_prompt(tmp_path):
     assert evaluate.drawn_with(tmp_path / "0001.png") == {"prompt": "a red heart"}
     (tmp_path / "plain.txt").write_text("a crab")
     assert [prompt for _, prompt in evaluate.read_folder(tmp_path)] == ["a red heart", "a crab"]
+    damaged = bytearray((tmp_path / "0001.png").read_bytes())
+    damaged[damaged.index(b"IDAT") - 4 :] = b"\0\0\0\4IDA\0" + bytes(8)  # no such kind of chunk
+    (tmp_path / "0001.png").write_bytes(damaged)
+    assert evaluate.drawn_with(tmp_path / "0001.png") == {}
+    with pytest.raises(UserError, match="is no picture"):
+        evaluate.read_image(tmp_path / "0001.png", 32)
