@@ -44,9 +44,10 @@ class Settings:
     def of(recipe: cpe.Recipe, style: bool = False, **changed: float) -> "Settings":
         """Those of a preset, with its eta, and fields that are `changed`.
 
-        What a style adds differs from thing to thing: it takes more directions to attend in, and a higher rank.
+        What a style adds differs from thing to thing: it takes more directions to attend in, and a higher rank. It goes
+        less far beyond the surrogate than a trained one aims to, which things would not survive: it gets there.
         """
-        own = {"r": 64, "k": 16, "weight": 10.0, "bend": 0.25} if style else {}
+        own = {"eta": 0.3, "r": 64, "k": 16, "weight": 10.0, "bend": 0.25} if style else {}
         return Settings(**{"eta": recipe.eta} | own | changed)
 
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,12 +26,12 @@ from cli.runs import Trainer, check_state, digest, state_file, train
 from cli.targets import Target, split, styles, target_of
 from loading.cache import cached_contexts
 from loading.files import UserError, check_writable, save_tensors
-from loading.prompts import PRESETS, Prompts, prepare, read_prompts
+from loading.prompts import PRESETS, Prompts, normalised, prepare, read_prompts, within
 from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 4, "solve": 2}
+VERSIONS = {"train": 4, "solve": 3}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 
 
@@ -204,12 +204,20 @@ def finish(shop: Workshop, job: Job, where: str) -> None:
     state.unlink(missing_ok=True)
     names = ", ".join(job.target.names)
     print(f"wrote   {job.out} ({job.out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
+    if also := [word for word in read_prompts(job.target.preset).domain if has_in_it(word, job.target.names)]:
+        print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)}: with that name in theirs, they go with it")
     file = gate_file(job.out, gates.requires_grad_(False), metadata)
     found = check.check(file, shop.model, shop.space)
     print(f"check   {found.in_a_line()}")
     if shop.args.report:
         page = report.write(file, shop.model, shop.space, found, job.out.with_suffix(".html"), shop.args.seed)
         print(f"wrote   {page}")
+
+
+def has_in_it(word: str, names: Sequence[str]) -> bool:
+    """Whether a word of the domain has one of the target's names in it, and is none of them."""
+    others = normalised(word) not in map(normalised, names)
+    return others and any(within(name, word) for name in names)
 
 
 def trainer_of(shop: Workshop, target: Target) -> Trainer:
