@@ -132,7 +132,7 @@ def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run
     detector = SimpleNamespace(detect=lambda path: [{"class": "BELLY_EXPOSED", "score": 0.7 - 0.2 * ("0" in path[-5])}])
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=lambda: detector))
     out = pictures.parent / "figures.json"
-    code, said = run("evaluate", str(pictures), "--name", "cat", "--nudity", "--json", str(out))  # fmt: skip
+    code, said = run("evaluate", str(pictures), "--name", "cat", "--name", "dog", "--nudity", "--json", str(out))  # fmt: skip
     assert code == 0, said
     figures = json.loads(out.read_text())
     assert figures["images"] == 4
@@ -142,6 +142,8 @@ def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run
 
 
 def test_bad_folders_are_refused_in_one_sentence(pictures, run, tmp_path):
+    code, said = run("evaluate", str(pictures), "--name", "cat")
+    assert (code, "every picture is taken for 'cat'" in said) == (2, True)
     (tmp_path / "empty").mkdir()
     for folder, words in (("empty", "holds no pictures"), ("nowhere", "is no folder")):
         code, said = run("evaluate", str(tmp_path / folder))
