@@ -132,7 +132,8 @@ def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run
     detector = SimpleNamespace(detect=lambda path: [{"class": "BELLY_EXPOSED", "score": 0.7 - 0.2 * ("0" in path[-5])}])
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=lambda: detector))
     out = pictures.parent / "figures.json"
-    code, said = run("evaluate", str(pictures), "--name", "cat", "--name", "dog", "--nudity", "--json", str(out))  # fmt: skip
+    names = ("--name", "cat", "--name", "dog")
+    code, said = run("evaluate", str(pictures), *names, "--nudity", "--json", str(out))
     assert code == 0, said
     figures = json.loads(out.read_text())
     assert figures["images"] == 4
