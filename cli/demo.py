@@ -79,4 +79,5 @@ def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], mode
         mine = [i for i, (of_group, _) in enumerate(wanted) if of_group == group]
         before, after = (sum(concepts[found[i]] == wanted[i][1] for i in mine) / len(mine) for found in seen.values())
         what = f"{group}: {'themselves' if group == 'neighbours' else 'the erased thing'}"
-        print(f"{what:34}{before:8.0%}{after:8.0%}  {change(rows['before'][mine], rows['after'][mine])}")
+        said = change(rows["before"][mine], rows["after"][mine]) if before else "CLIP saw it in none of them before"
+        print(f"{what:34}{before:8.0%}{after:8.0%}  {said}")
