@@ -25,6 +25,7 @@ import sampler
 from loading.cache import cache_folder
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import PRESETS
+from solve import Settings
 from study import evaluate
 from study.attacks import Victim
 from study.erased import NONE, Erased, Method, settings_of
@@ -40,7 +41,9 @@ VERSION = 8  # of all measurements: raise it when a change of the code makes sto
 def cell_path(world: World, scenario: Scenario, method: Method, budget: Budget, seed: int) -> Path:
     """The file of a cell: its name is made of everything that decides its figures, but the code."""
     parts = [VERSION, world.fingerprint, world.concepts, method.name, settings_of(method, scenario), seed]
-    parts += [asdict(each) for each in (scenario, PRESETS[scenario.preset], world.listed(scenario), budget)]
+    recipe = PRESETS[scenario.preset]
+    solved = Settings.of(recipe, scenario.style)
+    parts += [asdict(each) for each in (scenario, recipe, solved, world.listed(scenario), budget)]
     parts += [asdict(case) for case in cases(world, scenario, budget)]
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     return cache_folder() / "compare" / f"{name}.safetensors"
