@@ -25,7 +25,7 @@ from token_space import ContextGate, TokenSpace
 
 @dataclass(frozen=True)
 class Settings:
-    """What the answer depends on; found on concepts that no comparison erases (benchmarks/tune.py)."""
+    """What the answer depends on; benchmarks/README.md says how they were found."""
 
     eta: float = 0.3  # how far beyond the surrogate
     r: int = 16  # width of the attention
