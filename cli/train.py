@@ -205,7 +205,7 @@ def finish(shop: Workshop, job: Job, where: str) -> None:
     names = ", ".join(job.target.names)
     print(f"wrote   {job.out} ({job.out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
     if also := [word for word in read_prompts(job.target.preset).domain if has_in_it(word, job.target.names)]:
-        print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)}: with that name in theirs, they go with it")
+        print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
     file = gate_file(job.out, gates.requires_grad_(False), metadata)
     found = check.check(file, shop.model, shop.space)
     print(f"check   {found.in_a_line()}")
