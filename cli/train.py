@@ -26,7 +26,7 @@ from cli.runs import Trainer, check_state, digest, state_file, train
 from cli.targets import Target, split, styles, target_of
 from loading.cache import cached_contexts
 from loading.files import UserError, check_writable, save_tensors
-from loading.prompts import PRESETS, Prompts, normalised, prepare, read_prompts, within
+from loading.prompts import PRESETS, Prompts, normalised, prepare, read_prompts, to_solve, within
 from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
@@ -157,9 +157,9 @@ class Workshop:
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items()}
 
     def prompts(self, target: Target) -> Prompts:
-        """The prompts of a target's preset; where gates are solved for, anchors are words, not whole sentences."""
+        """The prompts of a target's preset."""
         prompts = read_prompts(target.preset)
-        return prompts if self.args.how == "train" else replace(prompts, sentences=[])
+        return to_solve(prompts, target.preset.endswith("style")) if self.args.how == "solve" else prompts
 
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them; UserError without anchor words."""

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from cpe import Layers, ResAG
 from deploy.hooks import attach, cross_attentions, detach
-from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, fewer, own_prompts, read_prompts
+from loading.prompts import (
+    PRESETS,
+    Prompts,
+    anchor_prompts,
+    anchor_words,
+    fewer,
+    own_prompts,
+    read_prompts,
+    to_solve,
+)  # fmt: skip
 from solve import Settings, Solver
 from token_space import TokenSpace, spectral_norm
 
@@ -70,14 +79,15 @@ def erase(
     """
     if not (hasattr(pipe, "encode_prompt") and hasattr(pipe, "unet")):
         raise ValueError(f"erase takes a pipeline with a U-Net and encode_prompt: {type(pipe).__name__} has none")
-    prompts, surrogate = prompts or read_prompts(preset), surrogate or PRESETS[preset].surrogate
+    style = preset.endswith("style")
+    prompts, surrogate = to_solve(prompts or read_prompts(preset), style), surrogate or PRESETS[preset].surrogate
     detach(pipe)
     space = TokenSpace(layers_of(pipe))
     kept = fewer(anchor_words(prompts, [target]))
     own, instead = zip(*own_prompts([target], prompts.lines, surrogate), strict=True)
     targets, surrogates = encode(pipe, list(own)), encode(pipe, list(instead))
-    anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, 2)])
-    settings = settings or Settings.of(PRESETS[preset], preset.endswith("style"))
+    anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, prompts.per_word)])
+    settings = settings or Settings.of(PRESETS[preset], style)
     solver = Solver(space, constant_direction(anchors), anchors, settings)
     gates = solver.solve(targets, surrogates).requires_grad_(False)
     n = len(prompts.lines)  # in these stands the name itself; in what follows them, other spellings

@@ -62,6 +62,7 @@ class Prompts:
     # Whether parts of a target's name mean other things and must stay: "red" does, but not an artist's surname, nor the
     # "naked" of "naked person": what has that in it ("naked man") is to go as well.
     parts: bool = True
+    per_word: int = 4  # prompts of every anchor word
 
     @property
     def lines(self) -> list[str]:
@@ -165,6 +166,12 @@ def key_words(name: str) -> frozenset[str]:
     return frozenset(normalised("".join(letter for letter in letters if not "\u0300" <= letter <= "\u036f")).split())
 
 
+def names_one_of(names: Sequence[str], word: str) -> bool:
+    """Whether a word or name has all words of one of `names`, or none but those of one: "Obama" and "Barack Obama"."""
+    key, known = key_words(word), filter(None, map(key_words, names))
+    return bool(key) and any(key <= name or name <= key for name in known)
+
+
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
     """The prompts without anchors that have all words of one of the target's `names`, or no words but those of one.
 
@@ -172,13 +179,8 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
     would "Barack Obama" be of "Obama", and "Rene Magritte" of "René Magritte". ValueError if no anchor is left.
     """
     targets = [words for words in map(key_words, names) if words]
-
-    def apart(word: str) -> bool:
-        key = key_words(word)
-        return not key or not any(key <= target or target <= key for target in targets)
-
     sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
-    general, domain = list(filter(apart, prompts.general)), list(filter(apart, prompts.domain))
+    general, domain = ([w for w in words if not names_one_of(names, w)] for words in (prompts.general, prompts.domain))
     if not general and not domain and not sentences:
         raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
     return replace(prompts, general=general, domain=domain, sentences=sentences)
@@ -189,6 +191,16 @@ def fewer(prompts: Prompts, most: int = 210) -> Prompts:
     if (count := len(prompts.domain)) <= most:
         return prompts
     return replace(prompts, domain=[prompts.domain[i * count // most] for i in range(most)])
+
+
+def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
+    """What solved gates are given: anchors are words, not whole sentences; half of all lines and prompts of a word.
+
+    Formulas read all of them at once, and are no better for more; encoding takes longest. A style is, as what it adds
+    differs from line to line: it has all (benchmarks/README.md).
+    """
+    few = {} if style else {"templates": prompts.lines[::2], "frames": [], "per_word": 2}
+    return replace(prompts, sentences=[], **few)
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
@@ -274,12 +286,12 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         return Data(targets, surrogates, anchors.half().to(targets.device), encode([""]))
     rows = []
     if words.general:
-        general = encode_anchors(anchor_prompts(prompts.general, lines))
+        general = encode_anchors(anchor_prompts(prompts.general, lines, prompts.per_word))
         rows.append(rows_of(general, prompts.general, words.general))
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
         # One by one: what the words of one target share with those of another is in the cache.
-        rows += [encode_anchors(anchor_prompts([word], lines)) for word in chosen]
+        rows += [encode_anchors(anchor_prompts([word], lines, prompts.per_word)) for word in chosen]
     if prompts.parts and (near := relatives(names, [*words.domain, *words.general])):
-        rows.append(encode(anchor_prompts(near, lines)).to(rows[0]))
+        rows.append(encode(anchor_prompts(near, lines, prompts.per_word)).to(rows[0]))
     return Data(targets, surrogates, torch.cat(rows).half().to(targets.device), encode([""]))

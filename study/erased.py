@@ -23,7 +23,7 @@ import token_space
 from erasers.common import filled
 from loading.cache import cached_contexts
 from loading.files import shipped
-from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare
+from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare, to_solve
 from study.world import Scenario, World
 from weights import Model
 
@@ -89,12 +89,15 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
 # --- CPE ---------------------------------------------------------------------------------------------------------
 
 
-def gated(make: Callable[..., cpe.ResAG]) -> Callable[..., Erased]:
-    """A builder for CPE: gates of each target by itself, made by `solved` or `trained`, then merged."""
+def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Erased]:
+    """A builder for CPE: gates of each target by itself, made by `solved` or `trained`, then merged.
+
+    Of the prompts of all erasers it takes what `given` leaves.
+    """
 
     def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
         """The same model with gates; `settings` are of `make`."""
-        preset, gates, prompts = scenario.preset, [], world.listed(scenario)
+        preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
         encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
         for target in scenario.targets:
             # what the other gates erase, this one shall leave to them
@@ -162,7 +165,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("cpe", gated(trained)),
-        Method("cpe, solved", gated(solved)),
+        Method("cpe, solved", gated(solved, to_solve)),
         *(Method(row, linear(n)) for n in LINEAR for row in (n, f"{n}, published")),
         Method("lora", lora),
     )

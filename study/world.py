@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpe
-from loading.prompts import Prompts, anchor_words, read_prompts, sentences
+from loading.prompts import Prompts, anchor_words, names_one_of, read_prompts, sentences
 from study import evaluate
 from token_space import TokenSpace, spectral_norm
 from weights import Model, load_clip
@@ -194,10 +194,14 @@ def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
 
 
 def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
-    """Concepts of each group of captions, by number; the nearest to any of the targets first."""
+    """Concepts of each group of captions, by number; the nearest to any of the targets first.
+
+    What has a target's name in its own ("horse face" of "horse") is in none: it is neither to go nor to stay.
+    """
     targets = [world.concepts.index(name) for name in scenario.targets]
     order = (world.features @ world.features[targets].T).amax(dim=1).argsort(descending=True).tolist()
-    rest, unlisted = [c for c in order if c not in targets], set(world.held_out)
+    rest = [c for c in order if not names_one_of(scenario.targets, world.concepts[c])]
+    unlisted = set(world.held_out)
     fresh = [c for c in rest if world.concepts[c] in unlisted]
     near = [c for c in rest if world.concepts[c] not in unlisted][:10]
     others = list(evaluate.spread(fresh[10:], 30))

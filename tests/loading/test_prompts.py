@@ -24,6 +24,7 @@ from loading.prompts import (
     read_prompts,
     relatives,
     spellings,
+    to_solve,
     within,
 )
 
@@ -241,10 +242,20 @@ def test_names_that_share_a_word_with_the_target_must_stay():
 @pytest.mark.parametrize("target", ["nudity", "naked person"])
 def test_parts_of_an_explicit_name_are_no_anchors(target):
     """Nor mixtures with other words, "naked man": those would be kept explicit. A solver leaves out the sentences."""
-    words, encode = replace(read_prompts("explicit"), sentences=[]), Encoder()
+    words, encode = to_solve(read_prompts("explicit")), Encoder()
     kept = encode.prompts_of(prepare(RECIPE, words, [target], encode, encode).anchors)
     assert len(kept) > 100
     assert not [prompt for prompt in kept if set(target.split()) & set(prompt.split()) - {"person"}]
+
+
+def test_solved_gates_are_given_half_of_the_lines_and_of_the_prompts_of_a_word():
+    """A style has all of them: what it adds to a context differs from line to line."""
+    prompts = Prompts(["{}", "a {}", "my {}"], ["man"], ["fox"], ["see the {}", "no {}"], sentences=["Hello."])
+    given, encode = to_solve(prompts), Encoder()
+    assert (given.lines, given.sentences) == (["{}", "my {}", "no {}"], [])
+    kept = encode.prompts_of(prepare(RECIPE, given, ["cat"], encode, encode).anchors)
+    assert sum("man" in prompt for prompt in kept) == sum("fox" in prompt for prompt in kept) == 2
+    assert to_solve(prompts, style=True) == replace(prompts, sentences=[])
 
 
 def test_sentences_are_read_beside_words():

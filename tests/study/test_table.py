@@ -31,6 +31,9 @@ def test_images_are_of_the_groups_they_say(world, name, sentence_files):
     assert members["near, unlisted"] | members["others"] <= set(world.held_out)
     assert len(members["near, listed"]) == len(members["near, unlisted"]) == 10
     assert len(members["others"]) >= 20
+    named_alike = {c for c in world.concepts for t in scenario.targets if set(t.split()) < set(c.split())}
+    assert ("horse face" in named_alike) == (name != "object")
+    assert not named_alike & set().union(*members.values())  # "horse face" is neither to go with "horse" nor to stay
     assert len({c.seed for c in found}) == len(found)  # independent images: the intervals assume it
     for a, b in (("near, listed", "others"), ("near, unlisted", "others"), ("erased", "near, listed")):
         assert not members[a] & members[b]
