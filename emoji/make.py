@@ -384,7 +384,7 @@ RECIPES = {
     "clip": Recipe(260_000, 96, 1e-3, 0.05, (0.9, 0.98), 0.99, 0.5, 100),
     "sentences": Recipe(150_000, 48, 6e-4, 0.02, (0.9, 0.98), 0.98, 0.4, 40),
     "vae": Recipe(75_000, 16, 2e-3, 0.01, (0.9, 0.99), 0.99, 0.4, 100),
-    "unet": Recipe(160_000, 32, 4e-4, 0.01, (0.9, 0.99), 0.99, 0.4, 30),
+    "unet": Recipe(160_000, 32, 3e-4, 0.01, (0.9, 0.99), 0.995, 0.4, 30),
 }
 EXPORTED = {
     "clip": "clip/model.safetensors",
@@ -612,8 +612,6 @@ JOINED = 6000  # texts that CLIP's projection is solved on
 # For the U-Net: how often a picture shows one thing, two, two alike, three alike. Several were tried, (60, 28, 6, 6)
 # for 96 minutes of a core, (90, 8, 1, 1) for 65: it drew two blurred things, and for some sentences about one as well.
 PAIRS = (100, 0, 0, 0)
-APART = 4.0  # how far contexts of two or three things are moved from those of one, Euclidean (they are about 14 long)
-SECOND = 3.0  # and that of the second of two names, which stands on the right: attention sees no order of tokens
 
 
 @torch.no_grad()
@@ -654,13 +652,18 @@ class Scene:
         return caption(concepts()[thing], style=style, colour=colour)
 
 
-def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[int, ...], say: float = 0.6) -> Scene:
-    """A sentence or (as often) a caption about one thing, a sentence about several; all else at random."""
+def any_scene(
+    chance: random.Random, sentences: grammar.Grammar, things: tuple[int, ...], captions: float = 0.5, say: float = 0.6
+) -> Scene:
+    """A sentence or a caption (how often: `captions`) about one thing, a sentence about several; all else at random.
+
+    Style and background are each said as often as `say`.
+    """
     names = concepts()
     style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
     said_style, said_colour = (i if chance.random() < say else -1 for i in (style, colour))
     words = {"style": STYLES[style] * (said_style >= 0), "colour": COLOURS[colour] * (said_colour >= 0)}
-    if len(things) == 1 and chance.random() < 0.5:
+    if len(things) == 1 and chance.random() < captions:
         text = caption(names[things[0]], chance.choice(TEMPLATES), **words)
     elif len(set(things)) == 2:
         text = sentences.sentence(chance, names[things[0]], names[things[1]], **words)
@@ -669,7 +672,7 @@ def any_scene(chance: random.Random, sentences: grammar.Grammar, things: tuple[i
     return Scene(things, style, colour, text, said_style, said_colour)
 
 
-def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (76, 16, 4, 4)) -> tuple[int, ...]:
+def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (86, 6, 4, 4)) -> tuple[int, ...]:
     """One thing mostly; else two, two alike, or three alike: how often each."""
     kind = chance.choices(("one", "pair", "twice", "thrice"), often)[0]
     if kind == "pair":
@@ -693,10 +696,6 @@ class Meanings:
     def __init__(self):
         cached = load_file(found(BUILD / "meanings.safetensors", "sentences"))
         self.contexts, self.names, self.ends = cached["contexts"], cached["names"].float(), cached["ends"].long()
-        directions = torch.randn(4, self.names.shape[1], generator=torch.Generator().manual_seed(4))
-        directions = F.normalize(directions, dim=1)
-        self.moved = directions[:3] * torch.tensor([0.0, APART, APART])[:, None]
-        self.second = directions[3] * SECOND
 
     def caption(self, thing: int, scene: Scene) -> tuple[Tensor, int]:
         """Context [77, d] of the caption of one thing of a scene, and where its EOS stands."""
@@ -707,21 +706,19 @@ class Meanings:
         """Contexts [T, d] that the tokens [T] of a scene's text should have, and weights [T]: 0 where any may be.
 
         At EOS, at the padding after it and at the end of the name they are what the caption has there. Of two things
-        it is the mean of both captions, and every name has its own context; what is in pictures of several is moved
-        by a fixed vector, one for two and another for three.
+        it is the mean of both captions, and every name has its own context; two or three of a kind mean one of it.
         """
         T, eos = len(tokens), int(tokens.argmax())
         contexts, weights = torch.zeros(T, self.names.shape[1]), torch.zeros(T)
         captions = [self.caption(thing, scene) for thing in dict.fromkeys(scene.things)]
         end = max(eos, *(end for _, end in captions))
-        moved = self.moved[len(scene.things) - 1]
         # Where the longer caption still has words, anything may be.
-        contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0) + moved
+        contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0)
         weights[end + 1 :] = 1.0
-        contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0) + moved, 3.0
+        contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0), 3.0
         places = zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False)
-        for i, (thing, place) in enumerate(places):
-            contexts[place], weights[place] = self.names[thing] + i * self.second, 1.0
+        for thing, place in places:
+            contexts[place], weights[place] = self.names[thing], 1.0
         return contexts, weights
 
 
@@ -736,7 +733,7 @@ def train_sentences(recipe: Recipe) -> None:
         """Of a batch of `size` texts: mean squared distance from the contexts that they should have."""
         chance = random.Random(int(torch.randint(2**62, (), generator=seeds)))
         things = (some_things(chance, chance.randrange(len(concepts()))) for _ in range(size))
-        scenes = [any_scene(chance, sentences, each) for each in things]
+        scenes = [any_scene(chance, sentences, each, captions=0.3) for each in things]
         tokens = tokenizer()([scene.text for scene in scenes])
         # The tower is causal: cutting the padding changes nothing before it, but all of it must be learned at times.
         longest = int(tokens.argmax(dim=1).max()) + 1
