@@ -65,7 +65,7 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: KeysValues, g
     """
     if guidance_scale == 1:
         return unet(latents, timestep, kv)
-    uncond, cond = unet(latents, timestep, kv).chunk(2)  # each latent under two prompts
+    uncond, cond = unet(torch.cat([latents, latents]), timestep, kv).chunk(2)  # each latent under two prompts
     # eps = eps_0 + w (eps_c - eps_0)
     return uncond + guidance_scale * (cond - uncond)
 
