@@ -1,5 +1,6 @@
 """What a CPU does faster than plain torch does it: one opt-in for networks that draw, the same to rounding.
 
+    from benchmarks.speedup import speed_up
     speed_up(model.unet)        # in place; then the network is used, saved and edited as before
 
 torch gives float32 products to MKL, which on AMD's Zen 5 runs at half its speed. oneDNN, which torch carries as well
