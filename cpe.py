@@ -125,7 +125,7 @@ class Layers:
 
 @dataclass
 class Data:
-    """Contexts to train on: the target and its surrogate in the same P templates, and A anchor prompts."""
+    """Contexts to train on, from loading/prompts.py: target and surrogate in the same P templates, A anchor prompts."""
 
     targets: Tensor  # [P, T, d]
     surrogates: Tensor  # [P, T, d]
@@ -298,8 +298,8 @@ class Trainer:
 
 
 # --- 4. The gate file, as in the authors' public checkpoints -----------------------------------------------------
-# Metadata (text, by cli/train.py): target, aliases, surrogate, preset, the Recipe's fields; model, fingerprint (of its
-# text encoder), drawing (its defaults); how, seed, version, inputs (a hash); the authors' own prompts, rank and alpha.
+# Metadata (text, by cli/train.py): target, aliases, surrogate, preset, Recipe's fields; model, fingerprint (hash of its
+# encoder), drawing (its steps, guidance, sampler); how, seed, version, inputs (hash); authors' prompts, rank, alpha.
 SHARED = ("attention_module1.w_qs", "attention_module1.w_ks", "gate.scaler")  # w_ks is there, but never used
 W_QS, W_KS, SCALER = (f"attention_gate.encoder_layer.slf_attn.{name}.weight" for name in SHARED)
 

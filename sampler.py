@@ -119,7 +119,8 @@ def check_steps(schedule: Schedule, steps: int, method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
-    if not 1 <= steps <= (most := schedule.length // 2):
+    most = schedule.length // 2
+    if not 1 <= steps <= most:
         raise ValueError(f"a picture takes between 1 and {most} steps, not {steps}")
 
 
