@@ -159,9 +159,10 @@ class Encoder(nn.Module):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding table that starts at CLIP's scale, a standard deviation of 0.02, instead of torch's 1."""
-    # Uniform: on the meta device, normal numbers import half of torch's compiler.
-    return nn.Embedding.from_pretrained(torch.empty(rows, width).uniform_(-0.035, 0.035), freeze=False)
+    """An embedding table that starts at CLIP's scale, 0.02, instead of torch's 1."""
+    table = nn.Embedding(rows, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
 
 
 class TextEmbeddings(nn.Module):
@@ -210,7 +211,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         width, size, patch = config["hidden_size"], config["image_size"], config["patch_size"]
-        self.class_embedding = nn.Parameter(torch.empty(width).uniform_(-1, 1) * width**-0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_embedding = nn.Conv2d(config.get("num_channels", 3), width, patch, stride=patch, bias=False)
         self.position_embedding = embedding((size // patch) ** 2 + 1, width)
 

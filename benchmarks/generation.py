@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
-
 from speedup import speed_up
+
 from unet import UNet
 from vae import VAE
 
