@@ -4,11 +4,10 @@
     kv = gates(context, kv)            # erase: K + R_k(E), V + R_v(E)
     noise = unet(latents, t, kv)       # every denoising step; the U-Net knows nothing of the eraser
 
-Read from top to bottom: the gate, the losses, the attack, the training, the file. Training needs the text encoder's
-output and the weights of cross-attention, no U-Net. token_space.py computes the same losses faster: `train` uses it.
+Training needs no U-Net but the weights of its cross-attention. `train` has the same losses from token_space.py, faster.
 
-Shapes: N concepts, B prompts, T = 77 tokens, d = 768 width of the context E [B, T, d]. The L = 32 projections W_l
-[d_l, d] are to_k and to_v of SD 1.4's 16 cross-attention layers; they are frozen. k is the rank of a correction.
+Shapes: N concepts, B prompts, T = 77 tokens, d = 768 width of the context E [B, T, d], a text encoder's output.
+L = 32 projections W_l [d_l, d] are to_k and to_v of SD 1.4's 16 cross-attention layers, frozen; k is a residual's rank.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -32,13 +31,13 @@ from torch import Tensor, nn
 class ResAG(nn.Module):
     """Residual Attention Gates of N concepts, over projections of the `widths` {name of l: d_l}.
 
-        Q = E w_qs                     [T, r]
-        H = softmax(Q Q^T) E           [T, d]     every token looks at every other: no mask, no 1/sqrt(r)
+        Q = E w_qs                     [T, r]     queries and keys in one; w_qs learns their size: no 1/sqrt(r)
+        H = softmax(Q Q^T) E           [T, d]     every token looks at every other: no mask
         g = sigmoid(H v)               [T]        how far the gate is open at each token, in (0, 1)
-        R_l(E) = s g * (H D_l) U_l     [T, d_l]   low-rank residual of projection l, s = alpha / k
+        R_l(E) = s g * (H D_l) U_l     [T, d_l]   low-rank residual of projection l; s = alpha / k, as in LoRA
 
     w_qs and v, the `scaler`, are shared by all projections: a gate opens once per prompt, not once per layer. D_l and
-    U_l, `lora_down[l]` and `lora_up[l]`, belong to one. At first attention is even and every gate half open.
+    U_l, `lora_down[l]` and `lora_up[l]`, belong to one. At first attention is even, a gate half open, a residual 0.
     """
 
     def __init__(self, widths: dict[str, int], d: int, r: int = 16, k: int = 1, N: int = 1, alpha: float = 1.0, *,
@@ -46,7 +45,7 @@ class ResAG(nn.Module):
         super().__init__()
         self.names, self.widths, self.k = list(widths), dict(widths), k
         draw = partial(nn.init.kaiming_uniform_, a=5**0.5, generator=generator)
-        self.w_qs = nn.Parameter(draw(torch.empty(N, d, r)) / d**2)
+        self.w_qs = nn.Parameter(draw(torch.empty(N, d, r)) / d**2)  # near 0, as in the public code: even attention
         self.scaler = nn.Parameter(torch.zeros(N, d, 1))
         self.lora_down = nn.ParameterList(draw(torch.empty(N, d, k)) for _ in widths)
         self.lora_up = nn.ParameterList(torch.zeros(N, k, width) for width in widths.values())
@@ -59,7 +58,7 @@ class ResAG(nn.Module):
         return torch.sigmoid(H @ self.scaler.unsqueeze(1)), H
 
     def gated(self, E: Tensor) -> Tensor:
-        """s g H [N, B, T, d], what every residual is made of; 0 but for the concept whose gate is widest open."""
+        """s g H [N, B, T, d], for all residuals; at each token the widest open gate acts alone: two would add up."""
         g, H = self.gate(E)
         widest = torch.arange(len(g), device=g.device).view(-1, 1, 1, 1) == g.argmax(dim=0)
         return self.scale.view(-1, 1, 1, 1) * g * widest * H
@@ -106,9 +105,9 @@ class Layers:
 
     @staticmethod
     def of(cross_attention: dict[str, Tensor], norm: Callable | None = None, tokens: int = 77) -> "Layers":
-        """From a U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight`, by key; KeyError if one is missing. By theory/3,
+        """From a U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight`, by key; KeyError if one is missing.
 
-        a_l = |W_o W_v| |W_q| / 77   for keys,   |W_o|   for values       | | the spectral `norm`
+        a_l = |W_o W_v| |W_q| / 77 for keys (1/77: slope of an even softmax, theory/3), |W_o| for values; | | spectral
         """
         norm = norm or (lambda matrix: torch.linalg.matrix_norm(matrix, 2))
         W, a = {}, {}
@@ -126,7 +125,7 @@ class Layers:
 
 @dataclass
 class Data:
-    """Contexts to train on: the target and its surrogate in the same P templates, and A anchor prompts."""
+    """Contexts to train on, from loading/prompts.py: target and surrogate in the same P templates, A anchor prompts."""
 
     targets: Tensor  # [P, T, d]
     surrogates: Tensor  # [P, T, d]
@@ -168,7 +167,7 @@ class Losses:
         return self.error(gates, anchors, torch.zeros_like(anchors))
 
     def attack(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """The attacker's: the gated output of E_tar + delta shall be the original one of E_tar."""
+        """The attacker's, who wants the target back: the gated output of E_tar + delta shall be E_tar's original."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, -deltas)
 
     def erasing(self, gates: ResAG, i: Tensor, anchors: Tensor, deltas: Tensor | None) -> dict[str, Tensor]:
@@ -234,7 +233,7 @@ class Trainer:
         self.gates, self.losses, self.recipe, self.generator = gates, losses, recipe, generator
         self.deltas: Tensor | None = None  # [J, T, d], of the newest attack
         later = [recipe.attack_steps, recipe.later_steps] * (recipe.stages - 1)  # a last attack would teach nobody
-        self.steps, self.phase, self.step = [recipe.first_steps, *later], 0, 0
+        self.steps, self.phase, self.step = [recipe.first_steps, *later], 0, 0  # phases 1, 3, 5, ... are attacks
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         """Erase, attack, erase, ..., attack, erase. FloatingPointError if a gradient is not finite."""
@@ -299,12 +298,14 @@ class Trainer:
 
 
 # --- 4. The gate file, as in the authors' public checkpoints -----------------------------------------------------
+# Metadata (text, by cli/train.py): target, aliases, surrogate, preset, Recipe's fields; model, fingerprint (hash of its
+# encoder), drawing (its steps, guidance, sampler); how, seed, version, inputs (hash); authors' prompts, rank, alpha.
 SHARED = ("attention_module1.w_qs", "attention_module1.w_ks", "gate.scaler")  # w_ks is there, but never used
 W_QS, W_KS, SCALER = (f"attention_gate.encoder_layer.slf_attn.{name}.weight" for name in SHARED)
 
 
 def to_tensors(gates: ResAG) -> dict[str, Tensor]:
-    """The tensors of a gate file, float32; its metadata, text, say what it erases. ValueError: several concepts."""
+    """The tensors of a gate file, float32, shaped as ResAG's parameters with N = 1. ValueError: several concepts."""
     if len(gates.w_qs) != 1:
         raise ValueError(f"a gate file holds one concept, not {len(gates.w_qs)}: write each before merging")
     tensors = {W_QS: gates.w_qs, W_KS: torch.zeros_like(gates.w_qs), SCALER: gates.scaler}
@@ -342,8 +343,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> ResAG:
 
 def projection(stem: str) -> str:
     """The U-Net's path of a projection, from its name in a gate file; ValueError if that names none."""
-    path = re.sub(r"_(\d+)_", r".\1.", stem.removeprefix("lora_unet_")).replace("mid_block_", "mid_block.")
-    path = path.replace("attn2_to_", "attn2.to_")
+    path = re.sub(r"_(?=\d)|(?<=\d)_|(?<=mid_block)_", ".", stem.removeprefix("lora_unet_"))
     blocks = r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn2\.to_[kv]"
     if not re.fullmatch(blocks, path):
         raise ValueError(f"not a gate file: {stem} names no projection of cross-attention")

@@ -44,11 +44,10 @@ class Schedule:
         """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps.
 
         The spacing that diffusers calls "leading": strides are whole, and what remains of the length is left out at
-        its noisy end. With as many steps as timesteps there is no room for the offset: 999, 998, ..., 0.
+        its noisy end.
         """
         stride = self.length // steps
-        offset = min(self.offset, self.length - 1 - (steps - 1) * stride)
-        return [i * stride + offset for i in reversed(range(steps))]
+        return [i * stride + self.offset for i in reversed(range(steps))]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The forward process: clean latents [B, c, h, w] and noise mixed at timesteps [B]. Ho et al. 2020, eq. 4."""
@@ -65,7 +64,7 @@ def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: KeysValues, g
     """
     if guidance_scale == 1:
         return unet(latents, timestep, kv)
-    uncond, cond = unet(latents, timestep, kv).chunk(2)  # each latent under two prompts
+    uncond, cond = unet(torch.cat([latents, latents]), timestep, kv).chunk(2)  # each latent under two prompts
     # eps = eps_0 + w (eps_c - eps_0)
     return uncond + guidance_scale * (cond - uncond)
 
@@ -114,20 +113,15 @@ METHODS = {"ddim": ddim, "dpm": dpm_solver}
 
 
 def check_steps(schedule: Schedule, steps: int, method: str) -> None:
-    """ValueError for an unknown method, or steps that it cannot take.
+    """ValueError for an unknown method, no steps, or more than half of the timesteps that there are.
 
-    DPM-Solver's timesteps must all differ. DDIM's strides are whole: 600 of 1000 steps would each have stride 1, and
-    begin at timestep 600, where pure noise does not belong.
+    DDIM's strides are whole: 600 of 1000 steps would begin at timestep 600, where pure noise does not belong.
     """
     if method not in METHODS:
         raise ValueError(f"unknown sampler {method!r}: choose one of {', '.join(METHODS)}")
-    most = schedule.length - (method == "dpm")
+    most = schedule.length // 2
     if not 1 <= steps <= most:
-        raise ValueError(f"{method} takes steps between 1 and {most}, not {steps}")
-    half = schedule.length // 2
-    if method == "ddim" and half < steps < schedule.length:
-        first = schedule.timesteps(steps)[0]
-        raise ValueError(f"ddim takes up to {half} steps or {schedule.length}; {steps} would begin at timestep {first}")
+        raise ValueError(f"a picture takes between 1 and {most} steps, not {steps}")
 
 
 def sample(

@@ -76,7 +76,8 @@ class Losses(cpe.Losses):
     def __init__(self, layers: cpe.Layers, data: cpe.Data, eta: float):
         super().__init__(layers, data, eta)
         self.space = TokenSpace(layers)
-        self.energies: Tensor | None = None
+        # x M x^T [P, T] of every template, which the gates cannot change
+        self.energies = torch.stack([self.space.energy(self.shift(i)) for i in range(len(data.targets))])
         self.under_attack: tuple[Tensor, Tensor] | None = None
 
     def error(self, gates: cpe.ResAG, E: Tensor, x: Tensor) -> Tensor:
@@ -84,11 +85,11 @@ class Losses(cpe.Losses):
         return self.space.error(gates, E, x).mean()
 
     # What makes it fast: all contexts of a step go through the gate at once, P and G are computed once for all of them,
-    # anchors ask for z G z^T alone, and x M x^T, which the gates cannot change, is not computed anew in every step.
+    # anchors ask for z G z^T alone, and x M x^T is not computed anew in every step.
 
     def erasing(self, gates: cpe.ResAG, i: Tensor, anchors: Tensor, deltas: Tensor | None) -> dict[str, Tensor]:
         """All losses of one step of erasing, by name."""
-        E, x, energy = self.data.targets[i], self.shift(i), self.energy_of_templates(i)
+        E, x, energy = self.data.targets[i], self.shift(i), self.energies[i]
         if deltas is not None:
             E = torch.cat([E, E[:1] + deltas])
             x, energy = torch.cat([x, x[:1] - deltas]), torch.cat([energy, self.energy_under_attack(i, deltas)])
@@ -103,19 +104,13 @@ class Losses(cpe.Losses):
         z = features(gates, self.data.targets[i[:1]] + deltas)
         return quadratic(self.space.energy(deltas), -deltas, z, *self.space.forms(gates)).mean()
 
-    def energy_of_templates(self, i: Tensor) -> Tensor:
-        """x M x^T [n, T] of the shifts of templates i."""
-        if self.energies is None:
-            self.energies = torch.stack([self.space.energy(self.shift(j)) for j in range(len(self.data.targets))])
-        return self.energies[i]
-
     def energy_under_attack(self, i: Tensor, deltas: Tensor) -> Tensor:
         """(x - delta) M (x - delta)^T [J, T] of the first of templates i."""
         if self.under_attack is None or self.under_attack[0] is not deltas:
             self.under_attack = deltas, deltas @ self.space.M
         dM = self.under_attack[1]
         # x M x^T - 2 delta M x^T + delta M delta^T
-        return self.energy_of_templates(i[:1]) + ((deltas - 2 * self.shift(i[:1])) * dM).sum(dim=-1)
+        return self.energies[i[:1]] + ((deltas - 2 * self.shift(i[:1])) * dM).sum(dim=-1)
 
 
 def features(gates: cpe.ResAG, E: Tensor) -> Tensor:

@@ -24,13 +24,6 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
 
 
-def rows(x: Tensor, count: int) -> Tensor:
-    """Images [B, ...] repeated as a whole until there are `count`, [count, ...]; ValueError unless B divides it."""
-    if count % len(x):
-        raise ValueError(f"{len(x)} images cannot be drawn under {count} prompts")
-    return x if len(x) == count else torch.cat([x] * (count // len(x)))
-
-
 def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     """Sinusoids [B, width] of integer timesteps [B]: cosines first, then sines (flip_sin_to_cos, shift 0).
 
@@ -58,8 +51,8 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two normalised convolutions around a shortcut, [B, inputs, h, w] -> [B, outputs, h, w].
 
-    In between, the timestep is added: `time` [B, e] after its SiLU, or of fewer images (see `rows`). The autoencoder,
-    whose blocks these are too, knows no time: there `time_width` e is 0.
+    In between, the timestep is added: `time` [B, e] after its SiLU. The autoencoder has these blocks, too, but knows no
+    time: there `time_width` e is 0.
     """
 
     def __init__(self, inputs: int, outputs: int, groups: int, time_width: int = 0, eps: float = 1e-5):
@@ -76,7 +69,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
-            y = y + rows(self.time_emb_proj(time), len(y))[:, :, None, None]
+            y = y + self.time_emb_proj(time)[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -127,9 +120,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [rows of kv, N, C].
+    """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [B, N, C].
 
-    `kv` is that of all layers. KeyError if this one's are not in it, ValueError as for `rows`.
+    `kv` is that of all layers. KeyError if this one's are not in it.
     """
 
     def __init__(self, channels: int, context_width: int, heads: int):
@@ -146,14 +139,12 @@ class TransformerBlock(nn.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, self.attn1.to_k(y), self.attn1.to_v(y))
         # The only place where the prompt enters: K' and V' come from outside.
-        keys, values = kv[f"{self.path}.to_k"], kv[f"{self.path}.to_v"]
-        x = rows(x, len(keys))
-        x = x + self.attn2(self.norm2(x), keys, values)
+        x = x + self.attn2(self.norm2(x), kv[f"{self.path}.to_k"], kv[f"{self.path}.to_v"])
         return x + self.ff(self.norm3(x))
 
 
 class Transformer(nn.Module):
-    """One transformer block over the pixels of a feature map, [B, C, h, w] -> [rows of kv, C, h, w]."""
+    """One transformer block over the pixels of a feature map, [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels: int, config: dict):
         super().__init__()
@@ -167,8 +158,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, kv: KeysValues) -> Tensor:
         pixels = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         pixels = self.transformer_blocks[0](pixels, kv)
-        y = self.proj_out(pixels.transpose(1, 2).unflatten(2, x.shape[2:]))
-        return rows(x, len(y)) + y
+        return x + self.proj_out(pixels.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Downsample(nn.Module):
@@ -227,7 +217,7 @@ class Block(nn.Module):
         Every ResNet takes one result off `skips`.
         """
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, rows(skips.pop(), len(x))], dim=1), time)
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, kv)
         for upsample in getattr(self, "upsamplers", ()):
@@ -236,7 +226,7 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet, transformer, ResNet, at the bottom of the U, [B, C, h, w] -> [rows of kv, C, h, w]."""
+    """ResNet, transformer, ResNet, at the bottom of the U, [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels: int, config: dict):
         super().__init__()
@@ -314,9 +304,7 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timestep: Tensor | int, kv: KeysValues) -> Tensor:
         """Noise [B, c, h, w] predicted in latents [B, c, h, w] at timesteps [B] or one for all, 0..999.
 
-        With kv of 2B rows, all latents are answered under the first B prompts, then under the others: [2B, c, h, w].
-        Until the first cross-attention both halves are the same, and computed once. KeyError if kv lacks a projection,
-        ValueError unless B divides its rows.
+        KeyError if `kv`, of B rows, lacks a projection.
         """
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = timestep_embedding(timestep, self.conv_in.out_channels).to(latents.dtype)

@@ -1,20 +1,22 @@
 """One denoising step and one decoding at Stable Diffusion 1.4's size, against diffusers: time, ratio, difference.
 
-    python benchmarks/generation.py [--part unet vae] [--dtype float32 bfloat16] [--repeats 3] [--plain]
+    python benchmarks/generation.py [--part unet vae] [--dtype float32 bfloat16] [--repeats 3] [--side 64] [--busy]
 
-Ours is sped up for the CPU (speedup.py); with --plain it is plain torch, as the command line has it.
+Ours is measured twice: as plain torch, as the command line has it, and sped up for the CPU (speedup.py).
 
-Weights are random in the official layout (speed does not depend on their values) and the same for both. The step is
-of two images of 64x64 latents, as guidance needs them for one; the decoding makes one image of 512x512. Both sides
-run in this process, on the same threads, by turns; the fastest of each side's repeats counts. `difference` is the
-largest absolute difference of the two outputs, as a share of the largest output.
+Weights are random in the official layout (speed does not depend on their values) and the same for all. The step is
+of two images of 64x64 latents, as guidance needs them for one; the decoding makes one image of 512x512. `--side 16`
+is enough to see that it runs. All run in this process, on the same threads, by turns. The fastest of the repeats
+counts; with --busy, where other programs run beside it, the median of the process's own CPU time. `difference` is the
+largest absolute difference of what is sped up and diffusers' output, as a share of the largest output.
 
-`GFLOP/s` is our speed in the multiplications and additions that diffusers makes, to be compared
+`GFLOP/s` is the speed of what is sped up in the multiplications and additions that diffusers makes, to be compared
 with that of one large matrix product, printed above: the processor does no more than that.
 """
 
 import argparse
 import gc
+import statistics
 import sys
 import time
 import warnings
@@ -29,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
-
 from speedup import speed_up
+
 from unet import UNet
 from vae import VAE
 
@@ -46,44 +48,47 @@ def random_weights(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tens
     return state
 
 
-def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype, plain: bool) -> tuple:
-    """Ours, perhaps `plain`, and diffusers' module of `their_class`, each with its copy of the same random weights."""
+def prepared(build: type, their_class: str, config: dict, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """Ours sped up, ours plain, and diffusers' module of `their_class`, with the same random weights."""
     (their_build,) = tiny.reference("diffusers", their_class)
     with torch.device("meta"):
-        ours, theirs = build(config).eval(), their_build(**config).eval()
-    state = random_weights(ours, dtype)
-    ours.load_state_dict({key: weight.clone() for key, weight in state.items()}, assign=True)
-    theirs.load_state_dict(state, assign=True)
-    return ours if plain else speed_up(ours), theirs
+        sides = [build(config).eval(), build(config).eval(), their_build(**config).eval()]
+    state = random_weights(sides[0], dtype)
+    for side in sides:
+        side.load_state_dict(state, assign=True)
+    speed_up(sides[0])
+    return sides
 
 
-def step(dtype: torch.dtype, plain: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A U-Net step of two images, ours and diffusers'."""
-    ours, theirs = prepared(UNet, "UNet2DConditionModel", tiny.SD14_UNET, dtype, plain)
-    latents, context = torch.randn(1, 4, 64, 64).repeat(2, 1, 1, 1).to(dtype), torch.randn(2, 77, 768).to(dtype)
-    kv = ours.keys_values(context)
-    return lambda: ours(latents, 481, kv), lambda: theirs(latents, 481, context).sample
+def step(dtype: torch.dtype, side: int) -> list[Callable[[], Tensor]]:
+    """A U-Net step of two images, of each of those `prepared`."""
+    fast, plain, theirs = prepared(UNet, "UNet2DConditionModel", tiny.SD14_UNET, dtype)
+    latents, context = torch.randn(1, 4, side, side).repeat(2, 1, 1, 1).to(dtype), torch.randn(2, 77, 768).to(dtype)
+    kv = plain.keys_values(context)
+    ours = [lambda unet=unet: unet(latents, 481, kv) for unet in (fast, plain)]
+    return [*ours, lambda: theirs(latents, 481, context).sample]
 
 
-def decoding(dtype: torch.dtype, plain: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A decoding of one image, ours and diffusers'."""
-    ours, theirs = prepared(VAE, "AutoencoderKL", tiny.SD14_VAE, dtype, plain)
-    latents = torch.randn(1, 4, 64, 64).to(dtype)
-    return lambda: ours.decode(latents), lambda: theirs.decode(latents).sample
+def decoding(dtype: torch.dtype, side: int) -> list[Callable[[], Tensor]]:
+    """A decoding of one image, of each of those `prepared`."""
+    fast, plain, theirs = prepared(VAE, "AutoencoderKL", tiny.SD14_VAE, dtype)
+    latents = torch.randn(1, 4, side, side).to(dtype)
+    return [lambda: fast.decode(latents), lambda: plain.decode(latents), lambda: theirs.decode(latents).sample]
 
 
 PARTS = {"unet": step, "vae": decoding}
 
 
-def race(sides: tuple[Callable[[], Tensor], ...], repeats: int) -> tuple[list[float], list[Tensor]]:
-    """Fastest time in ms and the last output of each side, called by turns."""
-    fastest, outputs = [float("inf")] * len(sides), [None] * len(sides)
+def race(sides: list[Callable[[], Tensor]], repeats: int, busy: bool = False) -> tuple[list[float], list[Tensor]]:
+    """Fastest time in ms, or if `busy` the median of CPU time, and the last output of each side, called by turns."""
+    clock = time.process_time if busy else time.perf_counter
+    times, outputs = [[] for _ in sides], [None] * len(sides)
     for _ in range(repeats):
         for i, side in enumerate(sides):
-            begun = time.perf_counter()
+            begun = clock()
             outputs[i] = side()
-            fastest[i] = min(fastest[i], 1000 * (time.perf_counter() - begun))
-    return fastest, outputs
+            times[i].append(1000 * (clock() - begun))
+    return [statistics.median(each) if busy else min(each) for each in times], outputs
 
 
 def gflops(work: Callable[[], Tensor]) -> float:
@@ -96,7 +101,7 @@ def gflops(work: Callable[[], Tensor]) -> float:
 def product_speed(dtype: torch.dtype, n: int = 2048) -> float:
     """GFLOP/s of a matrix product, n x n."""
     a, b = torch.randn(2, n, n).to(dtype)
-    (ms,), _ = race((lambda: a @ b,), 8)
+    (ms,), _ = race([lambda: a @ b], 8)
     return 2 * n**3 / 1e6 / ms
 
 
@@ -107,23 +112,23 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plain", action="store_true", help="without speedup.py")
+    parser.add_argument("--side", type=int, default=64, help="of the latents; 64 is that of a picture of 512 x 512")
+    parser.add_argument("--busy", action="store_true", help="count CPU time, and take medians")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads")
     for dtype in args.dtype:
         print(f"a matrix product in {dtype}: {product_speed(getattr(torch, dtype)):.0f} GFLOP/s")
-    print(f"{'part':6}{'dtype':10}{'ours ms':>10}{'diffusers ms':>14}{'ratio':>8}{'GFLOP/s':>10}{'difference':>12}")
+    names = ("sped up, ms", "plain, ms", "diffusers, ms", "ratio", "plain ratio", "GFLOP/s", "difference")
+    print(f"{'part':6}{'dtype':10}" + "".join(f"{name:>15}" for name in names))
     for part in args.part:
         for dtype in args.dtype:
-            sides = PARTS[part](getattr(torch, dtype), args.plain)
-            (ours, theirs), (x, y) = race(sides, args.repeats)
+            sides = PARTS[part](getattr(torch, dtype), args.side)
+            (fast, plain, theirs), (x, _, y) = race(sides, args.repeats, args.busy)
             difference = tiny.difference(x.float(), y.float()) / y.abs().max().item()
-            speed = gflops(sides[1]) / ours * 1000  # of theirs: oneDNN's products are not counted
-            print(
-                f"{part:6}{dtype:10}{ours:10.0f}{theirs:14.0f}{ours / theirs:8.2f}{speed:10.0f}{difference:12.1e}",
-                flush=True,
-            )
+            speed = gflops(sides[-1]) / fast * 1000  # of theirs: oneDNN's products are not counted
+            times, ratios = f"{fast:15.0f}{plain:15.0f}{theirs:15.0f}", f"{fast / theirs:15.2f}{plain / theirs:15.2f}"
+            print(f"{part:6}{dtype:10}{times}{ratios}{speed:15.0f}{difference:15.1e}", flush=True)
             del sides
             gc.collect()
 

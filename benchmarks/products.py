@@ -10,11 +10,10 @@ import itertools
 from collections.abc import Callable
 
 import sd14
+import speedup
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import speedup
 
 LAYERS = {  # rows, inputs, outputs
     "CLIP's MLP, 8 prompts": (8 * 77, 768, 3072),

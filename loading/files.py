@@ -121,19 +121,6 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             names = " and ".join(sorted(re.findall("'(.+?)'", str(error)))[:2])
             said = f"{path} could not be written: {names} are one tensor under two names, which no file can hold"
             raise UserError(f"{said}: clone one of them") from error
-        sort_metadata(temporary)
-
-
-def sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata in order: the library's own changes at random, and equal files would differ."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= size:  # as long as before, but for the spaces that fill it up; the tensors stay where they are
-            file.seek(8)
-            file.write(text.ljust(size))
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
     install(monkeypatch)
     x = torch.ones(3).to("card")        # x + torch.ones(3): RuntimeError; x.cpu() + torch.ones(3): twos
 
-Its numbers are those of torch on the CPU (where speedup.py has faster products, rounded otherwise), so what a command
-makes on it can be compared with what it makes without. It refuses much of what cards do: tensors of two devices in one
-operation, and NumPy. It also refuses what only Apple's do, float64, decompositions of matrices and what else they lack,
-and what none would, but this project must not do: random numbers of its own.
+Its numbers are those of torch on the CPU, so what a command makes on it can be compared with what it makes without. It
+refuses much of what cards do: tensors of two devices in one operation, and NumPy. It also refuses what only Apple's do,
+float64, decompositions of matrices and what else they lack, and what none would, but this project must not do: random
+numbers of its own.
 
 Built on torch's way to write a device in Python, which is not finished: hence what `install` replaces.
 """

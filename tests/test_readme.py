@@ -63,3 +63,11 @@ def test_files_in_reading_order_are_there():
     files = [name for row in named for name in re.findall(r"`([^`]+)`", row)]
     assert len(files) > 10
     assert all((ROOT / name).exists() for name in files)
+
+
+def test_the_lines_of_cpe_in_reading_order_are_its_sections():
+    ranges = [tuple(map(int, found)) for found in re.findall(r"\| (\d+)-(\d+) \|", README)]
+    lines = (ROOT / "cpe.py").read_text(encoding="utf-8").splitlines()
+    sections = [number for number, line in enumerate(lines, 1) if line.startswith("# --- ")]
+    ends = [start - 2 for start in sections[1:]] + [len(lines)]
+    assert ranges == list(zip(sections, ends, strict=True))

@@ -1,4 +1,4 @@
-"""speedup.py against plain torch: the results are the same, and what is not faster is left to torch."""
+"""benchmarks/speedup.py against plain torch: the results are the same, and what is not faster is left to torch."""
 
 import copy
 
@@ -7,7 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import speedup
+from benchmarks import speedup
 from clip import TextEncoder
 from unet import UNet
 from vae import VAE

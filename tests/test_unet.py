@@ -82,17 +82,6 @@ def test_rows_of_a_batch_do_not_mix(unet):
     assert torch.allclose(before[:1], alone, atol=1e-5)
 
 
-def test_latents_are_drawn_under_two_prompts_as_if_given_twice(unet):
-    """As guidance needs it: what comes before the first cross-attention is computed once, to the same end."""
-    latents, kv = tiny.draw("latents", 2, 4, 8, 8), unet.keys_values(tiny.draw("context", 4, 9, 32))
-    twice = unet(torch.cat([latents, latents]), 501, kv)
-    seen = []
-    first = unet.down_blocks[0].resnets[0]
-    first.register_forward_hook(lambda layer, arguments, output: seen.append(len(output)))
-    assert torch.allclose(unet(latents, 501, kv), twice, atol=1e-5)
-    assert seen == [2]
-
-
 def test_timestep_may_be_a_number_or_one_per_image(unet):
     latents, context = tiny.draw("latents", 2, 4, 8, 8), tiny.draw("context", 2, 9, 32)
     kv = unet.keys_values(context)

@@ -163,6 +163,14 @@ def contents(folder: str | Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+def held(path: str | Path) -> bytes | tuple[dict[str, bytes], dict[str, str]]:
+    """The bytes of a file; of safetensors the bytes of each tensor, and the metadata, whose order there is chance."""
+    if Path(path).suffix != ".safetensors":
+        return Path(path).read_bytes()
+    tensors, metadata = files.load_tensors(path)
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metadata
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, of torch's own generator: other machines may draw others."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -193,7 +193,7 @@ def test_steps_that_cannot_be_drawn_are_a_sentence_before_a_model_is_opened(run,
     Path("lines").write_text("a picture of a cat\n")
     monkeypatch.setattr(generate, "open_model", lambda *_: pytest.fail("opened the model"))
     code, said = run(*words, "--sampler", "ddim", "--steps", "600")
-    assert (code, "--steps: ddim takes up to 500 steps or 1000" in said) == (2, True)
+    assert (code, "--steps: a picture takes between 1 and 500 steps, not 600" in said) == (2, True)
 
 
 def test_a_gate_file_that_is_given_twice_counts_once(run, gates):

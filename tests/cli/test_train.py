@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, contents
+from tiny import ROOT, contents, held
 
 import cpe
 import token_space
@@ -25,15 +25,9 @@ TRAIN = ("train", "red heart", "--preset", "emoji", "--steps-scale", "0.01")
 GATES = Path("gates/red-heart.safetensors")
 
 
-def content(path: str | Path) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The tensors of a file to the bit, and its metadata, whose order in the file is chance."""
-    tensors, metadata = load_tensors(path)
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metadata
-
-
 def all_in(folder: str) -> dict[str, tuple]:
-    """The `content` of all files in a folder."""
-    return {name: content(Path(folder, name)) for name in contents(folder)}
+    """What all files in a folder hold."""
+    return {name: held(Path(folder, name)) for name in contents(folder)}
 
 
 def test_it_writes_one_gate_file_that_knows_all_about_itself(run, tiny_original):
@@ -370,7 +364,7 @@ def test_a_run_that_was_interrupted_at_any_step_goes_on_bit_for_bit(run, monkeyp
     assert (code, "x.state.safetensors is of an unfinished run with other settings" in said) == (2, True)
     code, said = run(*TRAIN, *PHASES, "--out", "x.safetensors")
     assert (code, f"goes on x.state.safetensors, at step {step} of {LAST}" in said) == (0, True)
-    assert content("x.safetensors") == content("whole.safetensors")
+    assert held("x.safetensors") == held("whole.safetensors")
     assert not Path("x.state.safetensors").exists()
 
 
@@ -378,7 +372,7 @@ def test_a_run_that_is_saved_after_every_step_is_the_same(run, monkeypatch):
     run(*TRAIN, "--out", "a.safetensors")
     monkeypatch.setattr(runs, "SAVE_SECONDS", -1.0)
     run(*TRAIN, "--out", "b.safetensors")
-    assert content("a.safetensors") == content("b.safetensors")
+    assert held("a.safetensors") == held("b.safetensors")
 
 
 def test_a_file_of_targets_goes_on_by_the_same_command(run, monkeypatch):

@@ -126,16 +126,3 @@ def test_one_tensor_under_two_names_is_a_sentence(tmp_path, other):
         files.save_tensors(tmp_path / "x.safetensors", {"b": weight, "a": other(weight), "c": torch.ones(2)})
     assert not list(tmp_path.iterdir())
     files.save_tensors(tmp_path / "x.safetensors", {"b": weight, "a": other(weight).clone()})
-
-
-def test_equal_tensors_and_metadata_give_equal_files(tmp_path):
-    """The library alone writes metadata in an order that changes from one call to the next."""
-    metadata = {name: f'{name} é日\x01\x7f\u2028"\\/' for name in "zyxwvutsrqponmlkjihg"}
-    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
-    for name in "12":
-        files.save_tensors(tmp_path / f"{name}.safetensors", tensors, metadata)
-    one, two = reference.contents(tmp_path).values()
-    assert one == two
-    read, said = files.load_tensors(tmp_path / "1.safetensors")
-    assert said == {"format": "pt", **metadata}
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

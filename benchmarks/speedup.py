@@ -1,11 +1,12 @@
 """What a CPU does faster than plain torch does it: one opt-in for networks that draw, the same to rounding.
 
+    from benchmarks.speedup import speed_up
     speed_up(model.unet)        # in place; then the network is used, saved and edited as before
 
-torch gives float32 products to MKL, which on AMD's Zen 5, where this was measured, runs at half its speed. oneDNN,
-which torch carries as well and gives convolutions to, does not: here its products are asked for by name. torch's
-attention takes longer over many pixels than these products and a softmax do. And doubling an image before a convolution
-is 9/4 of the work that is needed. benchmarks/ has the figures. Everything works without this file.
+torch gives float32 products to MKL, which on AMD's Zen 5 runs at half its speed. oneDNN, which torch carries as well
+and gives convolutions to, does not: here its products are asked for by name. torch's attention takes longer there over
+many pixels than these products and a softmax do. And doubling an image before a convolution is 9/4 of the work that is
+needed. On an Intel Xeon a step becomes slower by a sixth: measure first (benchmarks/). Everything works without this.
 """
 
 from itertools import product as pairs
