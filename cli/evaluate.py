@@ -17,7 +17,8 @@ from PIL import Image
 
 from cli.common import is_emoji, note, open_model
 from cli.many import read_lines
-from loading.files import UserError, check_writable
+from loading.files import UserError
+from loading.prompts import read_prompts
 from study.evaluate import PICTURES, drawn_with, judge_folder, read_folder
 from weights import CLIP_LARGE, load_clip
 
@@ -29,15 +30,11 @@ def run(args: argparse.Namespace) -> str | None:
     """`evaluate`: one table. UserError for a folder without pictures or prompts, or a program that is not installed."""
     if len(args.folders) != 1:
         raise UserError("which folder? Give one with pictures in it: evaluate images/")
-    if args.json:
-        check_writable(args.json)
     if args.fid and not args.reference:
         raise UserError("--fid compares with pictures of an unerased model: give their folder as --reference.")
     fid = needed("cleanfid.fid", "clean-fid") if args.fid else None
     detector = needed("nudenet", "nudenet").NudeDetector() if args.nudity else None
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
-    if len(args.name) == 1 and not args.names:
-        raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     drawn = [drawn_with(path) for path, _ in found]
     if args.fid and any("cell" in each for each in drawn):
@@ -46,6 +43,10 @@ def run(args: argparse.Namespace) -> str | None:
     if not args.model and not args.clip and len(of) == 1 and is_emoji(min(of)):
         args.model = min(of)
         print(f"judge   the CLIP of {args.model}, which the pictures are of")
+    ours = read_prompts("emoji").domain if is_emoji(args.model or "") and not args.clip else []
+    others = [thing for thing in ours if thing not in names]  # CLIP may see instead: else all that is erased counts
+    if len(names) == 1 and not others:
+        raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
     if args.reference and not reference:
         raise UserError(f"--reference: {args.reference} holds no pictures.")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> str | None:
         parts = (cut(path, said, Path(alone)) if "cell" in said else [(path, prompt)]
                  for (path, prompt), said in zip(found, drawn, strict=True))  # fmt: skip
         found = [one for part in parts for one in part]
-        figures = judge_folder(clip, tokenizer, found, names, reference)
+        figures = judge_folder(clip, tokenizer, found, names, reference, others)
         if detector:
             figures |= nudity(detector, [path for path, _ in found])
     if fid:

@@ -167,9 +167,9 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, str]], names: Sequence[str],
-                 reference: Sequence[Path] = ()) -> dict:  # fmt: skip
+                 reference: Sequence[Path] = (), others: Sequence[str] = ()) -> dict:  # fmt: skip
     """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt,
-    and CMMD to the pictures of `reference`; figures that were not asked for are left out.
+    and CMMD to the pictures of `reference`; what was not asked for is left out. CLIP may see one of `others` instead.
     """
 
     def features(paths: Sequence[Path]) -> Tensor:
@@ -181,7 +181,7 @@ def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, s
     prompts = text_features(clip, tokenizer, [prompt for _, prompt in found])
     figures: dict = {"images": len(found), "clip_score": clip_score(images, prompts).mean().item()}
     if names:
-        seen = (images @ name_features(clip, tokenizer, names).T).argmax(dim=-1).tolist()
+        seen = (images @ name_features(clip, tokenizer, [*names, *others]).T).argmax(dim=-1).tolist()
         figures["seen"] = {name: seen.count(i) / len(seen) for i, name in enumerate(names)}
         asked = [(i, n) for i, (_, prompt) in enumerate(found) for n, name in enumerate(names) if name in prompt]
         if asked:

@@ -123,6 +123,8 @@ def test_a_folder_is_judged_by_the_prompts_of_its_pictures(pictures, tiny_origin
     seen = evaluate.recognise(model.clip, images, evaluate.name_features(model.clip, model.tokenizer, names)).tolist()
     assert figures["seen"] == {"cat": seen.count(0) / 4, "dog": seen.count(1) / 4}
     assert figures["accuracy"] == sum(a == b for a, b in zip(seen, (0, 1, 0), strict=False)) / 3  # no name in the last
+    alone = evaluate.judge_folder(model.clip, model.tokenizer, found, ["cat"], (), ["dog"])
+    assert alone["seen"] == {"cat": seen.count(0) / 4}  # the dogs are counted as none
     features = evaluate.image_features(model.clip, images)
     said = evaluate.text_features(model.clip, model.tokenizer, [prompt for _, prompt in found])
     assert figures["clip_score"] == pytest.approx(evaluate.clip_score(features, said).mean().item(), rel=1e-4)
