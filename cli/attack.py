@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> str | None:
         found = ATTACKS[name](victim, target, (template,), args.seed)
         print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f}: {found.prompts[0]}", flush=True)
         rows[name] = sampler.draw(model, found.contexts.expand(SEEDS, -1, -1), seeds, gates, *drawing)
-    save(sheet(rows, [f"seed {seed}" for seed in seeds]), args.out)
+    save(sheet(rows, [f"seed {seed}" for seed in seeds]), args.out, {"prompt": plain[0], "prompts": []})
     print(verdict(rows, model, target))
     return command("inspect", args.gates[0], plain[0])
 

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> str | None:
         cases = table.cases(world, scenarios[scenario], budget)
         prompts = [cases[i].prompt for i in table.shown_columns(cases)]
         images = (torch.stack(list(row)).float() / 127.5 - 1 for row in rows)
-        save(sheet(dict(zip(figures[scenario], images, strict=True)), prompts), path)
+        page = sheet(dict(zip(figures[scenario], images, strict=True)), prompts)
+        save(page, path, {"prompt": prompts[0], "prompts": []})
     note(args.markdown, table.markdown(figures, columns))
     note(args.json, json.dumps({"scenarios": figures, "model": world.fingerprint}, indent=2) + "\n")
     return command("compare", *([] if args.quick else ["--ablations"])) if not args.ablations else None

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> str | None:
         parts = (cut(path, said, Path(alone)) if "cell" in said else [(path, prompt)]
                  for (path, prompt), said in zip(found, drawn, strict=True))  # fmt: skip
         found = [one for part in parts for one in part]
+        if not found:
+            raise UserError(f"{folder} holds no pictures to be judged by their prompts: `generate` draws some.")
         figures = judge_folder(clip, tokenizer, found, names, reference, others)
         if detector:
             figures |= nudity(detector, [path for path, _ in found])

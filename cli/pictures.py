@@ -22,7 +22,8 @@ LINE = 14  # pixels of a line of text
 def save(page: Image.Image, path: Path, said: dict | None = None, shows: str = "") -> None:
     """Write a picture as PNG under the first name that is free, and print it. UserError as for `atomic`.
 
-    What is `said` goes into the file, for `evaluate`, with the size of one picture where it holds more than that.
+    What is `said` goes into the file, for `evaluate`: its "prompts" are of the last row, those at the right; none of
+    them where nothing is to be judged. With it goes the size of one picture where it holds more than that.
     """
     path, info = free(path), PngInfo()
     if said:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -41,17 +40,15 @@ def run(args: argparse.Namespace) -> str | None:
     jobs = jobs_of(args)
     if args.target_file:
         args.device, jobs = many.own_device(args.device), many.share(jobs)
-    for job in jobs:  # before a model is downloaded
-        with many.naming(job.line):
-            check_new(job.out)
+    for _, out in jobs:  # before a model is downloaded
+        check_new(out)
     if not jobs:  # torchrun has more processes than there are lines
         return None
     shop = Workshop(args)
     for number, job in enumerate(jobs, 1):
-        with many.naming(job.line):
-            finish(shop, job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
-    captions = [fill(CAPTIONS[job.target.preset], job.target.names[0]) for job in jobs[:4]]
-    return command("generate", *captions, *(job.out for job in jobs[:4]), "--before-after")
+        finish(shop, *job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
+    captions = [fill(CAPTIONS[target.preset], target.names[0]) for target, _ in jobs[:4]]
+    return command("generate", *captions, *(out for _, out in jobs[:4]), "--before-after")
 
 
 def how(args: argparse.Namespace) -> str:
@@ -70,16 +67,8 @@ def given(args: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
-class Job(NamedTuple):
-    """One gate file to be made."""
-
-    target: Target
-    out: Path
-    line: str  # where it was asked for; "" where it is the only one
-
-
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """What the arguments, and the lines of a file, ask for; UserError for what cannot be erased, or is there twice."""
+def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
+    """Targets and their gate files to be; UserError for what cannot be erased, or is there twice."""
     asked: dict[str, list[str]] = {}
     for number, text in many.read_lines(args.target_file) if args.target_file else ():
         line = f"{args.target_file}, line {number}"
@@ -93,16 +82,16 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         raise UserError("--alias goes with one target: in a file for --targets, other names follow after commas.")
     if not alone and (folder.suffix == ".safetensors" or os.path.isfile(folder)):
         raise UserError(f"--out is a folder here, for many gate files: {folder} is not.")
-    jobs: dict[Path, Job] = {}
+    jobs, lines = [], {}
     for line, names in asked.items():
-        line = "" if alone else line
-        with many.naming(line):
+        with many.naming("" if alone else line):
             target = target_of(names, args)
             out = args.out if alone and args.out else folder / f"{slug(target.names[0])}.safetensors"
-            if out in jobs:
-                raise UserError(f"{names[0]!r} is the same target as {jobs[out].line}: remove one.")
-            jobs[out] = Job(target, out, line)
-    return list(jobs.values())
+            if out in lines:
+                raise UserError(f"{names[0]!r} is the same target as {lines[out]}: remove one.")
+            jobs.append((target, out))
+            lines[out] = line
+    return jobs
 
 
 def check_new(out: Path) -> None:
@@ -163,35 +152,35 @@ class Workshop:
         return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
 
 
-def finish(shop: Workshop, job: Job, where: str) -> None:
-    """Make the gates of a job, write them, check them in sentences; or say that they are there already."""
-    settings, state = shop.settings(job.target), state_file(job.out)
-    if is_finished(job.out, settings):
+def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
+    """Make the gates of a target, write them, check them in sentences; or say that they are there already."""
+    settings, state = shop.settings(target), state_file(out)
+    if is_finished(out, settings):
         state.unlink(missing_ok=True)  # of a run that was killed after it had written its gate file
-        print(f"kept    {job.out}: already finished")
+        print(f"kept    {out}: already finished")
         return
     if shop.args.how == "solve":
-        gates = solved(shop, job.target)
+        gates = solved(shop, target)
     else:
         name = json.dumps(settings, sort_keys=True)
-        trainer = trainer_of(shop, job.target)
-        train(trainer, state, name, f"{where}training {job.target.names[0]}")
+        trainer = trainer_of(shop, target)
+        train(trainer, state, name, f"{where}training {target.names[0]}")
         gates = trainer.gates
     drawing = {name: defaults_of(shop.args.model)[name] for name in ("steps", "guidance", "sampler")}
     metadata = settings | {"model": shop.args.model, "drawing": json.dumps(drawing)}
     # As the authors' files have it.
-    metadata |= {"prompts": job.target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
-    save_tensors(job.out, cpe.to_tensors(gates), metadata)
+    metadata |= {"prompts": target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
+    save_tensors(out, cpe.to_tensors(gates), metadata)
     state.unlink(missing_ok=True)
-    names = ", ".join(job.target.names)
-    print(f"wrote   {job.out} ({job.out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
-    if also := [word for word in read_prompts(job.target.preset).domain if has_in_it(word, job.target.names)]:
+    names = ", ".join(target.names)
+    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
+    if also := [word for word in read_prompts(target.preset).domain if has_in_it(word, target.names)]:
         print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
-    file = read_gates(job.out)
+    file = read_gates(out)
     found = check.check(file, shop.model, shop.space, draws=shop.args.report)
     print(f"check   {found.in_a_line()}")
     if shop.args.report:
-        report.write(file, shop.model, shop.space, found, job.out.with_suffix(".html"), shop.args.seed)
+        report.write(file, shop.model, shop.space, found, out.with_suffix(".html"), shop.args.seed)
 
 
 def has_in_it(word: str, names: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """bake, export, attack: what is written has a name by default, and stands in nobody's way."""
 
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ def few(monkeypatch):
 def test_a_baked_model_is_named_after_its_target_and_draws_without_gates(run, gates):
     code, said = run(*BAKE, gates)
     assert code == 0, said
+    assert re.search(r"^time    reading \d+ prompts: about \d+ s; then come \d+ steps$", said, re.MULTILINE)
     assert "wrote   models/red-heart: " in said
     assert " without red heart" in said
     assert "next    python cpe.py generate 'a picture of a red heart' --model models/red-heart" in said
@@ -109,6 +111,8 @@ def test_an_attack_says_in_how_many_pictures_the_target_came_back(run, gates, mo
     monkeypatch.setattr(attack, "eyes", lambda model, style: asked.append(style) or (lambda images: next(seen)))
     said = run("attack", gates, "--with", "embeddings", "--steps", "1", "--guidance", "1")[1]
     assert asked == [False]  # it is a thing that is looked for
+    code, judged = run("evaluate", "images")
+    assert (code, "no pictures to be judged by their prompts: `generate` draws some" in judged) == (2, True)
     verdict = "CLIP sees 'red heart' in 4 of 4 before, in 0 of 4 erased; it came back in 1 of 4 by embeddings"
     assert f"verdict {verdict}\n" in said
 
