@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sampler  # noqa: E402
-from cli.pictures import grid  # noqa: E402
+from cli.pictures import sheet  # noqa: E402
 from study.erased import METHODS, NONE, settings_of  # noqa: E402
 from study.world import SCENARIOS, World  # noqa: E402
 from weights import load_model  # noqa: E402
@@ -27,19 +27,18 @@ PROMPTS = [prompt for group in GROUPS.values() for prompt in group]
 COLUMN, ABOVE = 128, 20  # pixels: of a picture, which is shown doubled, and of the brackets
 
 
-def bracketed(path: Path) -> None:
-    """Put a bracket with its name over the columns of each group."""
-    with Image.open(path) as strip:
-        width, height = strip.size
-        sheet = Image.new("RGB", (width, height + ABOVE), "white")
-        sheet.paste(strip, (0, ABOVE))
-    draw, left = ImageDraw.Draw(sheet), width - COLUMN * len(PROMPTS)
+def bracketed(strip: Image.Image) -> Image.Image:
+    """With a bracket and its name over the columns of each group."""
+    width, height = strip.size
+    page = Image.new("RGB", (width, height + ABOVE), "white")
+    page.paste(strip, (0, ABOVE))
+    draw, left = ImageDraw.Draw(page), width - COLUMN * len(PROMPTS)
     for name, prompts in GROUPS.items():
         right = left + COLUMN * len(prompts)
         draw.text((left + 4, 0), name, fill="black")
         draw.line([(left + 2, ABOVE), (left + 2, ABOVE - 5), (right - 3, ABOVE - 5), (right - 3, ABOVE)], fill="black")
         left = right
-    sheet.save(path)
+    return page
 
 
 def main() -> None:
@@ -51,8 +50,7 @@ def main() -> None:
         with torch.no_grad():
             rows.append(sampler.draw(erased.model, PROMPTS, range(len(PROMPTS)), erased.gates, 30, 4.0, "dpm"))
     out = ROOT / "figures" / "strip.png"
-    grid(rows, out, PROMPTS, names)
-    bracketed(out)
+    bracketed(sheet(dict(zip(names, rows, strict=True)), PROMPTS)).save(out)
     print(f"wrote   {out}")
 
 

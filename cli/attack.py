@@ -6,11 +6,13 @@ import time
 import torch
 
 import sampler
-from cli.common import command, free, merge_gates, open_model, settle, spoken
-from cli.pictures import check_picture, grid
+from cli.common import CAPTIONS, command, merge_gates, open_model, settle, spoken
+from cli.pictures import check_picture, eyes, save, sheet
+from cli.targets import known_as, styles
 from loading.files import UserError
 from study.attacks import Victim
 from study.searches import ATTACKS
+from weights import Model
 
 SEEDS = 4  # pictures of each attack
 # What an attack takes with its defaults, in predictions of the U-Net for one row; measured on the embedded model.
@@ -21,37 +23,32 @@ def run(args: argparse.Namespace) -> str | None:
     """`attack`: a row of pictures an attack, and the prompt it found. UserError for gates of another model."""
     if len(args.gates) != 1:
         raise UserError("one gate file is attacked at a time: give one.")
-    if unknown := [name for name in args.attacks if name not in ATTACKS]:
-        raise UserError(f"unknown attack {unknown[0]!r}: choose among {', '.join(ATTACKS)}.")
-    if args.template.count("{}") != 1:
-        raise UserError(f"--template: {args.template!r} needs one {{}}, where the target's name goes.")
     check_picture(args.out)
     files = settle(args)
-    model = open_model(args, ("text_encoder", "unet", "vae"))
-    gates, target, seeds = merge_gates(files, model), files[0].target, range(args.seed, args.seed + SEEDS)
+    template, target = CAPTIONS[files[0].preset], files[0].target
+    model = open_model(args, ("text_encoder", "unet", "vae"), files)
+    gates, seeds = merge_gates(files, model), range(args.seed, args.seed + SEEDS)
     victim, drawing = Victim(model, model, gates), (args.steps, args.guidance, args.sampler)
-    names, plain = args.attacks or list(ATTACKS), [args.template.replace("{}", target)] * SEEDS
-    predictions = sum(ROWS[name] for name in names) + (2 + len(names)) * SEEDS * args.steps * 2
-    print(f"time    attacks and pictures: about {spoken(predictions * seconds(victim, plain))}", flush=True)
+    names, plain = args.attacks or list(ATTACKS), [files[0].caption] * SEEDS
+    begun, row = time.perf_counter(), 2 * SEEDS * args.steps  # predictions for a row of pictures
     rows = {"before": sampler.draw(model, plain, seeds, None, *drawing)}
+    left = (sum(ROWS[name] for name in names) + (1 + len(names)) * row) / row * (time.perf_counter() - begun)
+    print(f"time    attacks and pictures: about {spoken(left)}", flush=True)
     rows["erased"] = sampler.draw(model, plain, seeds, gates, *drawing)
     for name in names:
-        found = ATTACKS[name](victim, target, (args.template,), args.seed)
+        found = ATTACKS[name](victim, target, (template,), args.seed)
         print(f"{name:12} loss {found.before:.4f} -> {found.after:.4f}: {found.prompts[0]}", flush=True)
         rows[name] = sampler.draw(model, found.contexts.expand(SEEDS, -1, -1), seeds, gates, *drawing)
-    out = free(args.out)
-    grid(list(rows.values()), out, [f"seed {seed}" for seed in seeds], list(rows))
-    print(f"wrote   {out}")
+    save(sheet(rows, [f"seed {seed}" for seed in seeds]), args.out, {"prompt": plain[0], "prompts": []})
+    print(verdict(rows, model, target))
     return command("inspect", args.gates[0], plain[0])
 
 
-@torch.no_grad()
-def seconds(victim: Victim, prompts: list[str]) -> float:
-    """What one prediction of the U-Net takes, measured on some at once, the second time: the first warms up."""
-    E, config = victim.original.encode(prompts), victim.original.unet.config
-    latents = E.new_zeros(len(E), config["in_channels"], config["sample_size"], config["sample_size"])
-    timesteps = torch.full((len(E),), 500, device=E.device)
-    for _ in range(2):
-        begun = time.perf_counter()
-        victim.noise(latents, timesteps, E)
-    return (time.perf_counter() - begun) / len(E)
+def verdict(rows: dict[str, torch.Tensor], model: Model, target: str) -> str:
+    """What became of a target in pictures before, erased, and after each attack: CLIP's word, or where to look."""
+    if not model.has_clip or known_as(target) != target:
+        return f"look    no CLIP here knows {target!r}: it came back where a row of the picture shows it"
+    see = eyes(model, target in styles())
+    before, erased, *after = (f"{see(images).count(target)} of {SEEDS}" for images in rows.values())
+    back = ", ".join(f"{share} by {name}" for share, name in zip(after, list(rows)[2:], strict=True))
+    return f"verdict CLIP sees {target!r} in {before} before, in {erased} erased; it came back in {back}"

@@ -8,12 +8,13 @@ import argparse
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import cpe
-from cli.common import GateFile, command, merge_gates, open_model, settle, slug, space_of
-from cli.runs import check_state, digest, state_file, train
+from cli.common import GateFile, command, merge_gates, open_model, settle, slug, space_of, spoken
+from cli.runs import digest, state_file, train
 from deploy.bake import HELD_OUT, Baker, Recipe, token_figures
 from deploy.export import export
 from deploy.targets import Concept, read_concept, training_prompts
@@ -37,11 +38,17 @@ def run(args: argparse.Namespace) -> str | None:
         raise UserError(f"--out: {out} exists already: choose another name, or remove it.")
     for path in (out, state_file(out)):
         check_writable(path)
-    model = open_model(args, ("text_encoder", "unet", "vae"))
+    model = open_model(args, ("text_encoder", "unet", "vae"), files)
     gates, space, recipe = merge_gates(files, model), space_of(model), Recipe().of(len(concepts), args.steps_scale)
     try:
         texts = training_prompts(concepts, prompts, args.seed)
         targets, others = (model.tokenizer(part, model.tokens).to(model.device) for part in texts)
+        count = len(targets) + len(others)
+        for _ in range(2):  # the first warms up
+            begun = time.perf_counter()
+            model.encode(texts[0][:16])
+        reading = spoken((time.perf_counter() - begun) / 16 * count)
+        print(f"time    reading {count:,} prompts: about {reading}; then come {recipe.steps:,} steps", flush=True)
         baker = Baker(model.text_encoder, context_gate(space, gates), space, targets, others, recipe, args.seed)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, args.gates))}: {error}.") from error
@@ -50,14 +57,13 @@ def run(args: argparse.Namespace) -> str | None:
     settings = {"version": VERSION, "inputs": inputs, "fingerprint": model.fingerprint, "seed": args.seed}
     settings |= {"concepts": [dataclasses.asdict(concept) for concept in concepts]} | dataclasses.asdict(recipe)
     name, state = json.dumps(settings, sort_keys=True), state_file(out)
-    check_state(state, name)
     train(baker, state, name, "baking")
     baked = model.with_text_encoder(baker.changed())
     export(baked, out) if out.suffix == ".safetensors" else save_model(baked, out)
     state.unlink(missing_ok=True)
     print(f"wrote   {out}: {model.name} without {', '.join(names)}")
     measure(space, model, baked, gates, concepts, fewer(anchor_words(prompts, names)).domain)
-    return command("generate", f"a picture of a {names[0]}", "--model", out)
+    return command("generate", files[0].caption, "--model", out)
 
 
 def common_preset(files: Sequence[GateFile]) -> str:

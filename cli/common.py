@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import cpe
 from deploy.targets import Concept, read_concept
-from loading.files import UserError, load_tensors, opened, read_json, shipped
-from loading.prompts import PRESETS, normalised, read_prompts
+from loading.files import UserError, load_tensors, opened, read_json, shipped, write_text
+from loading.prompts import PRESETS, fill, normalised, read_prompts
 from sampler import Schedule, check_steps
 from token_space import TokenSpace, spectral_norm
 from weights import Model, expected_unet, load_model
@@ -37,6 +37,13 @@ NAMED = {"emoji": "the embedded model", "sd14": "Stable Diffusion 1.x"}
 SD_DEFAULTS = {"steps": 50, "guidance": 7.5, "sampler": "ddim", "preset": "celebrity"}
 DRAWING = {"steps": int, "guidance": float, "sampler": str}  # what gate files say of it
 SHUT = 0.5  # a gate that opens no further, or makes less of its change, erases little
+# A plain prompt of what gates of a preset erase.
+CAPTIONS = dict.fromkeys(PRESETS, "a picture of {}") | {
+    "style": "a painting by {}",
+    "object": "a picture of a {}",
+    "emoji": "a picture of a {}",
+    "emoji-style": "a picture of a robot, {}",
+}
 
 # --- Models ------------------------------------------------------------------------------------------------------
 
@@ -57,9 +64,17 @@ def defaults_of(model: str) -> dict[str, Any]:
     return SD_DEFAULTS | (read_json(path) if os.path.isfile(path) else {})
 
 
-def open_model(args: argparse.Namespace, parts: Sequence[str]) -> Model:
-    """The model of --model on --device; only the files of `parts` are looked for. UserError as for `load_model`."""
-    return load_model(args.model, getattr(torch, getattr(args, "dtype", "float32")), args.device, parts)
+def open_model(args: argparse.Namespace, parts: Sequence[str], files: "Sequence[GateFile]" = ()) -> Model:
+    """The model of --model on --device; only the files of `parts` are looked for.
+
+    UserError as for `load_model`, and for gate files that do not fit it.
+    """
+    model = load_model(args.model, getattr(torch, getattr(args, "dtype", "float32")), args.device, parts)
+    for file in files:
+        check_fits(file, model.part("unet").empty(), model.name)
+        if file.metadata.get("fingerprint", model.fingerprint) != model.fingerprint:
+            warnings.warn(f"{file.path} was trained for another model (its text encoder differs)", stacklevel=2)
+    return model
 
 
 def space_of(model: Model) -> TokenSpace:
@@ -110,6 +125,11 @@ class GateFile:
         """What it erases."""
         return self.concept.names[0]
 
+    @property
+    def caption(self) -> str:
+        """A plain prompt that names it."""
+        return fill(CAPTIONS[self.preset], self.target)
+
     def warn_of_guess(self) -> None:
         """A warning where the preset is only the likeliest: for whoever goes by it, or by the surrogate or eta."""
         if self.metadata.get("preset") != self.preset:
@@ -126,28 +146,24 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def read_gates(path: Path) -> GateFile:
-    """A gate file, checked; UserError where there is none."""
+    """A gate file, checked; UserError where there is none, or nonsense in it."""
     if not os.path.exists(path):
         raise UserError(f"the gate file {path} does not exist: check its name, or train it first.")
     tensors, said = load_tensors(path)
-    try:
-        return gate_file(path, cpe.from_tensors(tensors), said)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
-
-
-def gate_file(path: Path, gates: cpe.ResAG, said: dict[str, str]) -> GateFile:
-    """Gates and what their metadata says; ValueError for nonsense there."""
     # No terminal obeys what a file says.
     metadata = {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in said.items()}
-    fits = (name for name in NAMED if sizes_of(expected_unet(name)) == (gates.w_qs.shape[1], gates.widths))
-    model = metadata.get("model") or next(fits, None)
-    preset, named = metadata.get("preset"), {"prompts": path.stem} | metadata
-    if preset not in PRESETS:
-        preset = likeliest_preset(gates, read_concept(named, PRESETS["celebrity"]).names[0], model)
-    drawing = json.loads(metadata.get("drawing", "{}"))
-    drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
-    return GateFile(path, gates, metadata, model, preset, read_concept(named, PRESETS[preset]), drawing)
+    try:
+        gates = cpe.from_tensors(tensors).requires_grad_(False)
+        fits = (name for name in NAMED if sizes_of(expected_unet(name)) == (gates.w_qs.shape[1], gates.widths))
+        model = metadata.get("model") or next(fits, None)
+        preset, named = metadata.get("preset"), {"prompts": path.stem} | metadata
+        if preset not in PRESETS:
+            preset = likeliest_preset(gates, read_concept(named, PRESETS["celebrity"]).names[0], model)
+        drawing = json.loads(metadata.get("drawing", "{}"))
+        drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
+        return GateFile(path, gates, metadata, model, preset, read_concept(named, PRESETS[preset]), drawing)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
 
 
 def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
@@ -160,11 +176,7 @@ def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
 
 
 def merge_gates(files: Sequence[GateFile], model: Model) -> cpe.ResAG:
-    """The gates of all files as one module of the model's kind; UserError if they do not fit it."""
-    for file in files:
-        check_fits(file, model.part("unet").empty(), model.name)
-        if file.metadata.get("fingerprint", model.fingerprint) != model.fingerprint:
-            warnings.warn(f"{file.path} was trained for another model (its text encoder differs)", stacklevel=2)
+    """The gates of all files as one module of the model's kind."""
     return cpe.merge([file.gates for file in files]).requires_grad_(False).to(model.device, model.dtype)
 
 
@@ -187,17 +199,23 @@ def check_fits(file: GateFile, unet: torch.nn.Module, name: str) -> None:
         )
 
 
-# --- Names of files ----------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------------
+
+
+def same(name: str) -> str:
+    """What two ways to write one name have in common: "Jay-Z" and "jay z", "straße" and "STRASSE"; "!!!" is itself."""
+    return normalised(name) or unicodedata.normalize("NFKC", name)
 
 
 def slug(name: str) -> str:
     """A file name: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder.
 
-    Where signs are left out of it, or its end, a digest of the name takes their place: no two names make one file.
+    Where signs are left out of it, or its end, a digest of the name takes their place: `same` names make one file, and
+    no others do.
     """
-    plain = unicodedata.normalize("NFKC", name).casefold()
+    plain = same(name)
     words = "-".join(re.findall(r"\w+", plain))
-    lost = re.sub(r"[\w\s.,'’-]", "", plain) or len(words.encode()) > 80 or not words
+    lost = re.sub(r"[\w\s]", "", plain) or len(words.encode()) > 80 or not words
     if lost or re.fullmatch(r"con|prn|aux|nul|(com|lpt)\d", words):  # which Windows needs itself
         digest = hashlib.sha256(plain.encode()).hexdigest()[:8]
         words = f"{words.encode()[:71].decode(errors='ignore')}-{digest}".lstrip("-")
@@ -208,6 +226,13 @@ def free(path: Path, mine: Callable[[Path], bool] = lambda there: False) -> Path
     """x.png, x-2.png, x-3.png, ...: the first where nothing is yet, or what is `mine`. Nothing is overwritten."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
     return next(each for each in names if not os.path.lexists(each) or mine(each))
+
+
+def note(path: Path | None, text: str) -> None:
+    """Write a text file, if one was asked for."""
+    if path:
+        write_text(path, text)
+        print(f"wrote   {path}")
 
 
 def command(*words: object) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from cli.common import command, free, open_model, slug, spoken
-from cli.pictures import check_picture, grid
-from loading.files import UserError, check_writable, write_text
+from cli.common import command, note, open_model, slug, spoken
+from cli.pictures import check_picture, save, sheet
+from loading.files import UserError
 from loading.prompts import PRESETS, read_prompts
 from study import compare as table
 from study.erased import ABLATIONS, METHODS, NONE, QUICK_ROWS, Method
@@ -24,10 +24,7 @@ def run(args: argparse.Namespace) -> str | None:
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
     check_picture(args.out)
-    for path in filter(None, (args.markdown, args.json)):
-        check_writable(path)
     scenarios, methods = asked(args)
-    args.model = args.model or "emoji"
     world = World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)
     print(table.forecast(world, scenarios, methods, budget, args.seed), flush=True)
@@ -45,19 +42,14 @@ def run(args: argparse.Namespace) -> str | None:
         raise KeyboardInterrupt("what is measured is on disk: the same command goes on") from error
     print(table.markdown(figures, columns, most=7))
     for scenario, rows in pictures.items():
-        path = free(args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}"))
+        path = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{slug(scenario)}")
         cases = table.cases(world, scenarios[scenario], budget)
         prompts = [cases[i].prompt for i in table.shown_columns(cases)]
-        grid([torch.stack(list(row)).float() / 127.5 - 1 for row in rows], path, prompts, list(figures[scenario]))
-        print(f"wrote   {path}")
-    written = {"scenarios": figures, "model": world.fingerprint}
-    for path, text in (
-        (args.markdown, table.markdown(figures, columns)),
-        (args.json, json.dumps(written, indent=2) + "\n"),
-    ):
-        if path:
-            write_text(path, text)
-            print(f"wrote   {path}")
+        images = (torch.stack(list(row)).float() / 127.5 - 1 for row in rows)
+        page = sheet(dict(zip(figures[scenario], images, strict=True)), prompts)
+        save(page, path, {"prompt": prompts[0], "prompts": []})
+    note(args.markdown, table.markdown(figures, columns))
+    note(args.json, json.dumps({"scenarios": figures, "model": world.fingerprint}, indent=2) + "\n")
     return command("compare", *([] if args.quick else ["--ablations"])) if not args.ablations else None
 
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cli import openings, train
+from cli import inspect, train
 from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
-from cli.generate import generate
+from cli.generate import drawn
 from cli.options import parse
-from cli.pictures import change, check_picture, grid
-from cli.targets import nearest
+from cli.pictures import change, check_picture, eyes, save, sheet
+from cli.targets import known_as, nearest
 from loading.files import UserError
-from loading.prompts import normalised, read_prompts, sentences
-from study import evaluate
+from loading.prompts import read_prompts, sentences
 from weights import Model
 
 SEEDS = 4  # pictures of every prompt that are judged
@@ -24,40 +23,38 @@ SEEDS = 4  # pictures of every prompt that are judged
 
 def run(args: argparse.Namespace) -> str | None:
     """`demo`: UserError for a target that is none of the embedded model's things, or as for `train`."""
-    args.model = args.model or "emoji"
     if not is_emoji(args.model):
         raise UserError("the demo is of the embedded model: leave --model out.")
     settle(args)
     names = args.targets or ["red heart"]
-    things = {normalised(thing): thing for thing in read_prompts("emoji").domain}
-    if len(names) > 1 or normalised(names[0]) not in things:
+    target = known_as(names[0])
+    if len(names) > 1 or target not in read_prompts("emoji").domain:
         raise UserError(f"{', '.join(names)}: the demo erases one thing that the model knows: {command('list')}.")
-    target = things[normalised(names[0])]
     out = args.out or Path("images") / f"demo-{slug(target)}.png"
     check_picture(out)
     path = free(out.with_suffix(".safetensors"))
     same = [f"--{name}={getattr(args, name)}" for name in ("model", "device", "seed")]
     train.run(parse(["train", target, "--out", str(path), *same]))
-    file, model = read_gates(path), open_model(args, ("text_encoder", "unet", "vae", "clip"))
+    file = read_gates(path)
+    model = open_model(args, ("text_encoder", "unet", "vae", "clip"), [file])
     gates = merge_gates([file], model)
 
     cases = pictures(target, args.model)
     texts = [text for _, text, _ in cases for _ in range(SEEDS)]
     seeds = [args.seed + i for i in range(len(texts))]
-    rows = {
-        name: generate(model, texts, seeds, kind, args, name) for name, kind in (("before", None), ("after", gates))
-    }
+    args.before_after = True
+    rows = drawn(model, texts, seeds, gates, args, "")
     print_table(cases, rows, model)
-    openings.say([file], [text for _, text, _ in cases], model)
-    out = free(out)
-    grid([images[::SEEDS] for images in rows.values()], out, [text for _, text, _ in cases], list(rows))
-    print(f"wrote   {out}")
+    prompts = [text for _, text, _ in cases]
+    inspect.say([file], prompts, model)
+    said = {"model": args.model, "prompt": prompts[0], "prompts": prompts}
+    save(sheet({name: images[::SEEDS] for name, images in rows.items()}, prompts), out, said)
     return command("inspect", file.path, cases[3][1])
 
 
 def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
     """Twelve (group, prompt, the thing in it that is looked for)."""
-    things = [thing for thing in nearest(target, model, 1000) if normalised(thing) != normalised(target)]
+    things = [thing for thing in nearest(target, model, 1000) if thing != target]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
         "sentences": sentences("emoji", "held-out")[:3],
@@ -70,14 +67,13 @@ def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
 
 def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], model: Model) -> None:
     """What CLIP sees: the share of pictures in which the thing is recognised, before and after."""
-    concepts = read_prompts("emoji").domain
-    features = evaluate.name_features(model.clip, model.tokenizer, concepts)
-    seen = {name: evaluate.recognise(model.clip, images, features).tolist() for name, images in rows.items()}
+    see = eyes(model)
+    seen = [see(images) for images in rows.values()]
     wanted = [(group, thing) for group, _, thing in cases for _ in range(SEEDS)]
     print(f"\n{'recognised by CLIP':34}{'before':>8}{'after':>8}  the pictures")
     for group in dict.fromkeys(group for group, _, _ in cases):
         mine = [i for i, (of_group, _) in enumerate(wanted) if of_group == group]
-        before, after = (sum(concepts[found[i]] == wanted[i][1] for i in mine) / len(mine) for found in seen.values())
+        before, after = (sum(found[i] == wanted[i][1] for i in mine) / len(mine) for found in seen)
         what = f"{group}: {'themselves' if group == 'neighbours' else 'the erased thing'}"
         said = change(rows["before"][mine], rows["after"][mine]) if before else "CLIP saw it in none of them before"
         print(f"{what:34}{before:8.0%}{after:8.0%}  {said}")

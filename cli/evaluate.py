@@ -7,14 +7,19 @@ user installs; they are imported where they are asked for.
 import argparse
 import importlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cli.common import open_model
+from PIL import Image
+
+from cli.common import is_emoji, note, open_model
 from cli.many import read_lines
-from loading.files import UserError, check_writable, write_text
-from study.evaluate import PICTURES, judge_folder, read_folder
+from loading.files import UserError
+from loading.prompts import read_prompts
+from study.evaluate import PICTURES, drawn_with, judge_folder, read_folder
 from weights import CLIP_LARGE, load_clip
 
 NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
@@ -25,16 +30,23 @@ def run(args: argparse.Namespace) -> str | None:
     """`evaluate`: one table. UserError for a folder without pictures or prompts, or a program that is not installed."""
     if len(args.folders) != 1:
         raise UserError("which folder? Give one with pictures in it: evaluate images/")
-    if args.json:
-        check_writable(args.json)
     if args.fid and not args.reference:
         raise UserError("--fid compares with pictures of an unerased model: give their folder as --reference.")
     fid = needed("cleanfid.fid", "clean-fid") if args.fid else None
     detector = needed("nudenet", "nudenet").NudeDetector() if args.nudity else None
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
-    if len(args.name) == 1 and not args.names:
-        raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
+    drawn = [drawn_with(path) for path, _ in found]
+    if args.fid and any("cell" in each for each in drawn):
+        raise UserError("--fid takes files as they are, and some here have headings: draw with --prompts FILE.")
+    of = {str(each.get("model")) for each in drawn}
+    if not args.model and not args.clip and len(of) == 1 and is_emoji(min(of)):
+        args.model = min(of)
+        print(f"judge   the CLIP of {args.model}, which the pictures are of")
+    ours = read_prompts("emoji").domain if is_emoji(args.model or "") and not args.clip else []
+    others = [thing for thing in ours if thing not in names]  # CLIP may see instead: else all that is erased counts
+    if len(names) == 1 and not others:
+        raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
     if args.reference and not reference:
         raise UserError(f"--reference: {args.reference} holds no pictures.")
@@ -43,18 +55,32 @@ def run(args: argparse.Namespace) -> str | None:
         clip, tokenizer = model.clip, model.tokenizer
     else:
         clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
-    figures = judge_folder(clip, tokenizer, found, names, reference)
+    with tempfile.TemporaryDirectory() as alone:
+        parts = (cut(path, said, Path(alone)) if "cell" in said else [(path, prompt)]
+                 for (path, prompt), said in zip(found, drawn, strict=True))  # fmt: skip
+        found = [one for part in parts for one in part]
+        if not found:
+            raise UserError(f"{folder} holds no pictures to be judged by their prompts: `generate` draws some.")
+        figures = judge_folder(clip, tokenizer, found, names, reference, others)
+        if detector:
+            figures |= nudity(detector, [path for path, _ in found])
     if fid:
         figures |= {kind: getattr(fid, f"compute_{kind}")(folder, str(args.reference)) for kind in ("fid", "kid")}
-    if detector:
-        figures |= nudity(detector, [path for path, _ in found])
     for name, value in figures.items():
         for part, number in value.items() if isinstance(value, dict) else ((None, value),):
             print(f"{name + (f', {part}' if part else ''):40}{number:10.3f}".rstrip("0").rstrip("."))
-    if args.json:
-        write_text(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-        print(f"wrote   {args.json}")
+    note(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return None
+
+
+def cut(path: Path, said: dict, folder: Path) -> Iterator[tuple[Path, str]]:
+    """The pictures that `generate` put into one file, each in a file of the folder; of before and after those after."""
+    width, height = said["cell"]
+    with Image.open(path) as image:
+        for number, each in enumerate(reversed(said["prompts"]), 1):  # from the right: on the left there are names
+            left, out = image.width - number * width, folder / f"{path.stem}-{number}.png"
+            image.crop((left, image.height - height, left + width, image.height)).save(out)
+            yield out, each
 
 
 def needed(module: str, package: str) -> ModuleType:

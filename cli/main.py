@@ -1,9 +1,8 @@
 """Which command, and how it ends. torch takes seconds to import: that waits until the arguments are in order.
 
-A command is a function in options.py, for its arguments, and cli/NAME.py with `run(args)`, which does the work, prints
-what it found, and returns the command to give next (`common.command`), or None. Whatever the user can mend is a
-`UserError`: one line on standard error, and exit code 2. Ctrl-C ends with 130; a command raises
-KeyboardInterrupt("how to go on") where something can be gone on with.
+A command is a function in options.py, for its arguments, and cli/NAME.py with `run(args)`, which prints what it found
+and returns the command to give next, or None. Whatever the user can mend is a `UserError`: one line, and exit code 2.
+Ctrl-C ends with 130; a command raises KeyboardInterrupt("how to go on") where something can be gone on with.
 """
 
 import importlib

@@ -2,8 +2,7 @@
 
     torchrun --nproc_per_node=2 cpe.py train --targets FILE     # each process takes every second line
 
-Such processes never speak to one another. RANK and WORLD_SIZE, which clusters set as well, count only if torchrun has
-started the process.
+RANK and WORLD_SIZE, which clusters set as well, count only if torchrun has started the process.
 """
 
 import csv
@@ -89,7 +88,6 @@ def names_in(line: str) -> list[str]:
 class Drawing(NamedTuple):
     """One picture that a file asks for; None where it leaves that open."""
 
-    line: int
     prompt: str
     seed: int | None = None
     guidance: float | None = None
@@ -109,7 +107,7 @@ def read_drawings(path: Path) -> list[Drawing]:
     text = read_text(path)
     columns = next(csv.reader(text), [])
     if path.suffix.lower() != ".csv" and "prompt" not in columns:
-        return [Drawing(number, line) for number, line in read_lines(path)]
+        return [Drawing(line) for _, line in read_lines(path)]
     if "prompt" not in columns:
         raise UserError(f"{path} has no column `prompt` (only {', '.join(columns)}): name one so in its first line.")
     if unknown := [name for name in columns if name not in ("prompt", "case_number", *SEED, *GUIDANCE)]:
@@ -118,22 +116,22 @@ def read_drawings(path: Path) -> list[Drawing]:
     try:
         for row in reader:
             with naming(f"{path}, line {reader.line_num}"):
-                drawings.append(drawing(reader.line_num, row, len(columns)))
+                drawings.append(drawing(row, len(columns)))
     except csv.Error as error:
         line = reader.reader.line_num  # the other is that of the last row
         raise UserError(f"{path}, line {line} is no CSV ({error}): check its double quotes.") from error
-    if blank := [each.line for each in drawings if not each.prompt]:
-        print(f"passed  {len(blank)} of the lines of {path}, line {blank[0]} first: no prompt there")
-    if len(blank) == len(drawings):
+    if not drawings:
         raise UserError(f"{path} has no prompts: fill its column `prompt`.")
-    return [each for each in drawings if each.prompt]
+    return drawings
 
 
-def drawing(line: int, row: dict, columns: int) -> Drawing:
-    """A row of a CSV file, and the number of its last line; UserError for too many fields, or what is no number."""
+def drawing(row: dict, columns: int) -> Drawing:
+    """A row of a CSV file; UserError for too many fields, or what is no number."""
     if more := row.pop(None, []):
         raise UserError(f"{columns + len(more)} fields for {columns} columns: put what holds a comma in double quotes.")
     row = {name: field.strip() for name, field in row.items()}
+    if not row["prompt"]:
+        raise UserError("no prompt: fill its column `prompt`, or remove the line.")
     seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
     try:
         # Seeds with ".0" are common in tables with gaps; by way of a float, large ones would lose digits.
@@ -142,4 +140,4 @@ def drawing(line: int, row: dict, columns: int) -> Drawing:
             raise ValueError(f"seed {seed}, guidance {guidance}")
     except ValueError as error:
         raise UserError(f"{error}; seeds are whole numbers from 0, guidance scales 0 to 100.") from error
-    return Drawing(line, row["prompt"], seed, guidance, row.get("case_number"))
+    return Drawing(row["prompt"], seed, guidance, row.get("case_number"))

@@ -18,6 +18,7 @@ GONE = {  # options of the version before
     "--resume": "the same command goes on by itself",
     "--prompt": 'prompts stand without an option: generate "a red heart" gates/red-heart.safetensors',
 }
+ATTACKS = ("embeddings", "inversion", "tokens", "P4D", "Ring-A-Bell")
 MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
 
 
@@ -59,6 +60,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{files[0]}: cpe.py {command} takes no gate files")
     if about == "GATES" and (texts or not files):
         parser.error(f"which gates? Give files that end in .safetensors: {command} gates/red-heart.safetensors")
+    if "PROMPT" in about and not all(text.strip() for text in texts):  # a shell's variable that is not set
+        parser.error("the prompt is empty: give some words. (`generate` draws without a prompt at --guidance 0.)")
     args.gates = [*args.gates, *map(Path, files)]
     vars(args)[parser.about] = [*(getattr(args, parser.about, None) or []), *texts]
     return args
@@ -83,10 +86,11 @@ def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: st
     parser.add_argument("positions", nargs="*", metavar=metavar, help=text)
 
 
-def add_model(parser: argparse.ArgumentParser, default: str = "the gates' own, else sd14") -> None:
+def add_model(parser: argparse.ArgumentParser, default: str | None = None, said: str = "") -> None:
     """Which model, and where it runs. `args.model` is None where nobody said it: see `common.settle`."""
-    text = f"sd14, emoji (embedded), a folder, a .safetensors checkpoint, or owner/name (default: {default})"
-    parser.add_argument("--model", help=text)
+    text = "sd14, emoji (embedded), a folder, a .safetensors checkpoint, or owner/name"
+    said = said or default or "the gates' own, else sd14"
+    parser.add_argument("--model", default=default, help=f"{text} (default: {said})")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
 
@@ -145,7 +149,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
     parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
-    parser.add_argument("--out", type=Path, help="the picture, of several a folder (default: images/<prompt>.png)")
+    parser.add_argument("--out", type=Path, help="the picture, or a folder for it (default: images/<prompt>.png)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     add_model(parser)
     add_sampling(parser)
@@ -159,7 +163,7 @@ def inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser) -> None:
-    """Try gates on some hundred sentences, without drawing."""
+    """Try gates on some hundred sentences, in the text encoder alone."""
     positions(parser, "GATES", "texts", "gate files")
     parser.add_argument("--sentences", type=Path, metavar="FILE", help="your own: one a line, {} is the target's place")
     add_model(parser)
@@ -184,9 +188,8 @@ def compare(parser: argparse.ArgumentParser) -> None:
 def attack(parser: argparse.ArgumentParser) -> None:
     """Look for inputs that bring an erased concept back."""
     positions(parser, "GATES", "texts", "one gate file")
-    text = "which attack (repeatable): embeddings, inversion (CCE), tokens, P4D, Ring-A-Bell (default: all)"
-    parser.add_argument("--with", action="append", default=[], dest="attacks", metavar="ATTACK", help=text)
-    parser.add_argument("--template", default="a picture of a {}", help="the prompt attacked; {} is the target's place")
+    parser.add_argument("--with", action="append", default=[], dest="attacks", choices=ATTACKS,
+                        help="which attack (repeatable; default: all)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("images/attack.png"), help="the picture")
     add_model(parser)
     add_sampling(parser)
@@ -202,7 +205,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nudity", action="store_true", help="count nudity (pip install nudenet)")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: openai/clip-vit-large-patch14)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add_model(parser, "none: the judge is --clip; with emoji, its own")
+    add_model(parser, said="that of the pictures, if it is the embedded one: its CLIP judges")
 
 
 def bake(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +222,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     positions(parser, "MODEL", "models", "a folder that `bake` has written, or what else --model takes")
     parser.add_argument("--out", type=Path, help="what to write (default: models/<model>-float16.safetensors)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the file's numbers")
-    add_model(parser, "MODEL")
+    add_model(parser, said="MODEL")
 
 
 def list_(parser: argparse.ArgumentParser) -> None:

@@ -11,21 +11,19 @@ from string import Template
 from PIL import Image
 
 from cli.check import WORST, Found, held_out
-from cli.common import GateFile, defaults_of, free, merge_gates
+from cli.common import GateFile, defaults_of, free, merge_gates, note
 from cli.generate import drawn
-from cli.openings import look
-from cli.pictures import sentence, sheet
-from loading.files import write_text
+from cli.inspect import drawing, look
+from cli.pictures import sheet
 from loading.prompts import fill
 from token_space import TokenSpace
 from weights import Model
 
 
-def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Path, seed: int) -> Path:
-    """Draw and write the page of a gate file that is just trained; returns its path. UserError where it cannot."""
+def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Path, seed: int) -> None:
+    """Draw and write the page of a gate file that is just trained. UserError where it cannot."""
     worst, moved = found.order()[:WORST], found.moved.argsort(descending=True)[:WORST].tolist()
-    prompts = [f"a picture of a {file.target}"]
-    prompts += [fill(line, file.target) for line in held_out(file.preset)[:3]]
+    prompts = [file.caption, *(fill(line, file.target) for line in held_out(file.preset)[:3])]
     prompts += [found.others[i] for i in moved[:2]]
     how = argparse.Namespace(**defaults_of(model.name), before_after=True)
     seeds = [seed + i for i in range(len(prompts))]
@@ -35,15 +33,13 @@ def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Pa
         target=html.escape(file.target),
         model=html.escape(model.name),
         line=html.escape(found.in_a_line()),
-        pictures=embedded("; ".join(prompts), sheet(list(rows.values()), prompts, list(rows))),
-        openings="".join(f"<p>{embedded(each.sentence(), sentence([each]))}</p>" for each in looked_at),
+        pictures=embedded("; ".join(prompts), sheet(rows, prompts)),
+        openings="".join(f"<p>{embedded(each.sentence(), drawing([each]))}</p>" for each in looked_at),
         worst=table((f"{found.reached[i]:.0%}", found.sentences[i]) for i in worst),
         moved=table((f"{found.moved[i]:.1%}", found.others[i]) for i in moved),
         settings=table(sorted(file.metadata.items())),
     )
-    out = free(out)
-    write_text(out, page)
-    return out
+    note(free(out), page)
 
 
 def embedded(text: str, picture: Image.Image) -> str:

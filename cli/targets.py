@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cli.common import command, defaults_of, is_emoji
-from cli.many import ENDING
+from cli.common import command, defaults_of, is_emoji, same
 from loading.files import UserError
 from loading.prompts import PRESETS, normalised, read_prompts
 from weights import load_model
@@ -33,22 +32,21 @@ class Target:
 
 def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]:
     """One name a target: "red heart, umbrella" is two if the model knows both. UserError where it is not clear."""
-    known = {normalised(word) for word in read_prompts("emoji").domain} if is_emoji(model) else set()
-    names = []
+    names, ours = [], is_emoji(model)
     for text in texts:
         parts = [part for part in SEVERAL.split(text) if part]
-        if len(parts) < 2 or one_name or normalised(text) in known:
+        if len(parts) < 2 or one_name or (ours and known_as(text)):
             names.append(text)
-        elif all(normalised(part) in known for part in parts):
+            continue
+        if ours:  # what it cannot draw is refused, however it is written
+            check_known(parts, model)
+        if ours and all(map(known_as, parts)):
             print(f"targets {', '.join(parts)}: {text!r} names {len(parts)} things, each gets a gate of its own")
             names += parts
-        elif ENDING.fullmatch(parts[-1]):
-            raise UserError(f"{text!r} looks like one name with a comma: add --one-name.")
         else:
             several = " ".join(shlex.quote(part) for part in parts)
             raise UserError(f"{text!r}: one name? Add --one-name. {len(parts)} of them? Write {several} instead.")
-    names = [spaced(name) for name in names]
-    return list({normalised(name) or name: name for name in reversed(names)}.values())[::-1]
+    return list({same(name): spaced(name) for name in reversed(names)}.values())[::-1]
 
 
 def spaced(name: str) -> str:
@@ -59,16 +57,21 @@ def spaced(name: str) -> str:
 def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     """A target with the preset and the surrogate it needs; UserError for a name that cannot be erased."""
     names = list(dict.fromkeys(map(spaced, names)))
-    preset = args.preset or defaults_of(args.model)["preset"]
+    preset = asked = args.preset or defaults_of(args.model)["preset"]
     if is_emoji(args.model):
-        names[0], preset = style_of(names[0], preset)
+        known = known_as(names[0]) or names[0]
+        style = known in styles()  # these have a preset of their own, whichever was asked for
+        preset = "emoji-style" if style else "emoji" if preset == "emoji-style" else preset
+        if preset != asked:
+            print(f"preset  {preset}, as {names[0]!r} is {'a' if style else 'no'} style")
+        names[0] = known
     surrogate = spaced(PRESETS[preset].surrogate if args.surrogate is None else args.surrogate)
     if not surrogate:
         raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
     for name in names:
         if not name:
             raise UserError('the target is empty: say what to erase, for example train "Brad Pitt".')
-        if (normalised(name) or name) == (normalised(surrogate) or surrogate):
+        if same(name) == same(surrogate):
             raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
     if is_emoji(args.model):
         if args.surrogate is None and preset not in ("emoji", "emoji-style"):
@@ -82,21 +85,17 @@ def styles() -> list[str]:
     return [word for word in read_prompts("emoji").general if word.endswith(" style")]
 
 
-def style_of(name: str, preset: str) -> tuple[str, str]:
-    """A target of the embedded model and its preset: styles have one of their own, whichever was asked for."""
-    plain = normalised(name)
-    style = next((s for s in styles() if plain in (s, s.removesuffix(" style"))), None)
-    meant = "emoji-style" if style else "emoji" if preset == "emoji-style" else preset
-    if meant != preset:
-        print(f"preset  {meant}, as {name!r} is {'a' if style else 'no'} style")
-    return style or name, meant
+def known_as(name: str) -> str | None:
+    """A thing or a style as the embedded model spells it; None where it knows none of that name."""
+    spelt = {style.removesuffix(" style"): style for style in styles()}
+    return (spelt | {same(word): word for word in [*read_prompts("emoji").domain, *styles()]}).get(same(name))
 
 
 def check_known(names: Sequence[str], model: str) -> None:
     """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
     prompts = read_prompts("emoji")
     drawn = {*prompts.domain, *prompts.general} - {*prompts.undrawn}
-    words = {word for entry in drawn for word in normalised(entry).split()}
+    words = {"and", "&"} | {word for entry in drawn for word in normalised(entry).split()}
     if unknown := [name for name in names if not normalised(name) or not set(normalised(name).split()) <= words]:
         raise UserError(
             f"the embedded model cannot draw {unknown[0]!r}. Nearest in meaning: "

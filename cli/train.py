@@ -10,9 +10,8 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -20,13 +19,13 @@ import cpe
 import solve
 import token_space
 from cli import check, many, report
-from cli.common import bar, command, defaults_of, gate_file, is_emoji, metadata_of, open_model, slug, space_of
+from cli.common import CAPTIONS, bar, command, defaults_of, metadata_of, open_model, read_gates, same, slug, space_of
 from cli.options import recipe_fields
-from cli.runs import Trainer, check_state, digest, state_file, train
-from cli.targets import Target, split, styles, target_of
+from cli.runs import Trainer, digest, state_file, train
+from cli.targets import Target, split, target_of
 from loading.cache import cached_contexts
 from loading.files import UserError, check_writable, save_tensors
-from loading.prompts import PRESETS, Prompts, normalised, prepare, read_prompts, to_solve, within
+from loading.prompts import PRESETS, Prompts, fill, normalised, prepare, read_prompts, to_solve, within
 from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
@@ -37,23 +36,19 @@ STEPS = ("first_steps", "later_steps", "attack_steps")
 
 def run(args: argparse.Namespace) -> str | None:
     """`train`: one gate file a target. UserError for a target that cannot be erased, or a file that is in the way."""
-    args.model = args.model or "sd14"
     args.how = how(args)
     jobs = jobs_of(args)
     if args.target_file:
         args.device, jobs = many.own_device(args.device), many.share(jobs)
-    for job in jobs:  # before a model is downloaded
-        with many.naming(job.line):
-            check_new(job.out)
-    shop = Workshop(args)
-    for number, job in enumerate(jobs, 1):
-        with many.naming(job.line):
-            finish(shop, job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
+    for _, out in jobs:  # before a model is downloaded
+        check_new(out)
     if not jobs:  # torchrun has more processes than there are lines
         return None
-    name = jobs[0].target.names[0]
-    a = "" if not is_emoji(args.model) else "a robot, " if name in styles() else "a "
-    return command("generate", f"a picture of {a}{name}", jobs[0].out, "--before-after")
+    shop = Workshop(args)
+    for number, job in enumerate(jobs, 1):
+        finish(shop, *job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
+    captions = [fill(CAPTIONS[target.preset], target.names[0]) for target, _ in jobs[:4]]
+    return command("generate", *captions, *(out for _, out in jobs[:4]), "--before-after")
 
 
 def how(args: argparse.Namespace) -> str:
@@ -72,43 +67,31 @@ def given(args: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
-class Job(NamedTuple):
-    """One gate file to be made."""
-
-    target: Target
-    out: Path
-    line: str  # where it was asked for; "" where it is the only one
-
-
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """What the arguments, or the lines of a file, ask for; UserError for what cannot be erased, or is there twice."""
-    if args.target_file and (args.alias or args.targets):
-        raise UserError("--targets FILE stands alone: there, other names follow their target after commas.")
+def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
+    """Targets and their gate files to be; UserError for what cannot be erased, or is there twice."""
     asked: dict[str, list[str]] = {}
-    if args.target_file:
-        for number, text in many.read_lines(args.target_file):
-            line = f"{args.target_file}, line {number}"
-            with many.naming(line):
-                asked[line] = many.names_in(text)
-    else:
-        names = split(args.targets, args.model, args.one_name)
-        asked = {(repr(name) if len(names) > 1 else ""): [name, *args.alias] for name in names}
+    for number, text in many.read_lines(args.target_file) if args.target_file else ():
+        line = f"{args.target_file}, line {number}"
+        with many.naming(line):
+            asked[line] = many.names_in(text)
+    asked |= {repr(name): [name, *args.alias] for name in split(args.targets, args.model, args.one_name)}
     if not asked:
         raise UserError('what is to be erased? Give one target or more: train "red heart", or --targets FILE.')
-    if len(asked) > 1 and args.alias:
-        raise UserError("--alias goes with one target: in a file for --targets, other names follow after commas.")
     alone, folder = not args.target_file and len(asked) == 1, args.out or Path("gates")
+    if args.alias and not alone:
+        raise UserError("--alias goes with one target: in a file for --targets, other names follow after commas.")
     if not alone and (folder.suffix == ".safetensors" or os.path.isfile(folder)):
         raise UserError(f"--out is a folder here, for many gate files: {folder} is not.")
-    jobs: dict[Path, Job] = {}
+    jobs, lines = [], {}
     for line, names in asked.items():
-        with many.naming(line):
+        with many.naming("" if alone else line):
             target = target_of(names, args)
             out = args.out if alone and args.out else folder / f"{slug(target.names[0])}.safetensors"
-            if out in jobs:
-                raise UserError(f"{names[0]!r} is the same target as {jobs[out].line}: remove one.")
-            jobs[out] = Job(target, out, line)
-    return list(jobs.values())
+            if out in lines:
+                raise UserError(f"{names[0]!r} is the same target as {lines[out]}: remove one.")
+            jobs.append((target, out))
+            lines[out] = line
+    return jobs
 
 
 def check_new(out: Path) -> None:
@@ -128,16 +111,8 @@ class Workshop:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-
-    @cached_property
-    def model(self) -> Model:
-        """The model of --model."""
-        return open_model(self.args, ("text_encoder", "unet", *["vae"] * self.args.report))
-
-    @cached_property
-    def space(self) -> token_space.TokenSpace:
-        """The projections that the losses look through."""
-        return space_of(self.model)
+        self.model: Model = open_model(args, ("text_encoder", "unet", *["vae"] * args.report))
+        self.space = space_of(self.model)
 
     def recipe(self, target: Target) -> "cpe.Recipe | solve.Settings":
         """The numbers of a target's preset, and those that were given."""
@@ -162,7 +137,7 @@ class Workshop:
         return to_solve(prompts, target.preset.endswith("style")) if self.args.how == "solve" else prompts
 
     def data(self, target: Target) -> cpe.Data:
-        """Contexts to train on, from the cache where an earlier run left them; UserError without anchor words."""
+        """Contexts to train on, from the cache where an earlier run left them."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
 
         def progress(parts: list) -> Iterable:
@@ -174,44 +149,38 @@ class Workshop:
         anchors = partial(cached_contexts, self.model, progress=progress)
         # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
         bare = partial(anchors, tokens=16)
-        try:
-            return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
-        except ValueError as error:
-            raise UserError(f"prompts/{target.preset}.txt: {error}.") from error
+        return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
 
 
-def finish(shop: Workshop, job: Job, where: str) -> None:
-    """Make the gates of a job, write them, check them in sentences; or say that they are there already."""
-    settings, state = shop.settings(job.target), state_file(job.out)
-    if is_finished(job.out, settings):
+def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
+    """Make the gates of a target, write them, check them in sentences; or say that they are there already."""
+    settings, state = shop.settings(target), state_file(out)
+    if is_finished(out, settings):
         state.unlink(missing_ok=True)  # of a run that was killed after it had written its gate file
-        print(f"kept    {job.out}: already finished")
+        print(f"kept    {out}: already finished")
         return
     if shop.args.how == "solve":
-        gates = solved(shop, job.target)
+        gates = solved(shop, target)
     else:
         name = json.dumps(settings, sort_keys=True)
-        check_state(state, name)
-        trainer = trainer_of(shop, job.target)
-        train(trainer, state, name, f"{where}training {job.target.names[0]}")
+        trainer = trainer_of(shop, target)
+        train(trainer, state, name, f"{where}training {target.names[0]}")
         gates = trainer.gates
-    is_finished(job.out, settings)  # UserError for what another run has written there meanwhile
     drawing = {name: defaults_of(shop.args.model)[name] for name in ("steps", "guidance", "sampler")}
     metadata = settings | {"model": shop.args.model, "drawing": json.dumps(drawing)}
     # As the authors' files have it.
-    metadata |= {"prompts": job.target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
-    save_tensors(job.out, cpe.to_tensors(gates), metadata)
+    metadata |= {"prompts": target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
+    save_tensors(out, cpe.to_tensors(gates), metadata)
     state.unlink(missing_ok=True)
-    names = ", ".join(job.target.names)
-    print(f"wrote   {job.out} ({job.out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
-    if also := [word for word in read_prompts(job.target.preset).domain if has_in_it(word, job.target.names)]:
+    names = ", ".join(target.names)
+    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
+    if also := [word for word in read_prompts(target.preset).domain if has_in_it(word, target.names)]:
         print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
-    file = gate_file(job.out, gates.requires_grad_(False), metadata)
-    found = check.check(file, shop.model, shop.space)
+    file = read_gates(out)
+    found = check.check(file, shop.model, shop.space, draws=shop.args.report)
     print(f"check   {found.in_a_line()}")
     if shop.args.report:
-        page = report.write(file, shop.model, shop.space, found, job.out.with_suffix(".html"), shop.args.seed)
-        print(f"wrote   {page}")
+        report.write(file, shop.model, shop.space, found, out.with_suffix(".html"), shop.args.seed)
 
 
 def has_in_it(word: str, names: Sequence[str]) -> bool:
@@ -248,8 +217,9 @@ def is_finished(out: Path, settings: dict[str, str]) -> bool:
     """Whether a gate file of the same settings is there already; UserError for any other file: none is replaced."""
     if not os.path.isfile(out):
         return False
-    there = metadata_of(out)
-    if other := [name for name, value in settings.items() if there.get(name, "").casefold() != value.casefold()]:
+    there, kept = metadata_of(out), settings | {"target": same(settings["target"])}
+    found = there | {"target": same(there.get("target", ""))}
+    if other := [name for name, value in kept.items() if found.get(name, "").casefold() != value.casefold()]:
         options = {field: option for field, option, _ in recipe_fields()}
         named = ", ".join(options.get(name, name) for name in other[:3])
         what = f"trained with other settings ({named})" if "target" in there else "no finished gate file"

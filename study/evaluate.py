@@ -116,7 +116,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 def read_folder(folder: Path) -> list[tuple[Path, str]]:
     """Pictures of a folder and the prompt of each: from prompts.csv (file, prompt), a .txt, or `generate`.
 
-    UserError where there is no folder, no picture, or a picture without a prompt, or with two pictures in it.
+    UserError where there is no folder, no picture, or a picture without a prompt.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with pictures in it")
@@ -125,14 +125,9 @@ def read_folder(folder: Path) -> list[tuple[Path, str]]:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)}): `generate --out` writes some")
     said = read_captions(folder / "prompts.csv")
     for path in files:
-        drawn = drawn_with(path)
-        if drawn.get("before_after"):
-            raise UserError(f"{path} holds before and after: draw it anew, without --before-after")
-        if drawn.get("pictures", 1) > 1:
-            raise UserError(f"{path} holds {drawn['pictures']} pictures: draw each by itself, or with --prompts FILE")
         if path.name not in said and path.with_suffix(".txt").is_file():
             said[path.name] = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-        said.setdefault(path.name, str(drawn.get("prompt", "")))
+        said.setdefault(path.name, str(drawn_with(path).get("prompt", "")))
     if missing := [path.name for path in files if not said.get(path.name)]:
         raise UserError(f"{folder}: no prompt for {missing[0]}: name it in prompts.csv (file,prompt), or in a .txt")
     return [(path, said[path.name]) for path in files]
@@ -165,8 +160,6 @@ def read_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            if "cpe" in image.info:  # `generate` writes the prompt over the picture, which is square
-                image = image.crop((0, image.height - image.width, image.width, image.height))
             pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture ({error}): remove it, or get it again") from error
@@ -174,9 +167,9 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, str]], names: Sequence[str],
-                 reference: Sequence[Path] = ()) -> dict:  # fmt: skip
+                 reference: Sequence[Path] = (), others: Sequence[str] = ()) -> dict:  # fmt: skip
     """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt,
-    and CMMD to the pictures of `reference`; figures that were not asked for are left out.
+    and CMMD to the pictures of `reference`; what was not asked for is left out. CLIP may see one of `others` instead.
     """
 
     def features(paths: Sequence[Path]) -> Tensor:
@@ -188,7 +181,7 @@ def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, s
     prompts = text_features(clip, tokenizer, [prompt for _, prompt in found])
     figures: dict = {"images": len(found), "clip_score": clip_score(images, prompts).mean().item()}
     if names:
-        seen = (images @ name_features(clip, tokenizer, names).T).argmax(dim=-1).tolist()
+        seen = (images @ name_features(clip, tokenizer, [*names, *others]).T).argmax(dim=-1).tolist()
         figures["seen"] = {name: seen.count(i) / len(seen) for i, name in enumerate(names)}
         asked = [(i, n) for i, (_, prompt) in enumerate(found) for n, name in enumerate(names) if name in prompt]
         if asked:

@@ -48,6 +48,7 @@ def test_the_python_of_the_readme_is_ours():
     assert callable(attach)
     assert callable(cpe.from_tensors)
     assert callable(cpe.merge)
+    assert '.images[0].save("' in README  # a reader wants to see it
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "emoji/README.md"])

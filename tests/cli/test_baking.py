@@ -1,6 +1,7 @@
 """bake, export, attack: what is written has a name by default, and stands in nobody's way."""
 
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 from tiny import FEW, contents, write_gates
 
-from cli import bake
+from cli import attack, bake, options, runs
+from cli.common import read_gates
 from deploy import bake as baking
 from deploy import targets
 from loading.files import load_tensors
+from study.searches import ATTACKS
 
 BAKE = ("bake", "--steps-scale", "0.002")
 
@@ -27,6 +30,7 @@ def few(monkeypatch):
 def test_a_baked_model_is_named_after_its_target_and_draws_without_gates(run, gates):
     code, said = run(*BAKE, gates)
     assert code == 0, said
+    assert re.search(r"^time    reading \d+ prompts: about \d+ s; then come \d+ steps$", said, re.MULTILINE)
     assert "wrote   models/red-heart: " in said
     assert " without red heart" in said
     assert "next    python cpe.py generate 'a picture of a red heart' --model models/red-heart" in said
@@ -70,7 +74,7 @@ def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
 
     def interrupted(baker):
         done.append(1)
-        if len(done) == 2:
+        if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return update(baker)
 
@@ -78,6 +82,7 @@ def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
     assert run(*settings, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(baking.Baker, "update", interrupted)
+        patch.setattr(runs, "SAVE_SECONDS", -1.0)
         code, said = run(*settings, "--out", "x")
     assert (code, "the same command goes on" in said) == (130, True)
     assert not Path("x").exists()
@@ -99,3 +104,41 @@ def test_pictures_of_attacks_are_numbered(run, gates, name):
     code, said = run("attack", gates, "--with", "embeddings", "--steps", "1", "--guidance", "1")
     assert (code, f"wrote   images/{name}" in said) == (0, True), said
     assert said.startswith("time    attacks and pictures: about ")
+
+
+def test_an_attack_says_in_how_many_pictures_the_target_came_back(run, gates, monkeypatch):
+    asked, seen = [], iter([["red heart"] * 4, ["cat"] * 4, ["cat", "red heart", "cat", "cat"]])
+    monkeypatch.setattr(attack, "eyes", lambda model, style: asked.append(style) or (lambda images: next(seen)))
+    said = run("attack", gates, "--with", "embeddings", "--steps", "1", "--guidance", "1")[1]
+    assert asked == [False]  # it is a thing that is looked for
+    code, judged = run("evaluate", "images")
+    assert (code, "no pictures to be judged by their prompts: `generate` draws some" in judged) == (2, True)
+    verdict = "CLIP sees 'red heart' in 4 of 4 before, in 0 of 4 erased; it came back in 1 of 4 by embeddings"
+    assert f"verdict {verdict}\n" in said
+
+
+def test_an_attack_without_a_judge_says_what_to_look_at(run, tiny_original):
+    write_gates(tiny_original, Path("b.safetensors"), target="Brad Pitt")
+    said = run("attack", "b.safetensors", "--with", "embeddings", "--steps", "1", "--guidance", "1")[1]
+    assert "look    no CLIP here knows 'Brad Pitt': it came back where a row of the picture shows it" in said
+
+
+@pytest.mark.parametrize(
+    ("target", "preset", "caption"),
+    [
+        ("blob style", "emoji-style", "a picture of a robot, blob style"),
+        ("crab", "emoji", "a picture of a crab"),
+        ("Brad Pitt", "celebrity", "a picture of Brad Pitt"),
+        ("Van Gogh", "style", "a painting by Van Gogh"),
+    ],
+)
+def test_what_is_drawn_or_attacked_names_the_target_as_its_kind_is_named(
+    tiny_original, tmp_path, target, preset, caption
+):
+    assert read_gates(write_gates(tiny_original, tmp_path / "x.safetensors", target=target, preset=preset)).caption == (
+        caption
+    )
+
+
+def test_the_attacks_that_can_be_asked_for_are_those_that_there_are():
+    assert list(options.ATTACKS) == list(ATTACKS) == list(attack.ROWS)

@@ -1,13 +1,16 @@
 """generate, inspect, demo: pictures that say what they show, and replace nothing."""
 
 import os
+import re
 import shlex
 import shutil
 import struct
+import sys
 import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +19,11 @@ from tiny import contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, compare, demo, generate, many, openings, options, pictures, targets
+from cli import check, common, compare, demo, evaluate, generate, inspect, many, options, pictures, targets
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import read_prompts
 from study.evaluate import drawn_with, read_folder, read_image
+from study.world import World
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
@@ -96,15 +100,18 @@ def test_it_says_what_gates_do_in_prompts_that_name_their_target_the_failures_la
     save_tensors("x.safetensors", tensors | {scaler: 0 * tensors[scaler]}, metadata)  # half open everywhere
     prompts = ("my red hearts", "a red-heart", "a cat")
     for least, word in (0.6, "SHUT    "), (0.4, "WEAK    "):
-        monkeypatch.setattr(openings, "SHUT", least)
+        monkeypatch.setattr(inspect, "SHUT", least)
         said = run("generate", *prompts, "x.safetensors", "--steps", "1")[1]
         for prompt in prompts[:2]:
             assert f"{word}{prompt!r} names 'red heart', but its gate opens to 0.50 at" in said
             inspected = run("inspect", prompt, "x.safetensors")[1]  # in the same words
             assert next(line for line in said.splitlines() if repr(prompt) in line) in inspected.splitlines()
         assert "'a cat'" not in said.split("next ")[0]
+    Path("lines").write_text("\n".join(prompts))  # of a file as well
+    listed = run("generate", "--prompts", "lines", "x.safetensors", "--steps", "1")[1]
+    assert all(f"WEAK    {prompt!r} names 'red heart'" in listed for prompt in prompts[:2])
     found = iter([0.1, 0.9])
-    monkeypatch.setattr(openings, "look", lambda file, prompt, *_: opening(0.9, next(found), prompt))
+    monkeypatch.setattr(inspect, "look", lambda file, prompt, *_: opening(0.9, next(found), prompt))
     lines = run("generate", *prompts, "x.safetensors", "--steps", "1")[1].splitlines()
     assert [line.split()[0] for line in lines if " names " in line] == ["opens", "WEAK"]
 
@@ -117,12 +124,15 @@ def test_it_says_what_gates_do_in_prompts_that_name_their_target_the_failures_la
         ("C++", "a book about c++", "a book about cloud"),
         ("red heart", "a red-heart, hearts", "a cloud, hearts"),
         ("red heart", "a red hearth", "a red hearth"),
+        ("straße", "the STRASSE at night", "the cloud at night"),
+        ("STRASSE", "Meine Straße", "meine cloud"),
+        ("Straße", "Straße in ROM", "cloud in rom"),  # CLIP reads no capitals
     ],
 )
 def test_a_name_is_found_however_its_words_are_joined(gates, target, prompt, instead):
     file = common.read_gates(gates)
     concept = replace(file.concept, names=[target], surrogate="cloud")
-    assert openings.with_surrogate(replace(file, concept=concept), prompt) == instead
+    assert inspect.with_surrogate(replace(file, concept=concept), prompt) == instead
 
 
 def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):
@@ -276,20 +286,20 @@ def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
         ('prompt\n"a cat\na dog', "line 3 is no CSV .*: check its double quotes"),
         ("a,b\n1,2", "has no column `prompt`"),
         ("prompt\n\n", "has no prompts"),
+        ("prompt,seed\na cat,1\n ,7\n", "line 3: no prompt: fill its column `prompt`, or remove the line"),
     ],
 )
 def test_a_spoilt_table_is_named(run, text, words):
     Path("t.csv").write_text(text)
     code, said = run("generate", "--prompts", "t.csv")
     assert code == 2
-    assert __import__("re").search(words, said)
+    assert re.search(words, said)
 
 
-def test_a_row_without_a_prompt_is_passed_over_aloud_and_seeds_keep_every_digit(run, capsys):
-    Path("t.csv").write_text('prompt,seed\na cat,42.0\n,7\n\n"a ""red"" heart, twice",9007199254740993\n')
+def test_seeds_keep_every_digit_and_prompts_their_quotes(run):
+    Path("t.csv").write_text('prompt,seed\na cat,42.0\n\n"a ""red"" heart, twice",9007199254740993\n')
     drawings = many.read_drawings(Path("t.csv"))
     assert [(each.prompt, each.seed) for each in drawings] == [("a cat", 42), ('a "red" heart, twice', 2**53 + 1)]
-    assert "passed  1 of the lines of t.csv, line 3 first: no prompt there" in capsys.readouterr().out
 
 
 def test_a_row_is_the_single_command_with_the_same_numbers_bit_for_bit(run, gates):
@@ -310,13 +320,35 @@ def test_pictures_that_it_draws_are_judged_by_their_prompts(run, gates, tiny_ori
     assert [prompt for _, prompt in read_folder(Path("drawn"))] == ["a cat", "a red heart"]
     Path("one").write_text("a cat\n")
     assert run("generate", "--prompts", "one", gates, "--steps", "1", "--out", "bare")[0] == 0
-    with_heading, without = read_image(Path("drawn/a cat.png"), 16), read_image(Path("bare/0001-a-cat.png"), 16)
-    assert torch.equal(with_heading, without)
     code, said = run("evaluate", "drawn", "--name", "cat", "--name", "red heart")
     assert (code, "accuracy" in said) == (0, True), said
-    assert run("generate", "a cat", "a dog", "--steps", "1", "--out", "drawn/two.png")[0] == 0
-    code, said = run("evaluate", "drawn")
-    assert (code, "drawn/two.png holds 2 pictures: draw each by itself" in said) == (2, True)
+
+
+def test_pictures_of_one_file_are_judged_each_by_itself_and_of_before_and_after_those_after(run, gates, monkeypatch):
+    prompts, draw = ("a red heart", "a cat", "a dog"), ("--steps", "1", "--seed", "3")
+    assert run("generate", *prompts, gates, "--before-after", *draw, "--out", "drawn/")[0] == 0
+    Path("lines").write_text("\n".join(prompts))
+    table = ["prompt,seed", *(f"{prompt},{3 + i}" for i, prompt in enumerate(prompts))]
+    Path("lines.csv").write_text("\n".join(table))
+    assert run("generate", "--prompts", "lines.csv", gates, "--steps", "1", "--out", "alone")[0] == 0
+    (sheet,), alone = read_folder(Path("drawn")), read_folder(Path("alone"))
+    found = list(evaluate.cut(sheet[0], drawn_with(sheet[0]), Path()))[::-1]
+    assert [prompt for _, prompt in found] == [prompt for _, prompt in alone] == list(prompts)
+    for (cut, _), (whole, _) in zip(found, alone, strict=True):
+        assert torch.equal(read_image(cut, 16), read_image(whole, 16))
+    assert "cell" not in drawn_with(alone[0][0])  # it stands alone already
+    monkeypatch.setitem(sys.modules, "cleanfid.fid", SimpleNamespace())
+    code, said = run("evaluate", "drawn", "--fid", "--reference", "alone")
+    assert (code, "--fid takes files as they are" in said) == (2, True)
+
+
+def test_pictures_of_the_embedded_model_are_judged_by_its_own_clip(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "load_clip", lambda name, **_: asked.append(name) or pytest.fail("another judge"))
+    assert run("generate", "a crab", "--steps", "1", "--guidance", "1", model="emoji")[0] == 0
+    code, said = run("evaluate", "images", "--name", "crab", model="")
+    assert (code, asked, "judge   the CLIP of emoji, which the pictures are of" in said) == (0, [], True), said
+    assert "seen, crab" in said  # one name is enough, as it may see all else that the model knows
 
 
 def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
@@ -345,10 +377,10 @@ def test_inspect_has_a_line_for_every_token_and_a_column_for_every_gate(run, gat
         assert image.width > image.height
 
 
-def opening(value: float, share: float | None, prompt: str = "my cat") -> openings.Opening:
+def opening(value: float, share: float | None, prompt: str = "my cat") -> inspect.Opening:
     """A gate that opens to a value at the third token; <start> does not count."""
     values = torch.tensor([1.0, 0.0, value, 0.0])
-    return openings.Opening("cat", prompt, ["<start>", "my", "cat", "<end>"], values, share)
+    return inspect.Opening("cat", prompt, ["<start>", "my", "cat", "<end>"], values, share)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +427,37 @@ def test_check_knows_the_words_around_which_a_gate_stays_shut():
     assert found.shut_words() == ["my", "purple"]
 
 
+def test_sentences_in_which_the_model_itself_does_not_draw_it_are_not_held_against_the_gate(monkeypatch):
+    sentences, reached = ["a cat", "my cat", "no cat", "that cat"], torch.tensor([0.1, 0.2, 0.3, 0.9])
+    found = check.Found("cat", sentences, reached, ["a dog"], *torch.zeros(2, 1))
+    assert "it may stay in 3 of them, if the model draws it there" in found.in_a_line()
+    monkeypatch.setattr(sampler, "draw", lambda model, prompts, *more: prompts)
+    monkeypatch.setattr(
+        check, "eyes", lambda *_: lambda drawn: ["cat" if text == "my cat" else "dog" for text in drawn]
+    )
+    found.undrawn = check.undrawn(found, None)
+    assert found.undrawn == [0, 2]  # the last is erased well enough: nobody looks
+    assert found.order() == [1, 3]
+    assert "it may stay in 1 of them; in 2 more the model itself does not draw it" in found.in_a_line()
+    assert not {"    10%  a cat", "    30%  no cat"} & set(found.text().splitlines())
+    assert found.shut_words() == ["my"]
+
+
+def test_check_looks_at_what_the_embedded_model_draws_without_gates(run, gates, monkeypatch):
+    monkeypatch.setattr(check, "is_emoji", lambda model: True)
+    said = run("check", gates)[1]
+    assert "if the model draws it there" not in said
+    assert re.search("may stay in|the model itself does not draw it", said)
+
+
+def test_clip_sees_what_it_sees_in_the_comparison(tiny_original, all_things):
+    model = weights.load_model(tiny_original)
+    images, world = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, World(model)
+    things = [world.concepts[i] for i in world.see(images, "concept")]
+    styles = [f"{world.styles[i]} style" for i in world.see(images, "style")]
+    assert (pictures.eyes(model)(images), pictures.eyes(model, style=True)(images)) == (things, styles)
+
+
 def test_parts_of_a_name_are_among_the_prompts_without_it():
     prompts = check.without(["red heart"], "emoji", ["my {}"])
     assert {"", "my red", "my heart"} <= set(prompts)
@@ -412,6 +475,26 @@ def test_of_a_style_other_styles_are_the_prompts_without_it(all_things):
     styles = check.without(["blob style"], "emoji-style", ["a fox in {}", "{}, a cat"])  # and no "a fox in blob"
     assert {"a fox in noto style", "noto style, a cat", "twemoji style, a cat"} <= set(styles)
     assert not any("blob" in prompt for prompt in styles)
+
+
+def test_a_style_or_a_background_is_nothing_to_hold_in_ones_hands(all_things):
+    prompts = check.without(["red heart"], "emoji", ["a queen holding a {}"])
+    assert "a queen holding a dog" in prompts
+    assert {p.rsplit(" ", 2)[0] for p in prompts if p.endswith("background")} == {"a robot on a"}
+    assert {p.rsplit(" ", 2)[0] for p in prompts if p.endswith("style")} == {"a robot,"}
+
+
+def test_the_demo_says_so_where_clip_saw_nothing_before(monkeypatch, capsys):
+    seen = iter([["cat", "dog"], ["dog", "dog"]])
+    monkeypatch.setattr(demo, "eyes", lambda model: lambda images: next(seen))
+    monkeypatch.setattr(demo, "SEEDS", 1)
+    images = torch.zeros(2, 3, 8, 8)
+    demo.print_table(
+        [("captions", "a cat", "cat"), ("sentences", "my cat", "cat")], {"before": images, "after": images + 1}, None
+    )
+    captions, never = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:])
+    assert captions == "captions: the erased thing 100% 0% another picture (1.000 of 2)"
+    assert never == "sentences: the erased thing 0% 0% CLIP saw it in none of them before"
 
 
 def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
@@ -452,4 +535,4 @@ def test_unknown_images_are_refused_by_draw(tiny_original):
     model = weights.load_model(tiny_original)
     args = options.parse(["generate", "a cat", "--steps", "1", "--guidance", "1", "--sampler", "ddim"])
     with pytest.raises(UserError, match="every image needs a prompt and a seed"):
-        generate.generate(model, ["a cat"], [1, 2], None, args, "x")
+        generate.drawn(model, ["a cat"], [1, 2], None, args, "x")

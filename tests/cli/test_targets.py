@@ -36,7 +36,7 @@ def test_several_things_that_the_model_knows_are_several_targets(text, capsys):
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("Martin Luther King, Jr.", "looks like one name with a comma: add --one-name."),
+        ("Martin Luther King, Jr.", "Add --one-name. 2 of them? Write 'Martin Luther King' Jr. instead."),
         ("Simon and Garfunkel", "one name? Add --one-name. 2 of them? Write Simon Garfunkel instead."),
         ("Brad Pitt; Ada", "one name? Add --one-name. 2 of them? Write 'Brad Pitt' Ada instead."),
     ],
@@ -49,8 +49,27 @@ def test_what_may_be_one_name_or_several_is_asked_shortly(text, advice):
     assert targets.split([text], "sd14", one_name=True) == [text]
 
 
+def test_what_the_embedded_model_cannot_draw_is_refused_however_it_is_written():
+    for one_name in False, True:
+        with pytest.raises(UserError, match=r"cannot draw '(cat, )?kitty'"):
+            target(*targets.split(["cat, kitty"], "emoji", one_name))
+
+
+def test_both_forms_that_are_advised_are_taken():
+    with pytest.raises(UserError, match=r"Add --one-name. 2 of them\? Write black 'white cat' instead."):
+        targets.split(["black and white cat"], "emoji")
+    for names in targets.split(["black and white cat"], "emoji", one_name=True), ["black"], ["white cat"]:
+        assert target(*names).names == names
+
+
+def test_several_styles_are_several_targets():
+    assert targets.split(["noto style and blob style"], "emoji") == ["noto style", "blob style"]
+
+
 def test_the_same_target_twice_is_one():
     assert targets.split(["Crab", "crab", "red  heart"], "emoji") == ["Crab", "red heart"]
+    assert targets.split(["straße", "STRASSE", "Jay-Z", "jay z"], "sd14") == ["straße", "Jay-Z"]
+    assert target("CRAB").names == ["crab"]  # as the model spells it
     assert targets.split(["!!!", "???"], "sd14") == ["!!!", "???"]
 
 
@@ -144,6 +163,7 @@ def test_no_two_names_make_one_file():
     ]
     assert len({common.slug(name) for name in names}) == len(names)
     assert common.slug("Brad Pitt") == "brad-pitt"
+    assert common.slug("STRASSE") == common.slug("straße")  # one name to every command: one file
     assert common.slug(unicodedata.normalize("NFD", "é")) == common.slug("é")
 
 

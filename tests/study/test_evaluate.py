@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import weights
-from cli.pictures import grid
+from cli.pictures import save, sheet
 from clip import preprocess
 from loading.files import UserError
 from study import compare, evaluate
@@ -123,6 +123,8 @@ def test_a_folder_is_judged_by_the_prompts_of_its_pictures(pictures, tiny_origin
     seen = evaluate.recognise(model.clip, images, evaluate.name_features(model.clip, model.tokenizer, names)).tolist()
     assert figures["seen"] == {"cat": seen.count(0) / 4, "dog": seen.count(1) / 4}
     assert figures["accuracy"] == sum(a == b for a, b in zip(seen, (0, 1, 0), strict=False)) / 3  # no name in the last
+    alone = evaluate.judge_folder(model.clip, model.tokenizer, found, ["cat"], (), ["dog"])
+    assert alone["seen"] == {"cat": seen.count(0) / 4}  # the dogs are counted as none
     features = evaluate.image_features(model.clip, images)
     said = evaluate.text_features(model.clip, model.tokenizer, [prompt for _, prompt in found])
     assert figures["clip_score"] == pytest.approx(evaluate.clip_score(features, said).mean().item(), rel=1e-4)
@@ -176,13 +178,6 @@ def test_a_spoilt_table_of_prompts_is_named(pictures, run, text, words):
     assert words in said
 
 
-def test_pictures_of_before_and_after_are_not_judged_as_one(tmp_path):
-    flat = torch.zeros(1, 3, 8, 8)
-    grid([flat, flat], tmp_path / "x.png", ["a cat"], ("before", "after"), '{"prompt": "a cat", "before_after": true}')
-    with pytest.raises(UserError, match="holds before and after: draw it anew, without --before-after"):
-        evaluate.read_folder(tmp_path)
-
-
 def test_what_is_not_installed_is_named_before_anything_is_judged(pictures, run, monkeypatch):
     monkeypatch.setattr("cli.evaluate.read_folder", lambda *_: pytest.fail("read the pictures"))
     for option, module, package in ("--nudity", "nudenet", "nudenet"), ("--fid", "cleanfid.fid", "clean-fid"):
@@ -208,8 +203,8 @@ def test_fid_and_kid_are_those_of_clean_fid_on_both_folders(pictures, run, monke
 
 def test_pictures_of_generate_say_their_prompt(tmp_path):
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    grid([picture[None]], tmp_path / "0001.png", (), (), json.dumps({"prompt": "a red heart"}))
-    grid([picture[None]], tmp_path / "plain.png", (), (), "")
+    save(sheet({"": picture[None]}), tmp_path / "0001.png", {"prompt": "a red heart"})
+    save(sheet({"": picture[None]}), tmp_path / "plain.png")
     assert evaluate.drawn_with(tmp_path / "0001.png") == {"prompt": "a red heart"}
     (tmp_path / "plain.txt").write_text("a crab")
     assert [prompt for _, prompt in evaluate.read_folder(tmp_path)] == ["a red heart", "a crab"]

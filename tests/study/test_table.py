@@ -9,6 +9,7 @@ from tiny import write_gates
 
 import erasers
 import sampler
+from cli import pictures
 from loading.prompts import PRESETS, normalised, read_prompts
 from study import compare
 from study import erased as rows_of_table
@@ -198,14 +199,16 @@ def test_the_command_refuses_what_it_does_not_know(run, arguments, words):
 
 def test_the_command_draws_a_table_and_a_picture_and_writes_both(run, monkeypatch, tmp_path):
     monkeypatch.setattr("cli.compare.QUICK", SMALL)
-    files = ("--json", "x.json", "--markdown", "x.md")
+    files, shown, draw = ("--json", "x.json", "--markdown", "x.md"), [], pictures.sheet
+    monkeypatch.setattr("cli.compare.sheet", lambda *parts: shown.extend(parts) or draw(*parts))
     code, said = run("compare", "--quick", "--eraser", "uce", "--eraser", "speed", *files)
     assert code == 0, said
     assert "3 cells" in said
     assert (tmp_path / "x.json").is_file()
     assert (tmp_path / "images" / "compare.png").is_file()
     rows = [line.split("|")[1].strip() for line in (tmp_path / "x.md").read_text().splitlines()[4:7]]
-    assert rows == ["none", "uce", "speed"]
+    assert rows == list(shown[0]) == ["none", "uce", "speed"]  # and the picture has their names
+    assert any("umbrella" in prompt for prompt in shown[1])
 
 
 def test_what_takes_an_hour_alone_runs_only_when_it_is_named(run, monkeypatch):
@@ -238,4 +241,4 @@ def test_gates_are_attacked_on_the_command_line(run, tmp_path, tiny_original):
     assert "embeddings" in said
     assert (tmp_path / "images" / "attack.png").is_file()
     code, said = run("attack", str(gates), "--with", "magic")
-    assert (code, "unknown attack 'magic'" in said) == (2, True)
+    assert (code, "invalid choice: 'magic'" in said) == (2, True)
