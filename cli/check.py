@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 def held_out(preset: str, most: int = 120) -> list[str]:
-    """Sentences to check with: held out from all training where there are such, else what there is; spread evenly."""
-    found = sentences(preset, "held-out") + sentences(preset, "strange") or read_prompts(preset).lines
+    """Sentences to check with: held out from all training, else lines that gates are not solved with; spread evenly."""
+    found = sentences(preset, "held-out") + sentences(preset, "strange") or read_prompts(preset).lines[1::2]
     return found[:: -(-len(found) // most)]
 
 
@@ -134,7 +134,7 @@ def line_for(word: str, line: str) -> str:
     return {"style": "a robot, {}", "background": "a robot on a {}"}.get(word.split()[-1], line)
 
 
-def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 150) -> list[str]:
+def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 100) -> list[str]:
     """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name.
 
     Of a style other styles, each in every sentence.
