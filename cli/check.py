@@ -1,4 +1,4 @@
-"""check: gates in some hundred sentences, in the text encoder alone: seconds, and no picture is drawn of them.
+"""check: gates in some hundred sentences, in the text encoder alone, in seconds.
 
 Of every sentence with the target's name in it: the share of the asked shift that the gates make (1: the context of the
 surrogate, and a little beyond; 0: nothing). Of sentences without it: how far a gate opens, and how far it moves them,

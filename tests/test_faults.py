@@ -390,7 +390,7 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(run, mounted, t
 def test_a_read_only_folder_is_named_before_any_work(run, mounted, tiny_original, monkeypatch, server, asked):
     folder, original = mounted("ro"), tiny_original
     Path("lines.txt").write_text("cat\n")
-    monkeypatch.setattr(drawing, "generate", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(drawing, "drawn", lambda *_: pytest.fail("drew"))
     monkeypatch.setattr(training, "trainer_of", lambda *_: pytest.fail("trained"))
     commands_to_try = (
         train(original, folder / "x.safetensors"),
@@ -645,7 +645,7 @@ def test_every_way_to_run_out_of_memory_is_known(run, tiny_original, monkeypatch
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(drawing, "generate", fail)
+    monkeypatch.setattr(drawing, "drawn", fail)
     code, said = run(generate(tiny_original, Path("x.png"), "--dtype", "float16"))
     assert code == 2
     assert said.startswith("cpe.py: out of memory: close other programs")

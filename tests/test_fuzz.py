@@ -471,16 +471,15 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *_: None)
     monkeypatch.setattr(demo, "print_table", lambda *_: None)
     monkeypatch.setattr(demo, "nearest", lambda *_: ["dog face", "cat", "fox", "crab"])
-    for module in (drawing, demo):
-        monkeypatch.setattr(module, "generate", lambda model, prompts, *_: torch.zeros(len(prompts), 3, 8, 8))
+    monkeypatch.setattr(drawing.sampler, "draw", lambda model, prompts, *_, **__: torch.zeros(len(prompts), 3, 8, 8))
     for module in (check, demo, targets, training):
         monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)
     for module in (check, drawing, training):
         opened = module.open_model
 
-        def small_model(args, parts, opened=opened):
+        def small_model(args, parts, files=(), opened=opened):
             args.model = "tiny" if args.model == "emoji" else args.model
-            return opened(args, [part for part in parts if part != "clip"])
+            return opened(args, [part for part in parts if part != "clip"], files)
 
         monkeypatch.setattr(module, "open_model", small_model)
     return home
