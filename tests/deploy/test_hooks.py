@@ -177,6 +177,21 @@ def test_the_residual_takes_the_dtype_of_the_model(tree, gates):
     assert (got.float() - expected).norm() < 0.05 * expected.norm()
 
 
+@torch.no_grad()
+def test_gates_compute_where_the_network_lies(tree, gates, monkeypatch):
+    """On a graphics card, or its stand-in, which refuses tensors of two devices in one operation."""
+    card = pytest.importorskip("card", exc_type=ImportError)
+    expected = erased(tree, gates, context())
+    card.install(monkeypatch)
+    for block in tree.blocks:
+        for layer in block["attn2"].children():
+            layer.weight = nn.Parameter(layer.weight.data.to("card"), requires_grad=False)
+    hooks.attach(tree, gates)
+    (hook,) = tree.blocks[0]["attn2"].to_k._forward_hooks.values()
+    assert {hook.down.device.type, hook.up.device.type, hook.layer.gates.w_qs.device.type} == {"card"}
+    torch.testing.assert_close(tree(context().to("card")).cpu(), expected)
+
+
 def test_gates_of_another_model_are_refused_and_nothing_is_attached(tree, gates):
     wide = cpe.ResAG(gates.widths, 33)
     some = cpe.ResAG(dict(list(gates.widths.items())[:-1]), 32)
