@@ -182,17 +182,16 @@ class Baker:
 
         Of the states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
         """
-        wanted, shift, size = [], [], []
+        wanted, shift = [], []
         for h in hidden.split(32):
             E = self.norm(h + self.last.mlp(self.read(h)))
             erased = gate(E)
             wanted.append(erased.half())
             shift.append(self.space.energy(erased - E))
-            size.append(self.space.energy(E))
         wanted, shift = torch.cat(wanted), torch.cat(shift)
         if not (wanted.isfinite().all().item() and shift.isfinite().all().item()):
             raise ValueError("the corrections of these gates overflow")
-        if shift.mean().item() <= 1e-12 * torch.cat(size).mean().item():  # rounding
+        if shift.mean().item() <= 1e-12 * self.space.energy(E).mean().item():  # rounding
             raise ValueError("these gates change nothing on what they should erase")
         return wanted, shift
 

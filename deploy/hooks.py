@@ -32,12 +32,12 @@ def thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def constants(gates: ResAG) -> ResAG:
-    """The same gates, the same memory, but no parameters: a graph to be exported knows those of the network alone."""
-    twin = copy.deepcopy(gates)
-    for name, tensor in [*gates.named_parameters(recurse=False), *gates.named_buffers(recurse=False)]:
-        delattr(twin, name)
-        setattr(twin, name, tensor.detach())
+def constants(gates: ResAG, device: torch.device) -> ResAG:
+    """What evaluates the gates, without parameters: a graph to be exported knows those of the network alone."""
+    twin = copy.copy(gates)
+    twin.__dict__ |= {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    for name in ("w_qs", "scaler", "scale"):
+        setattr(twin, name, getattr(gates, name).detach().to(device))
     return twin
 
 
@@ -79,7 +79,7 @@ class Projection:
     """
 
     def __init__(self, layer: Layer, kind: str, down: Tensor, up: Tensor):
-        self.layer, self.kind, self.down, self.up = layer, kind, down.detach(), up.detach()
+        self.layer, self.kind, self.down, self.up = layer, kind, down, up
         self.module = None  # that bears the hook
 
     def follow(self, attention: nn.Module) -> None:
@@ -100,11 +100,13 @@ class Projection:
 class Network:
     """The hook of the whole: before every pass, hooks follow projections that were replaced."""
 
-    def __init__(self, projections: list[tuple[nn.Module, Projection]]):
-        self.projections = projections
+    def __init__(self, projections: list[tuple[nn.Module, Projection]], alone: bool):
+        self.projections, self.alone = projections, alone  # whether no ControlNet beside it has gates
 
-    def __call__(self, network: nn.Module, inputs: tuple) -> None:
+    def __call__(self, network: nn.Module, inputs: tuple, given: dict[str, object]) -> None:
         """What torch calls; ValueError when a whole layer was replaced, or anything while torch.compile looks."""
+        if self.alone and given.get("mid_block_additional_residual") is not None:
+            raise ValueError("a ControlNet without gates is beside this U-Net: attach() to the pipeline that has both")
         for attention, hook in self.projections:
             moved = getattr(attention, hook.kind) is not hook.module
             if network.get_submodule(hook.layer.path) is not attention or (moved and torch.compiler.is_compiling()):
@@ -180,27 +182,32 @@ def check(layers: dict[str, nn.Module], network: nn.Module, gates: ResAG) -> Non
 def attach(model: object, gates: ResAG) -> None:
     """Erase from a diffusers pipeline, or from one network of it; N concepts at once if the gates are merged ones.
 
-    Gates attached before are replaced. ValueError when the gates are for another model, and then nothing has changed;
-    at the next call if a layer goes round them. The gates are constants: gradients go through them to the prompt, none
-    to them. A ContextGate needs no hooks: `prompt_embeds=gate(prompt_embeds)`.
+    They compute where the network lies now: pipe.to(device) comes first. Gates attached before are replaced. ValueError
+    when the gates are for another model, and then nothing has changed; at the next call if a layer goes round them.
+    Gradients go through the gates to the prompt, none to them. A ContextGate needs no hooks: give its output as
+    `prompt_embeds`.
     """
     if not isinstance(gates, ResAG):
         raise ValueError("attach takes a ResAG: give a ContextGate the prompt's embeddings instead, or expand() it")
-    for network in networks(model):
+    found = networks(model)
+    for network in found:
         check(cross_attentions(network), network, gates)
     detach(model)
     shares = dict(zip(gates.names, zip(gates.lora_down, gates.lora_up, strict=True), strict=True))
-    fixed = constants(gates)
-    for network in networks(model):
-        projections = []
-        network.register_forward_pre_hook(Network(projections))
+    alone = all(hasattr(network, "up_blocks") for network in found)
+    for network in found:
+        places = [parameter.device for parameter in network.parameters() if parameter.device.type != "meta"]
+        projections, device = [], next(iter(places), gates.w_qs.device)  # all is meta where accelerate offloads
+        network.register_forward_pre_hook(Network(projections, alone), with_kwargs=True)
+        fixed = constants(gates, device)
         for path, module in cross_attentions(network).items():
             layer = Layer(path, fixed)
             module.register_forward_pre_hook(layer.begin)
             module.register_forward_hook(layer.end)
             module.register_state_dict_post_hook(withhold)
             for kind in PROJECTIONS:
-                projections.append((module, Projection(layer, kind, *shares[f"{path}.{kind}"])))
+                down, up = (part.detach().to(device) for part in shares[f"{path}.{kind}"])
+                projections.append((module, Projection(layer, kind, down, up)))
                 projections[-1][1].follow(module)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 import torch
 from tiny import FEW, contents, write_gates
 
+import weights
 from cli import attack, bake, options, runs
 from cli.common import read_gates
 from deploy import bake as baking
 from deploy import targets
+from deploy.export import PARTS, export
+from loading.configs import SD14_CONFIGS
 from loading.files import load_tensors
 from study.searches import ATTACKS
 
@@ -53,6 +57,23 @@ def test_a_baked_model_is_exported_as_one_file(run, gates):
     assert (code, "give the name of a new file" in said) == (2, True)
     code, said = run("export", gates, model="")
     assert (code, "python cpe.py bake red-heart.safetensors --out erased.safetensors" in said) == (2, True)
+
+
+def test_one_file_is_baked_into_one_file(run, gates, tiny_original, monkeypatch):
+    """Such a file says nothing of its sizes, which are then those of Stable Diffusion: here the tiny model's."""
+    model = weights.load_model(tiny_original)
+    configs = SD14_CONFIGS | {part: model.part(part).config for part in PARTS}
+    monkeypatch.setattr("loading.parts.SD14_CONFIGS", configs)
+    export(model, Path("x.safetensors"), torch.float32)
+    for file in (tiny_original / "tokenizer").iterdir():
+        shutil.copy(file, file.name)
+    code, said = run(*BAKE, gates, "--out", "y.safetensors", model="x.safetensors")
+    assert code == 0, said
+    (before, _), (after, _) = (load_tensors(f"{name}.safetensors") for name in "xy")
+    changed = {name for name in before if not torch.equal(before[name].half(), after[name])}
+    assert before.keys() == after.keys()
+    assert changed
+    assert all(".mlp." in name for name in changed)
 
 
 def test_an_exported_model_is_named_after_its_model_and_numbers(run, tiny_original):

@@ -177,6 +177,21 @@ def test_the_residual_takes_the_dtype_of_the_model(tree, gates):
     assert (got.float() - expected).norm() < 0.05 * expected.norm()
 
 
+@torch.no_grad()
+def test_gates_compute_where_the_network_lies(tree, gates, monkeypatch):
+    """On a graphics card, or its stand-in, which refuses tensors of two devices in one operation."""
+    card = pytest.importorskip("card", exc_type=ImportError)
+    expected = erased(tree, gates, context())
+    card.install(monkeypatch)
+    for block in tree.blocks:
+        for layer in block["attn2"].children():
+            layer.weight = nn.Parameter(layer.weight.data.to("card"), requires_grad=False)
+    hooks.attach(tree, gates)
+    (hook,) = tree.blocks[0]["attn2"].to_k._forward_hooks.values()
+    assert {hook.down.device.type, hook.up.device.type, hook.layer.gates.w_qs.device.type} == {"card"}
+    torch.testing.assert_close(tree(context().to("card")).cpu(), expected)
+
+
 def test_gates_of_another_model_are_refused_and_nothing_is_attached(tree, gates):
     wide = cpe.ResAG(gates.widths, 33)
     some = cpe.ResAG(dict(list(gates.widths.items())[:-1]), 32)
@@ -292,6 +307,14 @@ def test_a_graph_computes_the_gates_of_the_prompt_it_is_given(tree, gates, how, 
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["jit.trace", "export"])
+def test_a_graph_that_was_recorded_before_takes_no_gates(tree, gates, how):
+    """It would not call their hooks."""
+    with pytest.raises(ValueError, match=r"of another model|this has none"):
+        hooks.attach(GRAPHS[how](tree.requires_grad_(False), context()), gates)
+
+
 @torch.no_grad()
 def test_what_was_compiled_before_notices_gates(tree, gates):
     graph, plain, expected = compiled(tree), tree(context()), erased(tree, gates, context())
@@ -300,4 +323,19 @@ def test_what_was_compiled_before_notices_gates(tree, gates):
         hooks.attach(graph, gates)
         torch.testing.assert_close(graph(context()), expected)
         hooks.detach(graph)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_what_was_compiled_and_then_wrapped_raises_until_hooks_follow(tree, gates):
+    expected, other = erased(tree, gates, context()), copy.deepcopy(tree.blocks[1]["attn2"].to_k)
+    hooks.attach(tree, gates)
+    graph = compiled(tree)
+    torch.testing.assert_close(graph(context()), expected)
+    tree.blocks[1]["attn2"].to_k = nn.Sequential(other)
+    with pytest.raises(Exception, match="was replaced"):  # torch.compile wraps it in one of its own
+        graph(context())
+    torch.compiler.reset()
+    torch.testing.assert_close(tree(context()), expected)  # hooks follow
+    torch.testing.assert_close(graph(context()), expected)
     torch.compiler.reset()

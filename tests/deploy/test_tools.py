@@ -130,6 +130,57 @@ def quantize_dynamic(unet):
     return torch.ao.quantization.quantize_dynamic(unet, {nn.Linear})
 
 
+@step
+def bitsandbytes(unet):
+    """Linear layers become Linear4bit, as where a pipeline is loaded with a BitsAndBytesConfig."""
+    tool = pytest.importorskip("bitsandbytes")
+    for module in [*unet.modules()]:
+        for name, layer in [*module.named_children()]:
+            if type(layer) is nn.Linear:
+                made = tool.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, E.dtype)
+                made.weight = tool.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                made.bias = layer.bias
+                setattr(module, name, made.to("cpu"))
+
+
+# --- What changes layers in their place ----------------------------------------------------------------------------
+
+
+def projections(unet: nn.Module) -> list[nn.Module]:
+    return [module for path, module in unet.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))]
+
+
+@step
+def weight_norm(unet):
+    for module in projections(unet):
+        nn.utils.parametrizations.weight_norm(module)
+
+
+@step
+def patched_forward(unet):
+    """As trainers of LoRA do that know no PEFT: a layer's `forward` is wrapped."""
+    for module in projections(unet):
+        module.forward = lambda x, forward=module.forward: forward(x) + 0.01 * forward(x)
+
+
+@step
+def functional_call(unet):
+    weights = dict(unet.named_parameters())
+    return lambda *given: torch.func.functional_call(unet, weights, given)
+
+
+@step
+def align_devices(unet):
+    """What accelerate hangs on a model that it spreads over devices."""
+    tool = pytest.importorskip("accelerate.hooks")
+    tool.add_hook_to_module(unet, tool.AlignDevicesHook(CPU, io_same_device=True))
+
+
+@step
+def channels_last(unet):
+    unet.to(memory_format=torch.channels_last)
+
+
 # --- Processors of attention ---------------------------------------------------------------------------------------
 
 
@@ -151,6 +202,20 @@ def custom_diffusion(unet, kind="CustomDiffusionAttnProcessor"):
 @step
 def custom_diffusion_2(unet):
     custom_diffusion(unet, "CustomDiffusionAttnProcessor2_0")
+
+
+class Reader:
+    """A processor that reads the weights of keys and values itself."""
+
+    def __call__(self, attn: nn.Module, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+        E = encoder_hidden_states
+        q, k, v = (y @ to.weight.T for y, to in ((x, attn.to_q), (E, attn.to_k), (E, attn.to_v)))
+        return attn.to_out[0](nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@step
+def reader(unet):
+    process(unet, "attn2", lambda _: Reader())
 
 
 @step
@@ -250,6 +315,15 @@ def checkpointing(unet):
     return learn
 
 
+@step
+def broadcast(unet):
+    """Pyramid attention broadcast: every second step, attention answers what it did the step before."""
+    which = {"cross_attention_block_skip_range": 2, "cross_attention_block_identifiers": ("transformer_blocks",)}
+    config = theirs_of("PyramidAttentionBroadcastConfig")(**which, current_timestep_callback=lambda: 500)
+    theirs_of("apply_pyramid_attention_broadcast")(unet, config)
+    return lambda x, t, E: [unet(x, t, E) for _ in range(2)][-1]
+
+
 # --- Copies and graphs ---------------------------------------------------------------------------------------------
 
 
@@ -316,6 +390,11 @@ def compile_whole(unet):
 
 
 @step
+def compile_in_place(unet):
+    unet.compile(fullgraph=True, backend="eager")
+
+
+@step
 def jit_trace(unet):
     noise(unet, seen := context("seen"))
     return torch.jit.trace(Plain(unet), (LATENTS, T, seen), check_trace=False)
@@ -329,6 +408,14 @@ def onnx(unet):
     torch.onnx.export(Plain(unet), (LATENTS, T, seen), file, dynamo=False, input_names=names)
     session = pytest.importorskip("onnxruntime").InferenceSession(file)
     return lambda *given: torch.tensor(session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)})[0])
+
+
+@step
+def openvino(unet):
+    tool = pytest.importorskip("openvino")
+    noise(unet, seen := context("seen"))
+    model = tool.compile_model(tool.convert_model(Plain(unet), example_input=(LATENTS, T, seen)), "CPU")
+    return lambda *given: torch.tensor(model([t.numpy() for t in given])[0])
 
 
 # --- The ways ------------------------------------------------------------------------------------------------------
@@ -345,11 +432,15 @@ ERASED = [
     "attach layerwise_casting", "layerwise_casting attach", "attach group_offload", "group_offload attach",
     "attach model_offload", "sequential_offload attach", "attach checkpointing",
     "motion_from_unet attach", "attach compile_repeated_blocks", "attach compile_whole", "attach jit_trace",
-    "attach onnx",
+    "attach onnx", "attach openvino", "attach bitsandbytes", "bitsandbytes attach", "attach weight_norm",
+    "attach patched_forward", "patched_forward attach", "attach functional_call",
+    "attach align_devices", "align_devices attach", "attach channels_last", "compile_in_place attach",
 ]  # fmt: skip
 RAISES = {
     "custom_diffusion attach": "CustomDiffusionAttnProcessor does not call",
     "attach custom_diffusion_2": r"CustomDiffusionAttnProcessor2_0 does not call",
+    "attach reader": "Reader does not call",
+    "attach broadcast": "does not call",
     "attach fuse_qkv": "unfuse_qkv_projections",
     "attach sequential_offload": "enable_sequential_cpu_offload",
     "attach save_pretrained": "gates are hooks, not weights",
@@ -445,6 +536,27 @@ def test_a_controlnet_takes_the_gates_of_its_unet(theirs):
     assert (net(LATENTS, T, E, hint, return_dict=False)[1] - plain).norm() > 0.01 * plain.norm()
     hooks.detach(net)
     assert torch.equal(net(LATENTS, T, E, hint, return_dict=False)[1], plain)
+
+
+@pytest.mark.oracle
+@torch.no_grad()
+def test_a_unet_does_not_draw_beside_a_controlnet_without_gates(theirs):
+    unet, net, gates = copy.deepcopy(theirs), theirs_of("ControlNetModel").from_unet(theirs).eval(), open_gates(theirs)
+    pipe, hint = SimpleNamespace(components={"unet": unet, "controlnet": net}), reference.draw("hint", 2, 3, 64, 64)
+
+    def drawn() -> Tensor:
+        down, mid = net(LATENTS, T, E, hint, return_dict=False)
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return unet(LATENTS, T, E, **added).sample
+
+    plain = drawn()
+    hooks.attach(unet, gates)  # as where a ControlNet comes later, with `from_pipe`
+    with pytest.raises(ValueError, match="a ControlNet without gates is beside this U-Net"):
+        drawn()
+    hooks.attach(pipe, gates)
+    assert (drawn() - plain).norm() > 0.1 * plain.norm()
+    hooks.detach(pipe)
+    assert torch.equal(drawn(), plain)
 
 
 @pytest.mark.oracle
