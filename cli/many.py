@@ -134,13 +134,13 @@ def drawing(line: int, row: dict, columns: int) -> Drawing:
     if more := row.pop(None, []):
         raise UserError(f"{columns + len(more)} fields for {columns} columns: put what holds a comma in double quotes.")
     row = {name: field.strip() for name, field in row.items()}
-    seed, guidance = said = [next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE)]
+    seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
+    said = ", ".join(filter(None, (seed, guidance)))
     try:
         # Seeds with ".0" are common in tables with gaps; by way of a float, large ones would lose digits.
         seed, guidance = seed and int(re.sub(r"\.0*$", "", seed)), guidance and float(guidance)
         if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
             raise ValueError("out of range")
     except ValueError as error:
-        wrong = ", ".join(filter(None, said))
-        raise UserError(f"{wrong}: seeds are whole numbers from 0, guidance scales 0 to 100.") from error
+        raise UserError(f"{said}: seeds are whole numbers from 0, guidance scales 0 to 100.") from error
     return Drawing(line, row["prompt"], seed, guidance, row.get("case_number"))

@@ -86,12 +86,12 @@ def gated(make: Callable[..., cpe.ResAG]) -> Callable[..., Erased]:
         """The same model with gates; `settings` are of `make`. `published`: in the paper's templates alone."""
         preset, gates, prompts = scenario.preset, [], world.listed(scenario)
         prompts = prompts.as_published() if published else prompts
+        recipe = replace(PRESETS[preset], **{key: x for key, x in settings.items() if key in ("surrogate", "nearest")})
         encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
         for target in scenario.targets:
             # what the other gates erase, this one shall leave to them
-            others = [other for other in scenario.targets if other != target]
-            known = replace(prompts, general=[*prompts.general, *others])
-            data = prepare(PRESETS[preset], known, [target], encode, encode_anchors)
+            known = replace(prompts, general=[*prompts.general, *(name for name in scenario.targets if name != target)])
+            data = prepare(recipe, known, [target], encode, encode_anchors)
             gates.append(make(world, data, preset, seed, **settings))
         return Erased(world.model, cpe.merge(gates))
 

@@ -195,6 +195,7 @@ def test_ablations_change_what_they_say_and_nothing_else():
         ("cpe", False, cpe.Trainer),
         ("cpe, published prompts", True, cpe.Trainer),
         ("cpe, unmixed", False, Unmixed),
+        ("cpe, nearest = 0", False, cpe.Trainer),
     ],
 )
 def test_rows_of_other_prompts_or_anchors(world, monkeypatch, row, published, trainer):
@@ -202,6 +203,7 @@ def test_rows_of_other_prompts_or_anchors(world, monkeypatch, row, published, tr
     seen, method = [], ABLATIONS[row]
 
     def prepared(recipe, prompts, *more):
+        assert recipe.nearest == method.settings.get("nearest", 50)
         seen.append(prompts)
         return prepare(recipe, prompts, *more)
 
