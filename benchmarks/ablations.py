@@ -1,6 +1,7 @@
 """What each number of CPE's recipe is worth: it is changed alone, and gates are trained, drawn with and judged anew.
 
-    python benchmarks/ablations.py                              # "red heart": 22 rows
+    python benchmarks/ablations.py                              # "red heart", 15 rows of a minute of a core each
+    python benchmarks/ablations.py --all                        # 22 rows
     python benchmarks/ablations.py --rows "cpe, eta = 0" "cpe, unmixed"
     python benchmarks/ablations.py --targets "cat face" "red apple" --full
 
@@ -28,9 +29,10 @@ from weights import load_model
 
 CPE = METHODS["cpe"]  # eta .3, lam 300, r 16, k 4, stages 2, deltas 16, noise and delta_start 1e-3: loading/prompts.py
 STEPS = {
-    "eta": (0.0, 1.0), "lam": (30.0, 3000.0), "r": (4, 64), "k": (1, 8), "stages": (1, 4), "deltas": (1, 64),
-    "noise": (0.0, 1e-2), "delta_start": (0.0,), "rise": (0.0,), "templates": (1,), "nearest": (0,),
+    "eta": (0.0, 1.0), "lam": (30.0, 3000.0), "r": (4, 64), "deltas": (1, 64), "noise": (0.0, 1e-2),
+    "delta_start": (0.0,),
 }  # fmt: skip
+MORE = {"k": (1, 8), "stages": (1, 4), "rise": (0.0,), "templates": (1,), "nearest": (0,)}  # with --all
 
 
 class Unmixed(cpe.Trainer):
@@ -49,22 +51,26 @@ def unmixed(*given: object, **settings: object) -> compare.Erased:
     return CPE.build(*given, trainer=Unmixed, **settings)
 
 
-ABLATIONS = {
-    method.name: method
-    for method in (
-        CPE,
-        *(dataclasses.replace(CPE, name=f"cpe, {n} = {x:g}", settings={n: x}) for n, xs in STEPS.items() for x in xs),
-        Method("cpe, unmixed", unmixed),
-        Method("cpe, published prompts", CPE.build, {"published": True}),
-    )
-}
+def changed(steps: dict[str, tuple]) -> list[Method]:
+    """A row for every value of every number."""
+    return [Method(f"cpe, {name} = {x:g}", CPE.build, {name: x}) for name, values in steps.items() for x in values]
+
+
+ROWS = [
+    CPE,
+    *changed(STEPS),
+    Method("cpe, unmixed", unmixed),
+    Method("cpe, published prompts", CPE.build, {"published": True}),
+]
+ABLATIONS = {method.name: method for method in (*ROWS, *changed(MORE))}
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=["red heart"])
-    parser.add_argument("--rows", nargs="+", default=list(ABLATIONS), choices=list(ABLATIONS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], choices=list(ABLATIONS), metavar="ROW")
+    parser.add_argument("--all", action="store_const", const=list(ABLATIONS), dest="rows")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
