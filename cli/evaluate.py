@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> str | None:
     fid = needed("cleanfid.fid", "clean-fid") if args.fid else None
     detector = needed("nudenet", "nudenet").NudeDetector() if args.nudity else None
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
-    if len(args.name) == 1 and not args.names:
+    if len(names) == 1:
         raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
