@@ -70,8 +70,8 @@ class Prompts:
         return [*self.templates, *self.frames]
 
     def as_published(self) -> "Prompts":
-        """Templates alone, as in the public code. Frames, spellings and parts of names are ours: without them gates
-        stay shut in many sentences that people write.
+        """Templates alone, as in the public code. Frames, spellings and parts of names are ours: for gates that open in
+        sentences as people write them, and there alone.
         """
         return replace(self, frames=[], parts=False, spelt=0)
 
