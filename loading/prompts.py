@@ -71,7 +71,7 @@ class Prompts:
 
     def as_published(self) -> "Prompts":
         """Templates alone, as in the public code. Frames, spellings and parts of names are ours: for gates that open in
-        sentences as people write them, and there alone.
+        what people write, and on nothing but the name.
         """
         return replace(self, frames=[], parts=False, spelt=0)
 
