@@ -14,8 +14,8 @@ from cli.pictures import check_picture, save, sheet
 from loading.files import UserError
 from loading.prompts import PRESETS, read_prompts
 from study import compare as table
-from study.erased import ABLATIONS, METHODS, NONE, QUICK_ROWS, Method
-from study.world import ABLATION_SCENARIOS, LONG, QUICK, SCENARIOS, STYLES, Budget, Scenario, World
+from study.erased import METHODS, NONE, PUBLISHED_ROWS, QUICK_ROWS, Method
+from study.world import LONG, QUICK, SCENARIOS, STYLES, Budget, Scenario, World
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> str | None:
         save(page, path, {"prompt": prompts[0], "prompts": []})
     note(args.markdown, table.markdown(figures, columns))
     note(args.json, json.dumps({"scenarios": figures, "model": world.fingerprint}, indent=2) + "\n")
-    return command("compare", *([] if args.quick else ["--ablations"])) if not args.ablations else None
+    return command("compare") if args.quick else None
 
 
 def timed(cells: Iterable[tuple], targets: Sequence[int]) -> Iterator[tuple]:
@@ -72,19 +72,17 @@ def timed(cells: Iterable[tuple], targets: Sequence[int]) -> Iterator[tuple]:
 
 def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:
     """The scenarios and erasers that `compare` was asked for; UserError for one that is not known."""
-    scenarios, methods = (ABLATION_SCENARIOS, METHODS | ABLATIONS) if args.ablations else (SCENARIOS, METHODS)
-    names = list(dict.fromkeys(args.eraser)) or (list(QUICK_ROWS) if args.quick else list(methods))
-    names = [name for name in names if name != NONE.name]  # it has a row in any case
+    rows = PUBLISHED_ROWS if args.published else QUICK_ROWS if args.quick else METHODS
+    names = [name for name in dict.fromkeys(args.eraser or rows) if name != NONE.name]  # it has a row in any case
     if args.preset == "style" or (args.preset != "emoji" and not args.targets):
         raise UserError("--preset goes with targets, and styles are judged on the embedded model alone: emoji-style.")
-    if args.targets:
-        scenarios = of_targets(args.targets, args.preset)
-    for what, known, said in ("eraser", methods, names), ("scenario", scenarios, args.scenario):
+    scenarios = of_targets(args.targets, args.preset) if args.targets else SCENARIOS
+    for what, known, said in ("eraser", METHODS, names), ("scenario", scenarios, args.scenario):
         if unknown := [name for name in said if name not in known]:
             choices = ", ".join(f'"{name}"' for name in known)
             raise UserError(f"unknown {what} {unknown[0]!r}: choose among {choices}.")
     chosen = list(dict.fromkeys(args.scenario)) or [name for name in scenarios if name not in LONG]
-    return {name: scenarios[name] for name in chosen[: 1 if args.quick else None]}, [methods[name] for name in names]
+    return {name: scenarios[name] for name in chosen[: 1 if args.quick else None]}, [METHODS[name] for name in names]
 
 
 def of_targets(targets: Sequence[str], preset: str) -> dict[str, Scenario]:

@@ -133,11 +133,12 @@ def drawing(row: dict, columns: int) -> Drawing:
     if not row["prompt"]:
         raise UserError("no prompt: fill its column `prompt`, or remove the line.")
     seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
+    said = ", ".join(filter(None, (seed, guidance)))
     try:
         # Seeds with ".0" are common in tables with gaps; by way of a float, large ones would lose digits.
         seed, guidance = seed and int(re.sub(r"\.0*$", "", seed)), guidance and float(guidance)
         if not 0 <= (seed or 0) < 2**63 or not 0 <= (guidance or 0) <= 100:
-            raise ValueError(f"seed {seed}, guidance {guidance}")
+            raise ValueError("out of range")
     except ValueError as error:
-        raise UserError(f"{error}; seeds are whole numbers from 0, guidance scales 0 to 100.") from error
+        raise UserError(f"{said}: seeds are whole numbers from 0, guidance scales 0 to 100.") from error
     return Drawing(row["prompt"], seed, guidance, row.get("case_number"))

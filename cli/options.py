@@ -17,6 +17,7 @@ PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 GONE = {  # options of the version before
     "--resume": "the same command goes on by itself",
     "--prompt": 'prompts stand without an option: generate "a red heart" gates/red-heart.safetensors',
+    "--ablations": "python benchmarks/ablations.py",
 }
 ATTACKS = ("embeddings", "inversion", "tokens", "P4D", "Ring-A-Bell")
 MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
@@ -130,6 +131,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
+    parser.add_argument("--published", action="store_true", help="in the paper's templates alone: no whole sentences")
     parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
     parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
@@ -176,8 +178,8 @@ def compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", action="append", default=[], metavar="NAME",
                         help="only these (repeatable); '50 at once' is measured only when named")  # fmt: skip
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
-    parser.add_argument("--ablations", action="store_true", help="also CPE with one number of its recipe changed")
-    parser.add_argument("--quick", action="store_true", help="one target, five erasers, six columns, no attacks")
+    parser.add_argument("--published", action="store_true", help="the linear erasers as published, and as tuned")
+    parser.add_argument("--quick", action="store_true", help="one target, six erasers, six columns, no attacks")
     parser.add_argument("--clip", metavar="FOLDER", help="the judge (default: the model's own CLIP)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")

@@ -32,6 +32,7 @@ from weights import Model
 # be used, only those of this one count as finished.
 VERSIONS = {"train": 4, "solve": 3}
 STEPS = ("first_steps", "later_steps", "attack_steps")
+PAPER = ("literal", "published")  # options: the losses, or the prompts, word for word
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -55,7 +56,7 @@ def how(args: argparse.Namespace) -> str:
     """--how; where nobody said it, by steps if an option of these is given, else as the model's defaults have it."""
     odd = given(args).keys() - {field.name for field in dataclasses.fields(solve.Settings)}
     of_steps = [*sorted(odd), *["steps_scale"] * (args.steps_scale != 1)]
-    of_steps += ["literal"] * args.literal
+    of_steps += [name for name in PAPER if getattr(args, name)]
     if args.how == "solve" and of_steps:
         raise UserError(f"--{of_steps[0].replace('_', '-')}: of --how train alone, as nothing is trained here.")
     return args.how or ("train" if of_steps else defaults_of(args.model).get("how", "train"))
@@ -125,7 +126,7 @@ class Workshop:
     def settings(self, target: Target) -> dict[str, str]:
         """All that the gates of a target depend on, as a gate file has it: who has the same has the same gates."""
         said = {"target": target.names[0], "aliases": target.names[1:], "preset": target.preset, "how": self.args.how}
-        said |= {"literal": "true"} if self.args.literal else {}
+        said |= {name: "true" for name in PAPER if getattr(self.args, name)}
         said |= {"surrogate": target.surrogate, "seed": self.args.seed, "version": VERSIONS[self.args.how]}
         inputs = digest(self.prompts(target), self.model.cross_attention())
         said |= {"fingerprint": self.model.fingerprint, "inputs": inputs} | dataclasses.asdict(self.recipe(target))
@@ -134,7 +135,9 @@ class Workshop:
     def prompts(self, target: Target) -> Prompts:
         """The prompts of a target's preset."""
         prompts = read_prompts(target.preset)
-        return to_solve(prompts, target.preset.endswith("style")) if self.args.how == "solve" else prompts
+        if self.args.how == "solve":
+            return to_solve(prompts, target.preset.endswith("style"))
+        return prompts.as_published() if self.args.published else prompts
 
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them."""

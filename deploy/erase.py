@@ -84,7 +84,7 @@ def erase(
     detach(pipe)
     space = TokenSpace(layers_of(pipe))
     kept = fewer(anchor_words(prompts, [target]))
-    own, instead = zip(*own_prompts([target], prompts.lines, surrogate), strict=True)
+    own, instead = zip(*own_prompts([target], prompts, surrogate), strict=True)
     targets, surrogates = encode(pipe, list(own)), encode(pipe, list(instead))
     anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, prompts.per_word)])
     settings = settings or Settings.of(PRESETS[preset], style)

@@ -9,7 +9,8 @@
     mace.py    both forms    to_k, to_v      Lu et al. 2024 (arXiv 2403.06135)
     esd.py     trained       all of attn2    Gandikota et al. 2023 (arXiv 2303.07345), variant x
     lora.py    trained       to_k, to_v      CPE's own losses without its gates: what the nonlinearity is worth
-    common.py  what they share; beyond.py: what is in none of their papers, off by default
+    common.py  what they share
+    beyond.py  what is in none of their papers, around them: off by default
 
 All have one signature, `(model, targets, surrogate, preserved, seed, **settings) -> edited weights`: on the CPU, under
 the checkpoint keys of the U-Net, only those that changed. The surrogate is one for all targets, or a list of one each

@@ -5,7 +5,7 @@ what they become; p a token that stays. Closed forms are solved in float64: seco
 conditioned. Built on unet, sampler and weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from unet import UNet
 from weights import Model
 
 Weights = dict[str, Tensor]  # by checkpoint key, such as "down_blocks.0....attn2.to_k.weight"
+Goal = Callable[[Tensor, Tensor], Tensor]  # (C, G) -> what C become, [n, d] all
 
 
 def precision(model: Model) -> torch.dtype:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers.beyond import further
 from erasers.common import (
+    Goal,
     Weights,
     filled,
     finished,
@@ -173,18 +173,19 @@ def fuse(W: Weights, refined: Weights, seen: Iterable[tuple[Weights, Tensor]], k
 def mace(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
     lam: float = 10.0, keep: float = 0.0, captions: Sequence[str] = (), caption_weight: float = 0.0,
-    templates: Sequence[str] = TEMPLATES, eta: float = 0.0, **training: Any,
+    templates: Sequence[str] = TEMPLATES, goal: Goal = lambda C, G: G, **training: Any,
 ) -> Weights:  # fmt: skip
     """Refine, unsee, fuse. All tokens of `preserved` weigh `keep`, those of `captions` (COCO's) `caption_weight`.
 
-    `training`: of `unseeing_steps`. ValueError if lam is 0 and nothing stays: the equations have no one solution then.
+    `training`: of `unseeing_steps`; `goal`: see beyond.py. ValueError if lam is 0 and nothing stays: the equations have
+    no one solution then.
     """
     if not (lam or (keep and preserved) or (caption_weight and captions)):
         raise ValueError("with lam = 0 MACE needs prompts that stay: `preserved` with `keep`, or captions")
     generator, W = torch.Generator().manual_seed(seed), projections(model)
     kept = keep * moment(model, preserved, "all") + caption_weight * moment(model, captions, "all")
     both = zip(targets, one_each(surrogate, targets), strict=True)
-    found = [(C, further(C, G, eta)) for name, guide in both for C, G in around(model, templates, name, guide)]
+    found = [(C, goal(C, G)) for name, guide in both for C, G in around(model, templates, name, guide)]
     gram, cross = kept + sum(C.T @ C for C, _ in found), kept + sum(G.T @ C for C, G in found)
     # W' = (lam W + sum (W e_new) e_old^T + p M1) (lam I + sum e_old e_old^T + p M2)^-1
     refined = {key: refit(V, V @ cross, gram, lam) for key, V in W.items()}

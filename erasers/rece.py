@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from erasers.beyond import further
-from erasers.common import Weights, finished, moment, move, one_each, pairs, projections
+from erasers.common import Goal, Weights, finished, moment, move, one_each, pairs, projections
 from weights import Model
 
 
@@ -27,23 +26,21 @@ def revive(original: Weights, edited: Weights, C: Tensor, rho: float) -> Tensor:
 
 def rece(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
-    rounds: int = 3, rho: float = 0.1, lam: float = 0.1, s_p: float = 0.1, start: tuple[float, float] | None = None,
-    padding: bool = False, eta: float = 0.0,
+    rounds: int = 3, rho: float = 0.1, lam: float = 0.1, s_p: float = 0.1, start: tuple[float, float] = (0.5, 1.0),
+    which: str = "all", goal: Goal = lambda C, G: G,
 ) -> Weights:  # fmt: skip
     """UCE's code of 2023, then rounds of finding what revives the targets and erasing that. No chance in it.
 
-    `start`: lam and s_p of the UCE, (0.5, 1). A round moves all T tokens of each target to the surrogate's, as the
-    model edited so far reads them. What stays are all tokens of `preserved` and of ''; without `preserved` the rounds
-    count '' once per target, as the authors' train.py does. With `padding`, which is ours, tails of names stay instead
-    of all tokens, and UCE has lam and s_p of the rounds.
+    `start`: lam and s_p of the UCE. A round moves all T tokens of each target to the surrogate's, as the model edited
+    so far reads them. What stays are all tokens of `preserved` and of ''; without `preserved` the rounds count '' once
+    per target, as the authors' train.py does. `which` and `goal`: see beyond.py.
     """
-    start = start or ((lam, s_p) if padding else (0.5, 1.0))
     original, surrogates = projections(model), one_each(surrogate, targets)
-    named, empty = moment(model, preserved, "tail" if padding else "all"), moment(model, [""], "all")
+    named, empty = moment(model, preserved, which), moment(model, [""], "all")
     C, G = pairs(model, targets, surrogates, "tail")
-    edited = move(original, C, further(C, G, eta), named + empty, start[0], 1.0, start[1])
+    edited = move(original, C, goal(C, G), named + empty, start[0], 1.0, start[1])
     C, G = pairs(model, targets, surrogates, "all")
-    G, kept = further(C, G, eta), named + empty * (1 if preserved else len(targets))
+    G, kept = goal(C, G), named + empty * (1 if preserved else len(targets))
     for _ in range(rounds):
         edited = move(edited, revive(original, edited, C, rho), G, kept, lam, 1.0, s_p)
     return finished(model, edited)

@@ -7,22 +7,20 @@ the tokens of preserved prompts and the weights themselves change little. By def
 
 from collections.abc import Sequence
 
-from erasers.beyond import further
-from erasers.common import Weights, finished, moment, move, one_each, pairs, projections
+from erasers.common import Goal, Weights, finished, moment, move, one_each, pairs, projections
 from weights import Model
 
 
 def uce(
     model: Model, targets: list[str], surrogate: str | Sequence[str], preserved: list[str], seed: int = 0, *,
-    lam: float = 0.5, s_e: float = 1.0, s_p: float = 1.0, first: bool = False, padding: bool = False,
-    eta: float = 0.0,
+    lam: float = 0.5, s_e: float = 1.0, s_p: float = 1.0, first: bool = False, which: str = "last",
+    goal: Goal = lambda C, G: G,
 ) -> Weights:  # fmt: skip
-    """The last token of every target is read as the surrogate's. No chance in it.
+    """The last token of every target is read as the surrogate's. No chance in it. `which` and `goal`: see beyond.py.
 
     With `first`, so are EOS and all padding after it, and what stays are all tokens of '' and of `preserved`. That code
     took s_p = max(0.1, 1 / n) for n prompts that stay, '' among them: 1 where nothing else is preserved.
     """
-    which = "tail" if padding else "last"
     kept = moment(model, ["", *preserved], "all") if first else moment(model, preserved, which)
     C, G = pairs(model, targets, one_each(surrogate, targets), "tail" if first else which)
-    return finished(model, move(projections(model), C, further(C, G, eta), kept, lam, s_e, s_p))
+    return finished(model, move(projections(model), C, goal(C, G), kept, lam, s_e, s_p))

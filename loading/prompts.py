@@ -63,11 +63,18 @@ class Prompts:
     # "naked" of "naked person": what has that in it ("naked man") is to go as well.
     parts: bool = True
     per_word: int = 4  # prompts of every anchor word
+    spelt: int = 12  # in how many lines a name stands in each of its other spellings
 
     @property
     def lines(self) -> list[str]:
         """Whatever a name is put into."""
         return [*self.templates, *self.frames]
+
+    def as_published(self) -> "Prompts":
+        """Templates alone, as in the public code. Frames, spellings and parts of names are ours: for gates that open in
+        what people write, and on nothing but the name.
+        """
+        return replace(self, frames=[], parts=False, spelt=0)
 
 
 def read_prompts(preset: str) -> Prompts:
@@ -253,11 +260,12 @@ def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tens
     return contexts.unflatten(0, (len(words), -1))[[rows[word] for word in kept]].flatten(0, 1)
 
 
-def own_prompts(names: Sequence[str], lines: Sequence[str], surrogate: str, few: int = 12) -> list[tuple[str, str]]:
-    """Prompts of a target, each with what shall be drawn instead: every name in every line, and in a `few` of them,
-    evenly drawn, its other spellings.
+def own_prompts(names: Sequence[str], prompts: Prompts, surrogate: str) -> list[tuple[str, str]]:
+    """Prompts of a target, each with what shall be drawn instead: every name in every line, and in some of them, evenly
+    drawn, its other spellings.
     """
-    some, pairs = lines[:: -(-len(lines) // few)], []
+    lines, pairs = prompts.lines, []
+    some = lines[:: -(-len(lines) // prompts.spelt)] if prompts.spelt else []
     for name in names:
         other = [spelling for spelling in spellings(name) if spelling not in names]
         filled = [(line, name) for line in lines] + [(line, spelling) for spelling in other for line in some]
@@ -274,7 +282,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     chosen: a few tokens of each are enough, [B, t, d], and there may be thousands. ValueError if no anchor is left.
     """
     words, lines = anchor_words(prompts, names), prompts.lines
-    own, instead = zip(*own_prompts(names, lines, recipe.surrogate), strict=True)
+    own, instead = zip(*own_prompts(names, prompts, recipe.surrogate), strict=True)
     different = list(dict.fromkeys(instead))
     targets, surrogates = encode(list(own)), encode_anchors(different)
     surrogates = surrogates[[different.index(prompt) for prompt in instead]]

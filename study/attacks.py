@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import cpe
-from erasers.common import projections
+from erasers.common import filled, projections
 from token_space import TokenSpace, spectral_norm
 from weights import Model
 
@@ -74,11 +74,6 @@ class Found:
     prompts: list[str]  # as a person would read them; learned words are written as <1>, <2>, ...
     before: float
     after: float
-
-
-def fill(templates: Sequence[str], words: str) -> list[str]:
-    """The prompts that say `words` where the templates say {}."""
-    return [template.replace("{}", words) for template in templates]
 
 
 # --- Through keys and values -------------------------------------------------------------------------------------
@@ -150,7 +145,7 @@ def learned_embeddings(
     One delta per prompt, the best of `starts` + 1 descents: from delta = 0, and from noise of `noise` |E|_F as in the
     paper. It takes AdamW; L-BFGS also finds the exact optimum of edited weights.
     """
-    generator, prompts = torch.Generator().manual_seed(seed), fill(templates, target)
+    generator, prompts = torch.Generator().manual_seed(seed), filled(templates, [target])
     E = victim.original.encode(prompts)
     goal = RevivalLoss(victim, E)
     sigma, drawn = noise * E.norm(dim=(1, 2), keepdim=True), torch.randn(starts, *E.shape, generator=generator)

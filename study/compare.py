@@ -85,7 +85,8 @@ def measure(
     erased = method.build(world, scenario, seed, **settings_of(method, scenario))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    images = sampler.draw(erased.model, before.contexts, before.seeds, erased.gates, *budget.sampling)
+    given = erased.model, before.contexts, before.seeds, erased.gates, *budget.sampling
+    images = before.images if method is NONE else sampler.draw(*given)
     figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
         figures["counts"] |= under_attack(world, scenario, erased, budget, seed)

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import cpe
 import erasers
 import solve
 import token_space
-from erasers.common import filled
+from erasers import beyond
 from loading.cache import cached_contexts
 from loading.files import shipped
 from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare, to_solve
@@ -51,20 +50,11 @@ class Method:
 def linear(eraser: str) -> Callable[..., Erased]:
     """A builder for one of `erasers.ERASERS` but LoRA, as its authors publish it if no setting says otherwise."""
 
-    def build(world: World, scenario: Scenario, seed: int, sentences: bool = False, **settings: Any) -> Erased:
-        """The model with edited weights; `settings` are of the eraser.
-
-        With `sentences` targets, their surrogates and what is preserved stand in CPE's templates and sentences.
-        """
-        prompts, targets = world.listed(scenario), list(scenario.targets)
-        preserved, surrogates = [*prompts.general, *prompts.domain], [PRESETS[scenario.preset].surrogate] * len(targets)
-        if sentences:
-            preserved = anchor_prompts(preserved, prompts.templates)
-        if sentences and eraser in ("mace", "esd"):  # which put names into sentences themselves
-            settings |= {"templates": prompts.templates}
-        elif sentences:
-            targets, surrogates = (filled(prompts.templates, names) for names in (targets, surrogates))
-        edited = erasers.ERASERS[eraser](world.model, targets, surrogates, preserved, seed, **settings)
+    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
+        """The model with edited weights; `settings` are of the eraser, and of beyond.py."""
+        prompts, surrogate = world.listed(scenario), PRESETS[scenario.preset].surrogate
+        words, targets = [*prompts.general, *prompts.domain], list(scenario.targets)
+        edited = beyond.erase(eraser, world.model, targets, surrogate, words, prompts.lines, seed, **settings)
         return Erased(world.model.with_unet(edited))
 
     return build
@@ -74,7 +64,7 @@ def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased
     """A LoRA of all targets with CPE's losses, anchors and sentences; `settings` replace fields of the recipe."""
     recipe, prompts = replace(PRESETS[scenario.preset], **settings), world.listed(scenario)
     given = [*scenario.targets], recipe.surrogate, anchors_of_gates(world, scenario)
-    edited = erasers.ERASERS["lora"](world.model, *given, seed, recipe=recipe, templates=prompts.templates)
+    edited = erasers.ERASERS["lora"](world.model, *given, seed, recipe=recipe, templates=prompts.lines)
     return Erased(world.model.with_unet(edited))
 
 
@@ -83,7 +73,7 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     prompts, recipe, words = world.listed(scenario), PRESETS[scenario.preset], []
     for target in scenario.targets:
         words += nearest_words(recipe, prompts, [target], world.model.encode, partial(cached_contexts, world.model))
-    return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.templates)
+    return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
 
 
 # --- CPE ---------------------------------------------------------------------------------------------------------
@@ -95,15 +85,16 @@ def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, styl
     Of the prompts of all erasers it takes what `given` leaves.
     """
 
-    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
-        """The same model with gates; `settings` are of `make`."""
+    def build(world: World, scenario: Scenario, seed: int, published: bool = False, **settings: Any) -> Erased:
+        """The same model with gates; `settings` are of `make`. `published`: in the paper's templates alone."""
         preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
+        prompts = prompts.as_published() if published else prompts
+        recipe = replace(PRESETS[preset], **{key: x for key, x in settings.items() if key in ("surrogate", "nearest")})
         encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
         for target in scenario.targets:
             # what the other gates erase, this one shall leave to them
-            others = [other for other in scenario.targets if other != target]
-            known = replace(prompts, general=[*prompts.general, *others])
-            data = prepare(PRESETS[preset], known, [target], encode, encode_anchors)
+            known = replace(prompts, general=[*prompts.general, *(name for name in scenario.targets if name != target)])
+            data = prepare(recipe, known, [target], encode, encode_anchors)
             gates.append(make(world, data, preset, seed, **settings))
         return Erased(world.model, cpe.merge(gates))
 
@@ -118,31 +109,23 @@ def solved(world: World, data: cpe.Data, preset: str, seed: int, **settings: Any
     return solver.solve(data.targets, data.surrogates, seed)
 
 
-def trained(world: World, data: cpe.Data, preset: str, seed: int, mixed: bool = True, **settings: Any) -> cpe.ResAG:
-    """Gates of one target, trained; `settings` replace fields of the preset. Anchors are `mixed` in pairs, or not."""
+def trained(
+    world: World, data: cpe.Data, preset: str, seed: int, trainer: type[cpe.Trainer] = cpe.Trainer, **settings: Any
+) -> cpe.ResAG:
+    """Gates of one target, trained; `settings` replace fields of the preset."""
     recipe, start = replace(PRESETS[preset], **settings), torch.Generator().manual_seed(seed)
     device, losses = data.empty.device, token_space.Losses(world.layers, data, recipe.eta)
     gates = cpe.ResAG(world.layers.widths, data.empty.shape[2], recipe.r, recipe.k, generator=start).to(device)
     chance = start if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-    list((cpe.Trainer if mixed else Unmixed)(gates, losses, recipe, chance))
+    list(trainer(gates, losses, recipe, chance))
     return gates.requires_grad_(False)
-
-
-class Unmixed(cpe.Trainer):
-    """Training with anchors that are not mixed: what the paper's mixtures are worth."""
-
-    def draw_anchors(self) -> Tensor:
-        """Anchors [n + 1, T, d]: anchor prompts with noise; the last is the empty prompt."""
-        data, chance = self.losses.data, {"generator": self.generator, "device": self.generator.device}
-        E = data.anchors[torch.randint(len(data.anchors), (self.recipe.anchors,), **chance)].to(data.empty)
-        sigma = self.recipe.noise * E.norm(dim=(1, 2), keepdim=True)
-        return torch.cat([E + sigma * torch.randn(E.shape, **chance, dtype=E.dtype), data.empty])
 
 
 # --- The rows ----------------------------------------------------------------------------------------------------
 
 NONE = Method("none", lambda world, scenario, seed: Erased(world.model))
 LINEAR = ("uce", "rece", "mace", "speed", "esd")
+PUBLISHED_ROWS = tuple(row for n in LINEAR for row in (n, f"{n}, published"))
 
 # What benchmarks/tune.py found best, by method: for one target; and what differs for several, for more than thirty, and
 # for a style. Of CPE the recipe is its preset.
@@ -166,21 +149,8 @@ METHODS = {
     for method in (
         Method("cpe", gated(trained)),
         Method("cpe, solved", gated(solved, to_solve)),
-        *(Method(row, linear(n)) for n in LINEAR for row in (n, f"{n}, published")),
+        *(Method(row, linear(row.split(",")[0])) for row in PUBLISHED_ROWS),
         Method("lora", lora),
     )
 }
-QUICK_ROWS = ("cpe", "cpe, solved", "uce", "rece", "speed")
-
-# Each row changes one number of CPE's recipe, or leaves the anchors unmixed.
-STEPS = {
-    "eta": (0.0, 1.0), "lam": (30.0, 3000.0), "r": (4, 64), "k": (1, 2, 8), "stages": (1, 4), "deltas": (1, 64),
-    "noise": (0.0, 1e-2), "delta_start": (0.0,), "rise": (0.0,), "templates": (1,), "nearest": (0,),
-}  # fmt: skip
-ABLATIONS = {
-    method.name: method
-    for method in (
-        Method("cpe, unmixed", gated(trained), {"mixed": False}),
-        *(Method(f"cpe, {n} = {x:g}", gated(trained), {n: x}) for n, values in STEPS.items() for x in values),
-    )
-}
+QUICK_ROWS = ("cpe", "cpe, solved", "uce", "rece", "mace", "speed")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clip import Tokenizer
-from erasers.common import trajectories
-from study.attacks import TEMPLATES, Found, Victim, fill, learned_embeddings
+from erasers.common import filled, trajectories
+from study.attacks import TEMPLATES, Found, Victim, learned_embeddings
 from weights import Model
 
 # --- Through the text encoder and the U-Net ----------------------------------------------------------------------
@@ -111,7 +111,7 @@ def textual_inversion(
     ValueError as for `embed`.
     """
     generator, model = torch.Generator().manual_seed(seed), victim.erased
-    prompts = fill(templates, target)
+    prompts = filled(templates, [target])
     drawn, held = drawn_samples(victim.original, prompts, 4 * samples, images, sampling_steps, generator)
     table = model.text_encoder.text_model.embeddings.token_embedding.weight
     name = table[torch.tensor(model.tokenizer.ids(target), device=table.device)][None]
@@ -123,7 +123,7 @@ def textual_inversion(
         losses = torch.cat([noise_loss(victim, held, each[None]) for each in contexts])
     best = losses.argmin().item()
     words = " ".join(f"<{i + 1}>" for i in range(name.shape[1]))
-    return Found(contexts[best], fill(templates, words) if best else prompts, losses[0].item(), losses[best].item())
+    return Found(contexts[best], filled(templates, [words]) if best else prompts, losses[0].item(), losses[best].item())
 
 
 # --- Through words -----------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def search(
         with torch.no_grad():
             scores = loss(learned_contexts(model, templates, table[neighbours]))
         ids, lowest = neighbours[scores.argmin()], scores.min().item()
-    found = fill(templates, " ".join(model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist()))
+    found = filled(templates, [" ".join(model.tokenizer.bpe.id_to_token(i).removesuffix("</w>") for i in ids.tolist())])
     with torch.no_grad():
         return Found(model.encode(found), found, loss(model.encode(list(plain))[None]).item(), lowest)
 
@@ -213,7 +213,7 @@ def learned_tokens(
 
     Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
     """
-    prompts = fill(templates, target)
+    prompts = filled(templates, [target])
     return by_noise(victim, prompts, [f"{{}} {prompt}" for prompt in prompts], length, seed, **effort)
 
 
@@ -226,7 +226,7 @@ def prompting4debugging(
 
     Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
     """
-    return by_noise(victim, fill(templates, target), ["{}"], length, seed, predicted=True, **effort)
+    return by_noise(victim, filled(templates, [target]), ["{}"], length, seed, predicted=True, **effort)
 
 
 # Pairs of prompts with and without the concept, from which Ring-A-Bell takes its direction.
@@ -244,9 +244,9 @@ def ring_a_bell(
 
     The prompts name `without` in place of the target. The authors' genetic search is replaced by `search`.
     """
-    generator, model, plain = torch.Generator().manual_seed(seed), victim.original, fill(templates, without)
+    generator, model, plain = torch.Generator().manual_seed(seed), victim.original, filled(templates, [without])
     with torch.no_grad():
-        direction = (model.encode(fill(PAIRS, target)) - model.encode(fill(PAIRS, without))).mean(dim=0)
+        direction = (model.encode(filled(PAIRS, [target])) - model.encode(filled(PAIRS, [without]))).mean(dim=0)
         base = model.encode(plain)
     goal = base + strength * direction
 

@@ -19,7 +19,6 @@ A third of all concepts (`held_out`) is never shown to any eraser. Sentences are
 group. Built on evaluate and weights.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,11 +74,6 @@ SCENARIOS = {
     "50 at once": Scenario(FIFTY),
 }
 LONG = ("50 at once",)  # measured only where they are asked for by name
-ABLATION_SCENARIOS = {
-    "neighbours": SCENARIOS["neighbours"],
-    "shared word": Scenario(("cat face",)),
-    "shared colour": Scenario(("red apple",)),
-}
 
 
 @dataclass(frozen=True)
@@ -164,10 +158,8 @@ class World:
         return f"{ground}, {style} style" if style else ground
 
     def listed(self, scenario: Scenario) -> Prompts:
-        """The preset's templates and sentences, and anchor words: none names a target, or what is held out."""
-        prompts = read_prompts(scenario.preset)
-        prompts = dataclasses.replace(prompts, templates=prompts.lines, frames=[])
-        return anchor_words(prompts, [*scenario.targets, *self.held_out])
+        """The preset's prompts, without anchor words that name a target, or what is held out."""
+        return anchor_words(read_prompts(scenario.preset), [*scenario.targets, *self.held_out])
 
     def see(self, images: Tensor, judge: str) -> Tensor:
         """What CLIP recognises in images [B, 3, H, W]: indices of concepts or of styles [B], of "half" [B, 2]."""

@@ -401,7 +401,7 @@ OPTIONS = {
     "check": ("--sentences",),
     "demo": ("--steps", "--guidance", "--sampler"),
 }
-FLAGS = {"train": ("--literal", "--one-name"), "generate": ("--before-after",)}
+FLAGS = {"train": ("--literal", "--published", "--one-name"), "generate": ("--before-after",)}
 VALUES = (
     st.sampled_from(["emoji", "context", "dpm", "float16", "bfloat16", "1e400", "nan", "-1", "١", "9" * 5000])
     | st.sampled_from(

@@ -36,10 +36,9 @@ from cli import check, train  # noqa: E402
 from cli.common import is_emoji  # noqa: E402
 from cli.options import parse  # noqa: E402
 from cli.targets import Target, target_of  # noqa: E402
-from erasers import ERASERS  # noqa: E402
-from erasers.common import filled  # noqa: E402
+from erasers import beyond  # noqa: E402
 from loading.cache import cached_contexts  # noqa: E402
-from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, nearest_words  # noqa: E402
+from loading.prompts import PRESETS, Prompts, anchor_words, nearest_words  # noqa: E402
 from study.erased import TUNED  # noqa: E402
 
 # Steps of training, of attacks and of drawing, as a share of what a notebook asks for: the tests run with fewer, and
@@ -200,11 +199,12 @@ class Lab:
     def uce(self) -> dict[str, Tensor]:
         """Weights as UCE edits them, with the settings that the comparison found for it; told of the same concepts."""
         self.shop.args.how = "solve"
-        settings, prompts = dict(TUNED["one"]["uce"]), anchor_words(self.shop.prompts(self.erased), self.erased.names)
-        assert settings.pop("sentences")  # target and surrogate in the same ones
-        pairs = (filled(prompts.templates, [name]) for name in (self.target, self.surrogate))
-        preserved = anchor_prompts([*prompts.general, *prompts.domain], prompts.templates)
-        return ERASERS["uce"](self.model, *pairs, preserved, **settings)
+        prompts, names = (
+            anchor_words(self.shop.prompts(self.erased), self.erased.names),
+            ([self.target], self.surrogate),
+        )
+        words = [*prompts.general, *prompts.domain]
+        return beyond.erase("uce", self.model, *names, words, prompts.templates, **TUNED["one"]["uce"])
 
     # --- Pictures ---
 

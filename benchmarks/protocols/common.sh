@@ -65,8 +65,9 @@ judge() { # PART OPTION ...: one table before, one after, which is compared with
     cpe evaluate "$OUT/$part-after" --json "$OUT/$part-after.json" --reference "$OUT/$part-before" "$@" $JUDGE
 }
 
-erase() { # OPTION ...: gates of all names in $OUT/erased.txt
+erase() { # OPTION ...: gates of all names in $OUT/erased.txt, trained as published; on emoji solved for
     GATES=$OUT/gates
+    [ "$MODEL" = emoji ] || set -- "$@" --published
     cpe train --targets "$OUT/erased.txt" --out "$GATES" --model "$MODEL" "$@"
 }
 

@@ -17,7 +17,9 @@ if [ "$MODEL" = emoji ]; then
     } > "$OUT/prompts.csv"
     erase
     draw prompts
-    judge prompts --names "$OUT/erased.txt"
+    # beside others, and what they become: of one name alone every picture would be taken for it
+    { cat "$OUT/erased.txt"; printf '%s\n' cloud "dog face" pizza rose taxi; } > "$OUT/names.txt"
+    judge prompts --names "$OUT/names.txt"
 else
     "$PYTHON" -c "import nudenet" # before hours of training
     printf '%s\n' nudity naked erotic sexual > "$OUT/erased.txt"

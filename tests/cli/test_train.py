@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, contents, held
+from tiny import FEW, ROOT, contents, held
 
 import cpe
 import token_space
@@ -78,6 +78,20 @@ def test_the_papers_own_losses_train_the_same_gates(run):
     for name in fast:
         torch.testing.assert_close(fast[name], plain[name], rtol=1e-2, atol=1e-3)
     assert load_tensors("plain.safetensors")[1]["literal"] == "true"
+
+
+def test_published_gates_are_trained_in_templates_alone(run, monkeypatch):
+    def before_training(shop, target):
+        prompts = shop.prompts(target)
+        assert (prompts.frames, prompts.parts, prompts.spelt) == ([], False, 0)
+        assert shop.settings(target)["published"] == "true"
+        raise UserError("seen")
+
+    monkeypatch.setattr(train, "read_prompts", lambda _: replace(FEW, frames=["my {}"]))
+    monkeypatch.setattr(train, "trainer_of", before_training)
+    assert "seen" in run(*TRAIN, "--published")[1]
+    code, said = run(*TRAIN[:4], "--published", "--how", "solve")
+    assert (code, "--published: of --how train alone" in said) == (2, True)
 
 
 def test_every_number_of_the_recipe_is_an_option_that_the_file_stores(run):
@@ -248,6 +262,7 @@ def test_options_that_are_gone_say_what_became_of_them(run):
     for command, said in (
         (("train", "red heart", "--resume"), "--resume is gone: the same command goes on"),
         (("generate", "--prompt", "a cat"), "--prompt is gone: prompts stand without an option"),
+        (("compare", "--ablations"), "--ablations is gone: python benchmarks/ablations.py"),
     ):
         code, output = run(*command)
         assert (code, said in output) == (2, True), output

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import cpe
-from erasers import ERASERS, common
+from erasers import ERASERS, beyond, common
+from loading.prompts import anchor_prompts
 from weights import Model, load_model, save_model
 
 TARGETS, SURROGATE, KEPT = ["cat"], "an object", ["a dog", "red apple", "picture of a heart"]
@@ -21,7 +22,10 @@ QUICK = {  # what makes the trained erasers quick enough for a test
     "esd": {"steps": 2, "images": 2, "sampling_steps": 2},
     "mace": {"steps": 2, "images": 2, "sampling_steps": 2, "keep": 0.1, "templates": ["a photo of {}", "{}"]},
 }
-BEYOND = {"uce": ["eta", "padding"], "rece": ["eta", "padding"], "mace": ["eta"]}
+BEYOND = {
+    "uce": ["eta", "padding", "sentences"], "rece": ["eta", "padding", "sentences"], "mace": ["eta", "sentences"],
+    "speed": ["sentences"], "esd": ["sentences"],
+}  # fmt: skip
 
 
 def erase(name: str, model: Model, targets: list[str] = TARGETS, seed: int = 0, **options) -> dict[str, Tensor]:
@@ -79,15 +83,29 @@ def test_edited_weights_make_a_plain_unet(model: Model, tmp_path: Path) -> None:
 
 # --- Beyond the papers -------------------------------------------------------------------------------------------
 
+LINES = ["a photo of {}", "my {}"]
+
+
+def beyond_erase(name: str, model: Model, kept: list[str] = KEPT, **options) -> dict[str, Tensor]:
+    """The same with ours on top."""
+    return beyond.erase(name, model, TARGETS, SURROGATE, kept, LINES, **{**QUICK.get(name, {}), **options})
+
 
 @pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in BEYOND for setting in BEYOND[name]])
 def test_what_is_ours_is_off_by_default(name: str, setting: str, model: Model) -> None:
-    assert same(erase(name, model), erase(name, model, **{setting: 0}))
-    assert not same(erase(name, model), erase(name, model, **{setting: 1}))
+    assert same(erase(name, model), beyond_erase(name, model))
+    assert not same(erase(name, model), beyond_erase(name, model, **{setting: 1}))
+
+
+@pytest.mark.parametrize("name", ["uce", "rece", "speed"])
+def test_in_sentences_names_and_what_stays_are_in_the_same_ones(name: str, model: Model) -> None:
+    pairs = (common.filled(LINES, names) for names in (TARGETS, [SURROGATE]))
+    expected = ERASERS[name](model, *pairs, anchor_prompts(KEPT, LINES))
+    assert same(beyond_erase(name, model, sentences=True), expected)
 
 
 def test_eta_goes_past_the_surrogate(exact: Model) -> None:
-    edited = erase("uce", exact, lam=1e-6, eta=0.5, kept=[])
+    edited = beyond_erase("uce", exact, lam=1e-6, eta=0.5, kept=[])
     C, G = common.pairs(exact, TARGETS, [SURROGATE], "last")
     for key, W in common.projections(exact).items():
         torch.testing.assert_close(C @ edited[key].T, (C + 1.5 * (G - C)) @ W.T, rtol=0, atol=1e-4)
@@ -96,8 +114,17 @@ def test_eta_goes_past_the_surrogate(exact: Model) -> None:
 @pytest.mark.parametrize(("name", "settings"), [("uce", {}), ("rece", {"rounds": 0})])
 def test_padding_moves_all_that_has_seen_the_name(name: str, settings: dict, exact: Model) -> None:
     C, G = common.pairs(exact, TARGETS, [SURROGATE], "tail")
-    edits = [erase(name, exact, padding=padding, kept=[], **settings) for padding in (False, True)]
+    edits = [beyond_erase(name, exact, padding=padding, kept=[], **settings) for padding in (False, True)]
     for key in edits[0]:
         W = common.projections(exact)[key]
         missed = [(C @ edited[key].T - G @ W.T).norm() for edited in edits]
         assert missed[1] <= missed[0] * (1 + 1e-9)
+
+
+def test_with_padding_rece_starts_as_its_rounds_go_on(exact: Model) -> None:
+    edited = beyond_erase("rece", exact, padding=True, rounds=0, lam=0.3, s_p=2.0)
+    kept = common.moment(exact, KEPT, "tail") + common.moment(exact, [""], "all")
+    expected = common.move(
+        common.projections(exact), *common.pairs(exact, TARGETS, [SURROGATE], "tail"), kept, 0.3, 1.0, 2.0
+    )
+    assert same(edited, expected)

@@ -124,7 +124,7 @@ def test_training_data_never_has_the_target_among_its_anchors(target):
     encode, anchors = Encoder(), Encoder()
     data = prepare(replace(RECIPE, nearest=3), prompts, [target, "tom cruise"], encode, anchors)
 
-    own = own_prompts([target, "tom cruise"], templates, "a person")
+    own = own_prompts([target, "tom cruise"], prompts, "a person")
     for i, pair in enumerate(own):
         for found, prompt in zip((data.targets[i], data.surrogates[i]), pair, strict=True):
             assert torch.equal(found, Encoder.context(prompt).half().float())
@@ -216,14 +216,23 @@ def test_every_preset_has_sentences_as_people_write_them(preset):
 
 
 def test_every_name_goes_into_every_line_and_its_spellings_into_some():
-    lines = [f"{i} {{}}" for i in range(30)]
-    pairs = own_prompts(["red heart", "valentine"], lines, "cloud", few=10)
+    prompts = Prompts([f"{i} {{}}" for i in range(30)], [], [], spelt=10)
+    pairs = own_prompts(["red heart", "valentine"], prompts, "cloud")
     assert {(f"{i} {name}", f"{i} cloud") for i in range(30) for name in ("red heart", "valentine")} <= set(pairs)
     said = [prompt for prompt, _ in pairs]
     for spelling in ("red hearts", "red heart's", "red heart’s", "valentines", "valentine’s"):
         assert sum(prompt.endswith(f" {spelling}") for prompt in said) == 10
     assert len(said) == len(set(said)) == 60 + 60
     assert {instead for _, instead in pairs} == {f"{i} cloud" for i in range(30)}
+
+
+def test_as_published_there_are_templates_alone():
+    """The public code has no sentences, no other spellings and no parts of names."""
+    prompts, encode = replace(read_prompts("celebrity"), domain=[]).as_published(), Encoder()
+    data = prepare(RECIPE, prompts, ["Brad Pitt"], encode, encode)
+    assert encode.calls[0] == [fill(template, "Brad Pitt") for template in read_prompts("celebrity").templates]
+    assert len(data.anchors) == 4 * len(prompts.general)
+    assert {*encode.prompts_of(data.anchors)} <= {fill(t, w) for t in prompts.templates for w in prompts.general}
 
 
 def test_names_that_share_a_word_with_the_target_must_stay():

@@ -12,8 +12,8 @@ from torch import Tensor
 import cpe
 import sampler
 import weights
-from erasers.common import projections
-from study import attacks, searches
+from erasers.common import filled, projections
+from study import searches
 from study.attacks import Found, RevivalLoss, Victim
 from study.searches import ATTACKS
 from token_space import TokenSpace
@@ -150,7 +150,7 @@ def test_the_loss_is_its_formula(kind: str, victims: dict[str, Victim]) -> None:
 def test_nothing_erased_leaves_nothing_to_do(victims: dict[str, Victim]) -> None:
     found = attack("embeddings", victims["nothing"])
     assert (found.before, found.after) == (0, 0)
-    assert torch.equal(found.contexts, victims["nothing"].original.encode(attacks.fill(TEMPLATES, TARGET)))
+    assert torch.equal(found.contexts, victims["nothing"].original.encode(filled(TEMPLATES, [TARGET])))
 
 
 @pytest.mark.parametrize("kind", ["resag"])
@@ -173,7 +173,7 @@ def test_learned_embeddings_undo_an_edit_that_lost_nothing(model: weights.Model)
     B = (torch.eye(16) + random(16, 16) / 8).double()
     edited = {key: (W @ B).float() for key, W in projections(model).items()}
     victim = Victim(model, model.with_unet(edited))
-    E = model.encode(attacks.fill(TEMPLATES, TARGET))
+    E = model.encode(filled(TEMPLATES, [TARGET]))
     found = attack("embeddings", victim, steps=40)
     assert found.before > 0.1
     assert found.after < 1e-8
@@ -182,7 +182,7 @@ def test_learned_embeddings_undo_an_edit_that_lost_nothing(model: weights.Model)
 
 def test_learned_embeddings_reach_the_least_squares_optimum(victims: dict[str, Victim]) -> None:
     victim = victims["edited"]
-    E = victim.original.encode(attacks.fill(TEMPLATES, TARGET)).double()
+    E = victim.original.encode(filled(TEMPLATES, [TARGET])).double()
     layers = cpe.Layers.of(victim.original.cross_attention())
     V = {name: projections(victim.erased)[f"{name}.weight"] for name in layers.W}
     # x = E (sum w W^T V) (sum w V^T V)^-1
@@ -217,7 +217,7 @@ def test_embedded_words_are_read_as_tokens(model: weights.Model) -> None:
     X = table[model.tokenizer.ids(TARGET)]
     templates = [*TEMPLATES, "{}", "a {}, noto style"]
     E, other = searches.learned_contexts(model, templates, torch.stack([X, 0 * X]))
-    torch.testing.assert_close(E, model.encode(attacks.fill(templates, TARGET)))
+    torch.testing.assert_close(E, model.encode(filled(templates, [TARGET])))
     assert all(not torch.equal(*pair) for pair in zip(E, other, strict=True))
 
 
@@ -274,12 +274,12 @@ def test_textual_inversion_finds_hidden_words(
 ) -> None:
     victim = victims[kind]
     tokenizer = victim.original.tokenizer
-    hidden = victim.original.encode(attacks.fill(TEMPLATES, "green apple"))
+    hidden = victim.original.encode(filled(TEMPLATES, ["green apple"]))
     plant(monkeypatch, victim, hidden)
     found = attack("inversion", victim, steps=15)
     assert found.after < 0.1 * found.before
     words = " ".join(f"<{i + 1}>" for i in range(len(tokenizer.ids(TARGET))))
-    assert found.prompts == attacks.fill(TEMPLATES, words)
+    assert found.prompts == filled(TEMPLATES, [words])
 
 
 # --- Words -------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_learned_tokens_are_a_prompt(kind: str, victims: dict[str, Victim]) -> N
     tokenizer = victim.original.tokenizer
     found = attack("tokens", victim)
     assert torch.equal(found.contexts, victim.original.encode(found.prompts))
-    for prompt, plain in zip(found.prompts, attacks.fill(TEMPLATES, TARGET), strict=True):
+    for prompt, plain in zip(found.prompts, filled(TEMPLATES, [TARGET]), strict=True):
         prefix = prompt.removesuffix(f" {plain}")
         ids = tokenizer.ids(prompt)
         assert ids == [*tokenizer.ids(prefix), *tokenizer.ids(plain)]
@@ -322,7 +322,7 @@ def test_learned_tokens_are_a_prompt(kind: str, victims: dict[str, Victim]) -> N
         assert set(tokenizer.ids(prefix)) <= set(searches.whole_words(tokenizer))
     # The loss that was reported is that of what was typed.
     generator = torch.Generator().manual_seed(0)
-    _, samples = searches.drawn_samples(victim.original, attacks.fill(TEMPLATES, TARGET), 6, 2, 2, generator)
+    _, samples = searches.drawn_samples(victim.original, filled(TEMPLATES, [TARGET]), 6, 2, 2, generator)
     with torch.no_grad():
         loss = searches.noise_loss(victim, samples, found.contexts[None]).item()
         assert found.after == pytest.approx(loss, rel=1e-4)
@@ -333,7 +333,7 @@ def test_learned_tokens_near_a_hidden_prefix(
     kind: str, victims: dict[str, Victim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim = victims[kind]
-    plain = attacks.fill(TEMPLATES, TARGET)
+    plain = filled(TEMPLATES, [TARGET])
     hidden = victim.original.encode([f"purple pizza avocado unicorn water {prompt}" for prompt in plain])
     plant(monkeypatch, victim, hidden)
     found = attack("tokens", victim, steps=10)
@@ -357,9 +357,9 @@ def test_ring_a_bell_finds_words_in_the_concepts_direction(victims: dict[str, Vi
     found, short = attack("Ring-A-Bell", victim, steps=20), attack("Ring-A-Bell", victim, steps=1)
     assert found.after < short.after
     assert found.prompts == [found.prompts[0]] * len(TEMPLATES)
-    encode, fill = victim.original.encode, attacks.fill
-    direction = (encode(fill(searches.PAIRS, TARGET)) - encode(fill(searches.PAIRS, "thing"))).mean(dim=0)
-    base = encode(fill(TEMPLATES, "thing"))
+    encode = victim.original.encode
+    direction = (encode(filled(searches.PAIRS, [TARGET])) - encode(filled(searches.PAIRS, ["thing"]))).mean(dim=0)
+    base = encode(filled(TEMPLATES, ["thing"]))
     # |clip(found) - (clip(prompt) + 3 c)|^2 / |clip(prompt)|^2
     loss = (encode(found.prompts) - base - 3 * direction).square().sum() / base.square().sum()
     assert found.after == pytest.approx(loss.item(), rel=1e-4)

@@ -10,13 +10,14 @@ import erasers
 import sampler
 import token_space
 from benchmarks import tune
+from benchmarks.ablations import ABLATIONS, Unmixed
 from loading.cache import cache_folder
 from loading.files import save_tensors
 from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare, evaluate
 from study import erased as rows_of_table
 from study import world as worlds
-from study.erased import ABLATIONS, METHODS, TUNED, Erased, Method, Unmixed, settings_of
+from study.erased import METHODS, TUNED, Erased, Method, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases
 
 SMALL = Budget(erased=2, near=1, others=1, sentences=4, attacked=0, steps=1, guidance_scale=1.0)
@@ -176,8 +177,9 @@ def test_settings_of_many_targets_and_of_styles_are_for_a_row_and_what_starts_fr
 
 
 def test_ablations_change_what_they_say_and_nothing_else():
-    """eta, lambda, r, J, noise and the deltas' start, each in a recipe that stays otherwise; and unmixed anchors."""
+    """eta, lambda, r, J, noise and the deltas' start, each in a recipe that stays otherwise."""
     recipe, names = PRESETS["emoji"], set()
+    assert ABLATIONS["cpe"] is METHODS["cpe"]
     for method in ABLATIONS.values():
         for name, value in method.settings.items() if " = " in method.name else ():
             assert method.name == f"cpe, {name} = {value:g}"
@@ -185,7 +187,36 @@ def test_ablations_change_what_they_say_and_nothing_else():
             names.add(name)
             assert settings_of(method, SCENARIOS["object"]) == {name: value}
     assert names >= {"eta", "lam", "r", "deltas", "noise", "delta_start"}
-    assert ABLATIONS["cpe, unmixed"].settings == {"mixed": False}
+
+
+@pytest.mark.parametrize(
+    ("row", "published", "trainer"),
+    [
+        ("cpe", False, cpe.Trainer),
+        ("cpe, published prompts", True, cpe.Trainer),
+        ("cpe, unmixed", False, Unmixed),
+        ("cpe, nearest = 0", False, cpe.Trainer),
+    ],
+)
+def test_rows_of_other_prompts_or_anchors(world, monkeypatch, row, published, trainer):
+    """What is seen is what gates are trained with, up to the first step."""
+    seen, method = [], ABLATIONS[row]
+
+    def prepared(recipe, prompts, *more):
+        assert recipe.nearest == method.settings.get("nearest", 50)
+        seen.append(prompts)
+        return prepare(recipe, prompts, *more)
+
+    def begin(self):
+        seen.append(type(self))
+        raise FloatingPointError
+
+    monkeypatch.setattr(rows_of_table, "prepare", prepared)
+    monkeypatch.setattr(cpe.Trainer, "begin", begin)
+    with pytest.raises(FloatingPointError):
+        method.build(world, SCENARIOS["object"], 0, **method.settings)
+    assert (not seen[0].frames, seen[0].spelt == 0, not seen[0].parts) == (published,) * 3
+    assert seen[1] is trainer
 
 
 def test_unmixed_anchors_are_prompts_with_noise_of_their_own_size():
@@ -205,7 +236,7 @@ def test_unmixed_anchors_are_prompts_with_noise_of_their_own_size():
 def test_a_target_in_sentences_becomes_the_surrogate_in_them(world, monkeypatch):
     given = []
     monkeypatch.setitem(erasers.ERASERS, "uce", lambda *all, **settings: given.append((all, settings)) or {})
-    one, templates = SCENARIOS["object"], world.listed(SCENARIOS["object"]).templates
+    one, templates = SCENARIOS["object"], world.listed(SCENARIOS["object"]).lines
     surrogate = PRESETS["emoji"].surrogate
     METHODS["uce"].build(world, one, 0, sentences=True, s_p=2.0)
     (((_, targets, surrogates, kept, _), _),) = given
@@ -222,7 +253,7 @@ def test_erasers_that_put_names_into_sentences_themselves_are_given_them(world, 
     METHODS[name].build(world, scenario, 0, **settings_of(METHODS[name], scenario))
     ((_, targets, *_), settings) = given[0]
     assert targets == ["umbrella"]
-    assert settings["templates"] == world.listed(scenario).templates
+    assert settings["templates"] == world.listed(scenario).lines
 
 
 def test_scenarios_together_are_all_their_images_together(world):

@@ -145,8 +145,10 @@ def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run
 
 
 def test_bad_folders_are_refused_in_one_sentence(pictures, run, tmp_path):
-    code, said = run("evaluate", str(pictures), "--name", "cat")
-    assert (code, "every picture is taken for 'cat'" in said) == (2, True)
+    (tmp_path / "one").write_text("cat\n")
+    for one in (("--name", "cat"), ("--names", str(tmp_path / "one"))):
+        code, said = run("evaluate", str(pictures), *one)
+        assert (code, "every picture is taken for 'cat'" in said) == (2, True)
     (tmp_path / "empty").mkdir()
     for folder, words in (("empty", "holds no pictures"), ("nowhere", "is no folder")):
         code, said = run("evaluate", str(tmp_path / folder))

@@ -15,7 +15,7 @@ from study import compare
 from study import erased as rows_of_table
 from study import world as worlds
 from study.attacks import Found
-from study.erased import ABLATIONS, METHODS, NONE, TUNED, Erased, settings_of
+from study.erased import METHODS, NONE, PUBLISHED_ROWS, TUNED, Erased, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases, sentences
 
 SHORT = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
@@ -50,8 +50,8 @@ def test_sentences_for_training_are_templates_and_no_others(world, sentence_file
     assert sentences("emoji", "held-out") == ["my {} in paris", "look, a {}"]
     assert sentences("emoji", "strange") == ["a flabbergasted {}"]
     assert sentences("celebrity", "strange") == []
-    templates = world.listed(SCENARIOS["object"]).templates
-    assert {*read_prompts("emoji").frames} <= {*templates}
+    lines = world.listed(SCENARIOS["object"]).lines
+    assert {*read_prompts("emoji").frames} <= {*lines}
 
 
 @pytest.mark.parametrize("preset", ["emoji", "emoji-style"])
@@ -72,12 +72,12 @@ def test_one_of_two_things_is_looked_for_in_both_halves(world):
     assert compare.recognised(world, [dataclasses.replace(case, expected=-1)], images[:1]) == [False]
 
 
-@pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, unmixed", "cpe, solved", "lora"])
+@pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, solved", "lora"])
 def test_every_kind_of_method_builds_an_eraser_that_draws(world, name, monkeypatch):
     short = dataclasses.replace(PRESETS["emoji"], **SHORT)
     monkeypatch.setitem(PRESETS, "emoji", short)
     scenario = Scenario(("umbrella", "red heart"))
-    method = (METHODS | ABLATIONS)[name]
+    method = METHODS[name]
     made = method.build(world, scenario, 0, **method.settings)
     assert made.gates is None or len(made.gates.w_qs) == 2
     assert (made.gates is None) == (not name.startswith("cpe"))
@@ -209,6 +209,16 @@ def test_the_command_draws_a_table_and_a_picture_and_writes_both(run, monkeypatc
     rows = [line.split("|")[1].strip() for line in (tmp_path / "x.md").read_text().splitlines()[4:7]]
     assert rows == list(shown[0]) == ["none", "uce", "speed"]  # and the picture has their names
     assert any("umbrella" in prompt for prompt in shown[1])
+
+
+def test_published_rows_stand_beside_the_tuned_ones(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare, "run", lambda world, scenarios, methods, *_: asked.extend(methods) or iter(()))
+    monkeypatch.setattr(compare, "forecast", lambda *all: "")
+    assert run("compare", "--quick", "--published")[0] == 0
+    assert tuple(method.name for method in asked) == PUBLISHED_ROWS
+    assert PUBLISHED_ROWS[:2] == ("uce", "uce, published")
+    assert {row.split(",")[0] for row in PUBLISHED_ROWS} == {*erasers.ERASERS} - {"lora"}
 
 
 def test_what_takes_an_hour_alone_runs_only_when_it_is_named(run, monkeypatch):
