@@ -20,7 +20,7 @@ from cli.pictures import eyes
 from cli.targets import known_as, styles
 from loading.cache import cached_contexts
 from loading.files import UserError
-from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, spellings, within
+from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, spellings, to_solve, within
 from study.world import QUICK
 from token_space import TokenSpace
 from weights import Model
@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> str | None:
 
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training, else lines that gates are not solved with; spread evenly."""
-    found = sentences(preset, "held-out") + sentences(preset, "strange") or read_prompts(preset).lines[1::2]
+    prompts = read_prompts(preset)
+    unread = [line for line in prompts.lines if line not in to_solve(prompts).lines]
+    found = sentences(preset, "held-out") + sentences(preset, "strange") or unread
     return found[:: -(-len(found) // most)]
 
 

@@ -203,11 +203,12 @@ def fewer(prompts: Prompts, most: int = 210) -> Prompts:
 def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
     """What solved gates are given: anchors are words, not whole sentences; half of all lines and prompts of a word.
 
-    Formulas read all of them at once, and are no better for more; encoding takes longest. A style is, as what it adds
-    differs from line to line: it has all (benchmarks/README.md).
+    Formulas are no better for more (benchmarks/README.md), but for styles: what these add differs from line to line.
+    Lines are drawn: every second one of a file that lists styles in turn would leave out the same ones everywhere.
     """
-    few = {} if style else {"templates": prompts.lines[::2], "frames": [], "per_word": 2}
-    return replace(prompts, sentences=[], **few)
+    lines, count = prompts.lines, -(-len(prompts.lines) // 2)
+    half = [lines[i] for i in sorted(random.Random(0).sample(range(len(lines)), count))]
+    return replace(prompts, sentences=[], **({} if style else {"templates": half, "frames": [], "per_word": 2}))
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
