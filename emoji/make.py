@@ -609,6 +609,7 @@ def train_clip(recipe: Recipe) -> None:
 
 
 JOINED = 6000  # texts that CLIP's projection is solved on
+FITTED = 200  # steps that it is then trained for
 # For the U-Net: how often a picture shows one thing, two, two alike, three alike. Several were tried, (60, 28, 6, 6)
 # for 96 minutes of a core, (90, 8, 1, 1) for 65: it drew two blurred things, and for some sentences about one as well.
 PAIRS = (100, 0, 0, 0)
@@ -749,6 +750,7 @@ def train_sentences(recipe: Recipe) -> None:
     model.load_state_dict(training.average)
     judge = trained("clip", clip.CLIP(clip_config()))
     join_towers(judge, model)
+    fit_projection(judge, sentences)
     write_model("clip", judge, clip_config(), "model")
     export_text_encoder(model.text_model)
 
@@ -774,6 +776,42 @@ def join_towers(judge: clip.CLIP, encoder: clip.TextEncoder) -> None:
     gram = h.T @ h + 1e-3 * len(h) * torch.eye(h.shape[1])
     judge.text_projection.weight.copy_(torch.linalg.solve(gram, h.T @ f).T.float())
     judge.text_model.load_state_dict(encoder.text_model.state_dict())
+
+
+def fit_projection(judge: clip.CLIP, sentences: grammar.Grammar) -> None:
+    """Train the projection of texts alone by CLIP's own loss, on captions and sentences in turn.
+
+    `join_towers` fits it to features that were themselves a fit; this one looks at pictures again.
+    """
+    pictures, chance, names, steps, size = Pictures(), random.Random(8), concepts(), FITTED, RECIPES["clip"].batch
+    W, average = judge.text_projection.weight.detach().clone().requires_grad_(), judge.text_projection.weight.clone()
+    optimizer = torch.optim.Adam([W], lr=1e-3, betas=(0.9, 0.98))
+    scale = judge.logit_scale.detach().clamp(max=math.log(100)).exp()
+    for step in tqdm(range(steps), desc="projection"):
+        indices, texts, colour_named = clip_batch(size, chance)
+        if chance.random() < 0.5:
+            said = ((names[c], caption_words(text)) for c, text in zip(indices[0].tolist(), texts, strict=True))
+            texts = [sentences.sentence(chance, name, **words) for name, words in said]
+        tokens = tokenizer()(texts)
+        with torch.no_grad():
+            images, ends = image_features(judge, pictures(*indices)), tokens.argmax(dim=1)
+            states = judge.text_model(tokens[:, : int(ends.max()) + 1])[torch.arange(len(texts)), ends]
+        features = F.normalize(states @ W.T, dim=-1)
+        logits, target = scale * images @ features.T, torch.arange(len(texts))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = loss + colour_loss(features, indices[-1]) if colour_named else loss
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 1.6 * (1 - step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.data.lerp_(W.detach(), 0.05)
+    judge.text_projection.weight.data.copy_(average)
+
+
+def caption_words(text: str) -> dict[str, str]:
+    """The style and the colour that a caption says, '' for none."""
+    style = next((style for style in STYLES if text.endswith(f"{style} style")), "")
+    return {"style": style, "colour": next((k for k in COLOURS if f" on a {k} background" in text), "")}
 
 
 def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random, blurred: float = 0.15) -> Tensor:

@@ -36,6 +36,7 @@ def data(make, monkeypatch):
     monkeypatch.setattr(make, "SENTENCES", 100)
     monkeypatch.setattr(make, "MORE", 20)
     monkeypatch.setattr(make, "JOINED", 100)
+    monkeypatch.setattr(make, "FITTED", 3)
     monkeypatch.setattr(make, "psnr", partial(make.psnr, count=4))
     monkeypatch.setattr(make, "measure_latents", partial(make.measure_latents, count=16))
     batches, rest = {"clip": 8, "sentences": 4, "vae": 2, "unet": 4}, (1e-3, 0.01, (0.9, 0.99), 0.9, 1.0 - 1e-9, 1)

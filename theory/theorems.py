@@ -102,7 +102,8 @@ def soft_floor_many(S: Tensor, E_t: Tensor, T: Tensor, lam: Tensor) -> Tensor:
 
     Columns as in `floor_many`, any number of them, all in range(S); lam [n] > 0.
     """
-    k, V = torch.linalg.eigh(E_t.T @ spectrum(S)[0] @ E_t)
+    # Targets may lie in directions of 1e-12 of the largest: without them the bound would be too high.
+    k, V = torch.linalg.eigh(E_t.T @ spectrum(S, 1e-13)[0] @ E_t)
     energy = (T @ V).square().sum(dim=0)  # [c]
     return (lam[:, None] * energy / (k.clamp_min(0) + E_t.shape[1] * lam[:, None])).sum(dim=1)
 
