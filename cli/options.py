@@ -17,6 +17,7 @@ PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
 GONE = {  # options of the version before
     "--resume": "the same command goes on by itself",
     "--prompt": 'prompts stand without an option: generate "a red heart" gates/red-heart.safetensors',
+    "--template": "the gate file says what its target is, and its preset how one writes it",
     "--ablations": "python benchmarks/ablations.py",
 }
 ATTACKS = ("embeddings", "inversion", "tokens", "P4D", "Ring-A-Bell")

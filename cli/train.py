@@ -161,6 +161,8 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     if is_finished(out, settings):
         state.unlink(missing_ok=True)  # of a run that was killed after it had written its gate file
         print(f"kept    {out}: already finished")
+        if shop.args.report:
+            examine(shop, out)
         return
     if shop.args.how == "solve":
         gates = solved(shop, target)
@@ -179,6 +181,11 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
     if also := [word for word in read_prompts(target.preset).domain if has_in_it(word, target.names)]:
         print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
+    examine(shop, out)
+
+
+def examine(shop: Workshop, out: Path) -> None:
+    """Check gates in sentences, and write a report of them where one is asked for."""
     file = read_gates(out)
     found = check.check(file, shop.model, shop.space, draws=shop.args.report)
     print(f"check   {found.in_a_line()}")

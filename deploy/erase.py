@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpe import Layers, ResAG
-from deploy.hooks import attach, cross_attentions, detach
+from deploy.hooks import attach, cross_attentions
 from loading.prompts import (
     PRESETS,
     Prompts,
@@ -47,6 +47,8 @@ def layers_of(pipe: object) -> Layers:
             weight = getattr(module.get_submodule(name), "weight", None)
             if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
                 raise ValueError(f"{path}.{name} is quantised: erase() first, quantise after")
+            if weight.is_meta:
+                raise ValueError(f"{path}.{name} is offloaded: erase() first, offload after")
             tensors[f"{path}.{name}.weight"] = weight.detach().float()
     return Layers.of(tensors, spectral_norm)
 
@@ -75,13 +77,12 @@ def erase(
 
     Templates, sentences and anchors are those of the preset, or `prompts`. Gates attached before are replaced: to erase
     several, `attach(pipe, cpe.merge([...]))`. ValueError for a pipeline whose prompt no `attn2` reads, or whose U-Net
-    is quantised; if the gates reach less than half of their aim; as of `Solver`.
+    is quantised or offloaded; if the gates reach less than half of their aim; as of `Solver`: all stays as it was.
     """
     if not (hasattr(pipe, "encode_prompt") and hasattr(pipe, "unet")):
         raise ValueError(f"erase takes a pipeline with a U-Net and encode_prompt: {type(pipe).__name__} has none")
     style = preset.endswith("style")
     prompts, surrogate = to_solve(prompts or read_prompts(preset), style), surrogate or PRESETS[preset].surrogate
-    detach(pipe)
     space = TokenSpace(layers_of(pipe))
     kept = fewer(anchor_words(prompts, [target]))
     own, instead = zip(*own_prompts([target], prompts, surrogate), strict=True)

@@ -105,7 +105,8 @@ class Network:
 
     def __call__(self, network: nn.Module, inputs: tuple, given: dict[str, object]) -> None:
         """What torch calls; ValueError when a whole layer was replaced, or anything while torch.compile looks."""
-        if self.alone and given.get("mid_block_additional_residual") is not None:
+        residual = given.get("mid_block_additional_residual", (*inputs, *[None] * 10)[9])  # by name, or tenth
+        if self.alone and residual is not None:
             raise ValueError("a ControlNet without gates is beside this U-Net: attach() to the pipeline that has both")
         for attention, hook in self.projections:
             moved = getattr(attention, hook.kind) is not hook.module

@@ -162,6 +162,14 @@ def page(run) -> Path:
     return Path("gates/red-heart.html").absolute()
 
 
+def test_a_report_can_be_had_of_gates_that_are_there(run):
+    short = ("train", "red heart", "--preset", "emoji", "--steps-scale", "0.004")
+    assert run(*short)[0] == 0
+    assert not Path("gates/red-heart.html").exists()
+    code, said = run(*short, "--report")
+    assert (code, "already finished" in said, Path("gates/red-heart.html").exists()) == (0, True, True)
+
+
 def test_a_report_is_one_page_that_needs_nothing_else(page):
     text = page.read_text(encoding="utf-8")
     assert "http" not in text.replace("data:image", "")

@@ -263,6 +263,7 @@ def test_options_that_are_gone_say_what_became_of_them(run):
         (("train", "red heart", "--resume"), "--resume is gone: the same command goes on"),
         (("generate", "--prompt", "a cat"), "--prompt is gone: prompts stand without an option"),
         (("compare", "--ablations"), "--ablations is gone: python benchmarks/ablations.py"),
+        (("attack", "--template", "{}"), "--template is gone: the gate file says what its target is"),
     ):
         code, output = run(*command)
         assert (code, said in output) == (2, True), output

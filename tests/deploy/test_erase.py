@@ -114,6 +114,10 @@ def test_in_the_embedded_model_the_target_becomes_its_surrogate():
     assert (gates.residuals(E)[value] - wanted).norm() < 0.5 * wanted.norm()
     kept = encode(pipe, ["a picture of a crab"])
     assert gates.residuals(kept)[value].norm() < 0.1 * wanted.norm()
+    before = pipe.unet.get_submodule(value)(E)
+    with pytest.raises(ValueError, match="choose another surrogate"):
+        erase(pipe, "red heart", "red heart", preset="emoji")
+    assert torch.equal(pipe.unet.get_submodule(value)(E), before)  # the gates that were there are there still
 
 
 def test_what_is_no_pipeline_is_refused():

@@ -553,6 +553,8 @@ def test_a_unet_does_not_draw_beside_a_controlnet_without_gates(theirs):
     hooks.attach(unet, gates)  # as where a ControlNet comes later, with `from_pipe`
     with pytest.raises(ValueError, match="a ControlNet without gates is beside this U-Net"):
         drawn()
+    with pytest.raises(ValueError, match="a ControlNet without gates is beside this U-Net"):  # by position, too
+        unet(LATENTS, T, E, *[None] * 5, *net(LATENTS, T, E, hint, return_dict=False))
     hooks.attach(pipe, gates)
     assert (drawn() - plain).norm() > 0.1 * plain.norm()
     hooks.detach(pipe)
