@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cli.common import command, note, open_model, slug, spoken
 from cli.pictures import check_picture, save, sheet
-from loading.files import UserError
+from loading.files import UserError, check_writable
 from loading.prompts import PRESETS, read_prompts
 from study import compare as table
 from study.erased import METHODS, NONE, PUBLISHED_ROWS, QUICK_ROWS, Method
@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> str | None:
     UserError for an eraser, scenario or target that is not known, or an --out that cannot be written.
     """
     check_picture(args.out)
+    for path in filter(None, (args.markdown, args.json)):
+        check_writable(path)
     scenarios, methods = asked(args)
     world = World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)

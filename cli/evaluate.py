@@ -17,7 +17,7 @@ from PIL import Image
 
 from cli.common import is_emoji, note, open_model
 from cli.many import read_lines
-from loading.files import UserError
+from loading.files import UserError, check_writable
 from loading.prompts import read_prompts
 from study.evaluate import PICTURES, drawn_with, judge_folder, read_folder
 from weights import CLIP_LARGE, load_clip
@@ -37,8 +37,6 @@ def run(args: argparse.Namespace) -> str | None:
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     drawn = [drawn_with(path) for path, _ in found]
-    if args.fid and any("cell" in each for each in drawn):
-        raise UserError("--fid takes files as they are, and some here have headings: draw with --prompts FILE.")
     of = {str(each.get("model")) for each in drawn}
     if not args.model and not args.clip and len(of) == 1 and is_emoji(min(of)):
         args.model = min(of)
@@ -50,15 +48,18 @@ def run(args: argparse.Namespace) -> str | None:
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
     if args.reference and not reference:
         raise UserError(f"--reference: {args.reference} holds no pictures.")
+    if args.fid and any("cell" in each for each in (*drawn, *map(drawn_with, reference))):
+        raise UserError("--fid takes files as they are, and some here have headings: draw with --prompts FILE.")
+    if args.json:
+        check_writable(args.json)
     if args.model and not args.clip:  # with a CLIP of its own, as the embedded one
         model = open_model(args, ("text_encoder",))
         clip, tokenizer = model.clip, model.tokenizer
     else:
         clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
     with tempfile.TemporaryDirectory() as alone:
-        parts = (cut(path, said, Path(alone)) if "cell" in said else [(path, prompt)]
-                 for (path, prompt), said in zip(found, drawn, strict=True))  # fmt: skip
-        found = [one for part in parts for one in part]
+        found = [one for path, prompt in found for one in single(path, prompt, Path(alone))]
+        reference = [one for path in reference for one, _ in single(path, "", Path(alone))]
         if not found:
             raise UserError(f"{folder} holds no pictures to be judged by their prompts: `generate` draws some.")
         figures = judge_folder(clip, tokenizer, found, names, reference, others)
@@ -71,6 +72,12 @@ def run(args: argparse.Namespace) -> str | None:
             print(f"{name + (f', {part}' if part else ''):40}{number:10.3f}".rstrip("0").rstrip("."))
     note(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return None
+
+
+def single(path: Path, prompt: str, folder: Path) -> list[tuple[Path, str]]:
+    """A picture as it is, or those that `generate` put into one file, each by itself, in the folder."""
+    said = drawn_with(path)
+    return list(cut(path, said, Path(tempfile.mkdtemp(dir=folder)))) if "cell" in said else [(path, prompt)]
 
 
 def cut(path: Path, said: dict, folder: Path) -> Iterator[tuple[Path, str]]:

@@ -1,5 +1,6 @@
 """generate, inspect, demo: pictures that say what they show, and replace nothing."""
 
+import json
 import os
 import re
 import shlex
@@ -338,8 +339,13 @@ def test_pictures_of_one_file_are_judged_each_by_itself_and_of_before_and_after_
         assert torch.equal(read_image(cut, 16), read_image(whole, 16))
     assert "cell" not in drawn_with(alone[0][0])  # it stands alone already
     monkeypatch.setitem(sys.modules, "cleanfid.fid", SimpleNamespace())
-    code, said = run("evaluate", "drawn", "--fid", "--reference", "alone")
-    assert (code, "--fid takes files as they are" in said) == (2, True)
+    for folder, reference in (("drawn", "alone"), ("alone", "drawn")):
+        code, said = run("evaluate", folder, "--fid", "--reference", reference)
+        assert (code, "--fid takes files as they are" in said) == (2, True)
+    code, said = run("evaluate", "drawn", "--reference", "alone", "--json", "x.json")  # of sheets the pictures, too
+    assert (code, abs(json.loads(Path("x.json").read_text())["cmmd"]) < 1e-3) == (0, True), said
+    code, said = run("evaluate", "drawn", "--json", "/dev/null/x.json")
+    assert (code, "clip_score" in said) == (2, False)
 
 
 def test_pictures_of_the_embedded_model_are_judged_by_its_own_clip(run, monkeypatch):
