@@ -201,12 +201,13 @@ def fewer(prompts: Prompts, most: int = 210) -> Prompts:
 
 
 def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
-    """What solved gates are given: anchors are words, not whole sentences; half of all lines and prompts of a word.
+    """What solved gates are given: anchors are words, not whole sentences; half of many lines, and of a word's prompts.
 
     Formulas are no better for more (benchmarks/README.md), but for styles: what these add differs from line to line.
     Lines are drawn: every second one of a file that lists styles in turn would leave out the same ones everywhere.
     """
-    lines, count = prompts.lines, -(-len(prompts.lines) // 2)
+    lines = prompts.lines
+    count = -(-len(lines) // 2) if len(lines) > 60 else len(lines)
     half = [lines[i] for i in sorted(random.Random(0).sample(range(len(lines)), count))]
     return replace(prompts, sentences=[], **({} if style else {"templates": half, "frames": [], "per_word": 2}))
 
