@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> str | None:
 def held_out(preset: str, most: int = 120) -> list[str]:
     """Sentences to check with: held out from all training, else lines that gates are not solved with; spread evenly."""
     prompts = read_prompts(preset)
-    unread = [line for line in prompts.lines if line not in to_solve(prompts).lines]
-    found = sentences(preset, "held-out") + sentences(preset, "strange") or unread or prompts.lines
+    given, found = set(to_solve(prompts).lines), sentences(preset, "held-out") + sentences(preset, "strange")
+    found = found or [line for line in prompts.lines if line not in given] or prompts.lines
     return found[:: -(-len(found) // most)]
 
 

@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> str | None:
 def single(path: Path, prompt: str, folder: Path) -> list[tuple[Path, str]]:
     """A picture as it is, or those that `generate` put into one file, each by itself, in the folder."""
     said = drawn_with(path)
+    if len(said.get("prompts", [prompt])) == 1:
+        said["prompts"] = [prompt]  # that of prompts.csv or a .txt, where there is one
     return list(cut(path, said, Path(tempfile.mkdtemp(dir=folder)))) if "cell" in said else [(path, prompt)]
 
 

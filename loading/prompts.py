@@ -71,9 +71,7 @@ class Prompts:
         return [*self.templates, *self.frames]
 
     def as_published(self) -> "Prompts":
-        """Templates alone, as in the public code. Frames, spellings and parts of names are ours: for gates that open in
-        what people write, and on nothing but the name.
-        """
+        """Templates alone, as in the public code: frames, spellings and parts of names are ours."""
         return replace(self, frames=[], parts=False, spelt=0)
 
 

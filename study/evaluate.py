@@ -148,10 +148,14 @@ def read_captions(table: Path) -> dict[str, str]:
 
 
 def drawn_with(path: Path) -> dict:
-    """The settings that `generate` writes into its pictures, the prompt among them; {} where there are none."""
+    """The settings that `generate` writes into its pictures, the prompt among them; {} where none can be right."""
     with suppress(OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
         image.load()
-        return dict(json.loads(image.info.get("cpe", "{}")))
+        said = dict(json.loads(image.info.get("cpe", "{}")))
+        (width, height), prompts = said.get("cell", image.size), said.get("prompts", [])
+        fits = 0 < width <= image.width and 0 < height <= image.height
+        kinds = [type(each) for each in (width, height, prompts, *prompts)]
+        return said if fits and kinds == [int, int, list, *[str] * len(prompts)] else {}
     return {}
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import weights
+from cli.evaluate import single
 from cli.pictures import save, sheet
 from clip import preprocess
 from loading.files import UserError
@@ -216,3 +218,35 @@ def test_pictures_of_generate_say_their_prompt(tmp_path):
     assert evaluate.drawn_with(tmp_path / "0001.png") == {}
     with pytest.raises(UserError, match="is no picture"):
         evaluate.read_image(tmp_path / "0001.png", 32)
+
+
+def test_a_file_of_one_picture_has_the_prompt_of_the_table_and_sheets_of_several_their_own(tmp_path):
+    images = torch.zeros(2, 3, 64, 64)
+    save(sheet({"": images[:1]}, ["a cat"]), tmp_path / "1.png", {"prompt": "a cat", "prompts": ["a cat"]})
+    save(sheet({"": images}, ["a", "b"]), tmp_path / "2.png", {"prompt": "a", "prompts": ["a", "b"]})
+    (tmp_path / "prompts.csv").write_text("file,prompt\n1.png,a crab\n2.png,a crab\n")
+    one, two = (single(path, prompt, tmp_path) for path, prompt in evaluate.read_folder(tmp_path))
+    assert [[prompt for _, prompt in found] for found in (one, two)] == [["a crab"], ["b", "a"]]
+    assert all(evaluate.read_image(path, 8).abs().max() < 0.01 for path, _ in one + two)  # no heading
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"cell": cell} for cell in (5, None, "32", [32], [0, 32], [-8, 8], [8.0, 8], [True, 8], [99, 8])]
+    + [{"prompts": prompts} for prompts in (5, None, "a", {"a": 1}, [1])],
+)
+def test_metadata_that_generate_cannot_have_written_is_passed_over(tmp_path, said):
+    info = PngInfo()
+    info.add_itxt("cpe", json.dumps({"prompt": "a cat"} | said))
+    Image.new("RGB", (32, 40)).save(tmp_path / "x.png", pnginfo=info)
+    assert evaluate.drawn_with(tmp_path / "x.png") == {}
+    assert single(tmp_path / "x.png", "a dog", tmp_path) == [(tmp_path / "x.png", "a dog")]
+
+
+def test_a_sheet_without_prompts_of_its_own_has_that_of_the_folder(tmp_path):
+    info = PngInfo()
+    info.add_itxt("cpe", json.dumps({"prompt": "a cat", "cell": [32, 32]}))
+    Image.new("RGB", (32, 40)).save(tmp_path / "x.png", pnginfo=info)
+    ((path, prompt),) = single(tmp_path / "x.png", "a cat", tmp_path)
+    with Image.open(path) as image:
+        assert (image.size, prompt) == ((32, 32), "a cat")
