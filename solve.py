@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import cpe
 from token_space import ContextGate, TokenSpace
 
+READ = 40  # tokens of a prompt that are encoded, twice as many as hold words: `stretched` makes 77 of them
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -82,6 +84,11 @@ def places(tokens: int, words: int = 20, stride: int = 4) -> tuple[Tensor, Tenso
     return chosen, chosen.diff(append=torch.tensor([tokens])).float()
 
 
+def stretched(E: Tensor, tokens: int) -> Tensor:
+    """Contexts [B, T, d] of T `tokens` from the first [B, t, d]: the last, a padding, stands for those that follow."""
+    return torch.cat([E, E[:, -1:].expand(-1, max(0, tokens - E.shape[1]), -1)], dim=1)
+
+
 class Solver:
     """Solves for the gates of any number of targets of one model; what they share is computed once.
 
@@ -95,18 +102,19 @@ class Solver:
         check_finite(anchors, "an anchor")
         self.space, self.one, self.settings = space, one, settings
         self.chosen, counts = places(anchors.shape[1])
-        self.counts = counts.to(anchors) / counts.sum()
+        self.counts = counts.to(one) / counts.sum()
         self.M_half, self.M_inverse = roots(space.M)
-        anchors = anchors.to(one)
-        tokens = anchors[:, self.chosen].flatten(0, 1)
+        tokens = anchors[:, self.chosen].to(one).flatten(0, 1)
         mean = tokens.mean(dim=0)
-        covariance = (tokens - mean).T @ (tokens - mean) / len(tokens)
+        tokens -= mean  # in place: of the paper's lists this is 40 MB
+        covariance = tokens.T @ tokens / len(tokens)
         sizes, directions = (part.to(tokens) for part in torch.linalg.eigh(covariance.cpu()))
         # Q = (E - mean) directions: without a bias, as E one = 1 at every token
         w_qs = settings.temperature * directions[:, -settings.r :] / sizes[-settings.r :].clamp(min=0).sqrt().mean()
         self.w_qs = w_qs - torch.outer(one, mean @ w_qs)
         # H of the anchors' tokens [n, d], and what each counts for [n], 1 in all
-        self.spared = torch.cat([self.attended(part)[:, self.chosen] for part in anchors.split(64)]).flatten(0, 1)
+        attended = [self.attended(part.to(one))[:, self.chosen] for part in anchors.split(64)]
+        self.spared = torch.cat(attended).flatten(0, 1)
         self.counted = self.counts.repeat(len(anchors)) / len(anchors)
         self.mean, deviation = self.spared.mean(dim=0), self.spared.std(dim=0)
         self.deviation = deviation.clamp(min=1e-3 * deviation.mean().item() + 1e-12)  # features that hardly vary

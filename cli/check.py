@@ -7,8 +7,9 @@ worst sentences without gates, and those in which it shows no target anyway are 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from cli.targets import known_as, styles
 from loading.cache import cached_contexts
 from loading.files import UserError
 from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, spellings, to_solve, within
+from solve import READ, stretched
 from study.world import QUICK
 from token_space import TokenSpace
 from weights import Model
@@ -116,14 +118,19 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     file.warn_of_guess()
     concept, lines = file.concept, list(own or held_out(file.preset))
     sentences = [fill(line, name) for name in concept.names for line in lines]
-    E = model.encode(sentences)
-    instead = cached_contexts(model, [fill(line, concept.surrogate) for line in lines]).to(E)
+    read = None if own else READ  # what people write may be longer
+
+    def encode(texts: list[str], encoder: Callable) -> Tensor:
+        return stretched(encoder(texts, tokens=read), model.tokens)
+
+    E = encode(sentences, model.encode)
+    instead = encode([fill(line, concept.surrogate) for line in lines], partial(cached_contexts, model)).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
 
     others = without(concept.names, file.preset, lines)
-    F = cached_contexts(model, others).to(E).split(16)
+    F = encode(others, partial(cached_contexts, model)).to(E).split(16)
     opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
     energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
     asked = space.energy(x).sum(dim=1).mean().clamp(min=1e-12)

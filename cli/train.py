@@ -30,7 +30,7 @@ from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 4, "solve": 3}
+VERSIONS = {"train": 4, "solve": 4}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 PAPER = ("literal", "published")  # options: the losses, or the prompts, word for word
 
@@ -146,13 +146,17 @@ class Workshop:
         def progress(parts: list) -> Iterable:
             return bar(parts, len(parts), "encoding anchors") if len(parts) > 1 else parts
 
-        def own(texts: list[str]) -> torch.Tensor:
-            return cached_contexts(self.model, texts).to(self.model.device, self.model.dtype)
+        cached, prompts = partial(cached_contexts, self.model, progress=progress), self.prompts(target)
+        read = solve.READ if self.args.how == "solve" else None
 
-        anchors = partial(cached_contexts, self.model, progress=progress)
+        def anchors(texts: list[str]) -> torch.Tensor:
+            return solve.stretched(cached(texts, chunk=prompts.per_word, tokens=read), self.model.tokens)
+
+        def own(texts: list[str]) -> torch.Tensor:
+            return anchors(texts).to(self.model.device, self.model.dtype)
+
         # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
-        bare = partial(anchors, tokens=16)
-        return prepare(recipe, self.prompts(target), target.names, own, anchors, bare)
+        return prepare(recipe, prompts, target.names, own, anchors, partial(cached, tokens=16))
 
 
 def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
@@ -215,9 +219,9 @@ def solved(shop: Workshop, target: Target) -> cpe.ResAG:
     if one is None:
         raise UserError(f"{shop.model.name}: its text encoder's final LayerNorm has no bias: give --how train.")
     data = shop.data(target)
-    anchors = torch.cat([data.anchors.to(data.empty), data.empty])
     try:
-        solver = solve.Solver(shop.space, one, anchors, shop.recipe(target))
+        every = torch.cat([data.anchors, data.empty.to(data.anchors)])
+        solver = solve.Solver(shop.space, one, every, shop.recipe(target))
         return solver.solve(data.targets, data.surrogates, shop.args.seed)
     except ValueError as error:
         raise UserError(f"{error}.") from error

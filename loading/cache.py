@@ -30,18 +30,35 @@ def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[
                     tokens: int | None = None) -> Tensor:  # fmt: skip
     """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
 
-    They are stored in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
-    With `tokens`, only of that many. UserError as for `Model.encode`.
+    They are stored in chunks. What is missing is encoded together, batch by batch, and stored as it comes: an
+    interrupted encoding goes on where it stopped. `progress` wraps the batches. With `tokens`, only of that many.
+    UserError as for `Model.encode`.
     """
-    contexts = []
-    for part in progress([list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]):
-        ids = model.tokenizer(part, model.tokens)[:, :tokens]
-        key = hashlib.sha256(f"{model.fingerprint} {ids.tolist()}".encode()).hexdigest()[:32]
-        path = cache_folder() / f"contexts-{key}.safetensors"
-        try:
-            contexts.append(load_tensors(path)[0]["contexts"])
-        except (UserError, KeyError):  # not there yet, or damaged
-            contexts.append(model.encode(part, tokens=tokens).half().cpu())
+    parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
+    paths = [path_of(model, part, tokens) for part in parts]
+    found = {path: contexts for path in paths if (contexts := stored(path)) is not None}
+    missing = [each for each in zip(parts, paths, strict=True) if each[1] not in found]
+    at_once = max(1, 64 // chunk)
+    batches = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
+    for batch in progress(batches):
+        contexts = model.encode([text for part, _ in batch for text in part], tokens=tokens).half().cpu()
+        for (_, path), rows in zip(batch, contexts.split([len(part) for part, _ in batch]), strict=True):
+            found[path] = rows
             with suppress(UserError):  # a folder that cannot be written costs time, and nothing else
-                save_tensors(path, {"contexts": contexts[-1]})
-    return torch.cat(contexts) if contexts else model.encode([]).half().cpu()
+                save_tensors(path, {"contexts": rows})
+    return torch.cat([found[path] for path in paths]) if paths else model.encode([]).half().cpu()
+
+
+def path_of(model: "Model", prompts: list[str], tokens: int | None) -> Path:
+    """The file of the contexts of some prompts."""
+    ids = model.tokenizer(prompts, model.tokens)[:, :tokens]
+    key = hashlib.sha256(f"{model.fingerprint} {ids.tolist()}".encode()).hexdigest()[:32]
+    return cache_folder() / f"contexts-{key}.safetensors"
+
+
+def stored(path: Path) -> Tensor | None:
+    """Contexts from their file; None where they are not there yet, or damaged."""
+    try:
+        return load_tensors(path)[0]["contexts"]
+    except (UserError, KeyError):
+        return None

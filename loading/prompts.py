@@ -298,8 +298,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         rows.append(rows_of(general, prompts.general, words.general))
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
-        # One by one: what the words of one target share with those of another is in the cache.
-        rows += [encode_anchors(anchor_prompts([word], lines, prompts.per_word)) for word in chosen]
+        rows.append(encode_anchors(anchor_prompts(chosen, lines, prompts.per_word)))
     # as many prompts of these either way: fewer of each of more names
     if prompts.parts and (near := relatives(names, [*words.domain, *words.general], 32 // prompts.per_word)):
         rows.append(encode(anchor_prompts(near, lines, prompts.per_word)).to(rows[0]))

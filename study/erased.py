@@ -90,11 +90,18 @@ def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, styl
         preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
         prompts = prompts.as_published() if published else prompts
         recipe = replace(PRESETS[preset], **{key: x for key, x in settings.items() if key in ("surrogate", "nearest")})
-        encode, encode_anchors = world.model.encode, partial(cached_contexts, world.model)
+        read, model = solve.READ if make is solved else None, world.model
+
+        def encode(texts: list[str]) -> torch.Tensor:
+            return solve.stretched(model.encode(texts, tokens=read), model.tokens)
+
+        def anchors(texts: list[str]) -> torch.Tensor:
+            return solve.stretched(cached_contexts(model, texts, chunk=prompts.per_word, tokens=read), model.tokens)
+
         for target in scenario.targets:
             # what the other gates erase, this one shall leave to them
             known = replace(prompts, general=[*prompts.general, *(name for name in scenario.targets if name != target)])
-            data = prepare(recipe, known, [target], encode, encode_anchors)
+            data = prepare(recipe, known, [target], encode, anchors, partial(cached_contexts, model, tokens=16))
             gates.append(make(world, data, preset, seed, **settings))
         return Erased(world.model, cpe.merge(gates))
 

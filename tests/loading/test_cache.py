@@ -20,6 +20,18 @@ def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
     assert torch.equal(cache.cached_contexts(model, prompts, chunk=4), first)
 
 
+def test_what_is_missing_is_encoded_together_and_stored_apart(tiny, monkeypatch):
+    """The words of one target share some with those of another: only the others are encoded, in one batch."""
+    model, asked = load_model(tiny), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts, **more: asked.append(texts) or encode(texts, **more))
+    words = [f"a {name}" for name in ("cat", "dog", "cow", "fox", "hen", "owl")]
+    cache.cached_contexts(model, words[2:4], chunk=2)
+    found = cache.cached_contexts(model, words, chunk=2)
+    assert asked == [words[2:4], words[:2] + words[4:]]
+    torch.testing.assert_close(found, encode(words).half(), rtol=0, atol=2e-3)
+
+
 def test_the_first_tokens_alone_are_the_first_of_all(tiny):
     """And are no answer to who asks for all."""
     model, prompts = load_model(tiny), ["a cat on the first tokens", "dog"]

@@ -143,16 +143,16 @@ def test_training_data_never_has_the_target_among_its_anchors(target):
     assert not any("brad pitt" in p.casefold() or "tom cruise" in p.casefold() for p in used)
 
 
-def test_targets_share_general_anchors_and_ask_for_near_ones_word_by_word():
-    """So that a cache serves them all, and nothing is encoded that nobody trains on."""
+def test_targets_share_general_anchors_and_the_prompts_of_a_near_word_stand_together():
+    """So that a cache, which stores them word by word, serves all; and nothing is encoded that nobody trains on."""
     prompts, shared = Prompts(["{}", "a {}"], ["a person", "a dog"], PEOPLE, parts=False), []
     for target in ("Brad Pitt", "a dog", "somebody else"):
         anchors = Encoder()
         data = prepare(RECIPE, prompts, [target], Encoder(), anchors)
-        *first, one, other = anchors.calls  # as many as are nearest
+        *first, near = anchors.calls
         shared.append(first)
-        assert anchors.prompts_of(data.anchors)[-4:] == one + other
-        assert all(call == anchor_prompts([min(call, key=len)], prompts.templates) for call in (one, other))
+        assert anchors.prompts_of(data.anchors)[-4:] == near
+        assert near == anchor_prompts([word for word in near if word in PEOPLE], prompts.templates)
     assert shared[0] == shared[1] == shared[2]
 
 
