@@ -72,7 +72,7 @@ class Tokenizer:
     def tokens(self, text: str) -> list[str]:
         """What each token of a text stands for, in the letters of the text.
 
-        Of a letter that takes several tokens each is that letter. ValueError as for `encode`.
+        A letter that takes several tokens stands for each of them. ValueError as for `encode`.
         """
         return [text[start:end] for start, end in self.encode(text).offsets]
 
@@ -146,7 +146,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers, x [B, T, d] -> [B, T, d]; no norm at the end, which the towers differ in."""
+    """A stack of layers, x [B, T, d] -> [B, T, d]; no norm at the end: there the towers differ."""
 
     def __init__(self, config: dict, causal: bool):
         super().__init__()

@@ -4,7 +4,8 @@
     kv = gates(context, kv)            # erase: K + R_k(E), V + R_v(E)
     noise = unet(latents, t, kv)       # every denoising step; the U-Net knows nothing of the eraser
 
-Training needs no U-Net but the weights of its cross-attention. `train` has the same losses from token_space.py, faster.
+The gate learns to turn a target ("Brad Pitt") into a surrogate ("a person"), and to leave anchors, all else, alone.
+`train` takes the same losses, faster, from token_space.py; on the embedded model (emoji/) it solves instead: solve.py.
 
 Shapes: N concepts, B prompts, T = 77 tokens, d = 768 width of the context E [B, T, d], a text encoder's output.
 L = 32 projections W_l [d_l, d] are to_k and to_v of SD 1.4's 16 cross-attention layers, frozen; k is a residual's rank.
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- 1. The gate (paper, section 4.1) ----------------------------------------------------------------------------
@@ -83,13 +83,12 @@ def merge(gates: Sequence[ResAG]) -> ResAG:
     if any((g.widths, g.w_qs.shape[1]) != (first.widths, first.w_qs.shape[1]) for g in gates):
         raise ValueError("gates of different models cannot be merged: their projections differ")
     merged = ResAG(first.widths, first.w_qs.shape[1], r, k, sum(len(g.w_qs) for g in gates)).to(first.w_qs)
-
-    def padded(tensor: Tensor, like: Tensor) -> Tensor:
-        missing = [want - have for have, want in zip(tensor.shape[1:], like.shape[1:], strict=True)]
-        return F.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
-
-    parts = {name: [padded(g.state_dict()[name], like) for g in gates] for name, like in merged.state_dict().items()}
-    merged.load_state_dict({name: torch.cat(tensors) for name, tensors in parts.items()})
+    n = 0
+    for g in gates:
+        for name, tensor in g.state_dict().items():
+            part = merged.state_dict()[name][n : n + len(tensor)].zero_()  # a view of what `merged` holds
+            part[tuple(slice(size) for size in tensor.shape)] = tensor
+        n += len(g.w_qs)
     return merged
 
 
@@ -107,7 +106,8 @@ class Layers:
     def of(cross_attention: dict[str, Tensor], norm: Callable | None = None, tokens: int = 77) -> "Layers":
         """From a U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight`, by key; KeyError if one is missing.
 
-        a_l = |W_o W_v| |W_q| / 77 for keys (1/77: slope of an even softmax, theory/3), |W_o| for values; | | spectral
+        a_l = |W_o|                   how far at most an error of 1 in the values moves attention's output (spectral)
+        a_l = |W_o W_v| |W_q| / 77    the same of the keys, for even attention: its softmax has slope 1/77 (theory/3)
         """
         norm = norm or (lambda matrix: torch.linalg.matrix_norm(matrix, 2))
         W, a = {}, {}
@@ -135,9 +135,9 @@ class Data:
 
 @dataclass
 class Losses:
-    """The paper's losses, term by term; each is a mean over projections of a_l times a mean squared error.
+    """The paper's losses, term by term. Each has its x: the erased model shall see E as the original sees E + x.
 
-    i [n] are the numbers of the templates that a step draws, deltas [J, T, d] the adversarial embeddings.
+    W_l E + R_l(E) = W_l (E + x).    i [n]: which templates a step draws; deltas [J, T, d]: adversarial embeddings.
     """
 
     layers: Layers
@@ -155,19 +155,19 @@ class Losses:
         return (1 + self.eta) * (self.data.surrogates[i] - self.data.targets[i])
 
     def erase(self, gates: ResAG, i: Tensor) -> Tensor:
-        """The target must become its surrogate, and go beyond it by `eta` of the way."""
+        """The target must become its surrogate, and go beyond it by `eta` of the way: E_tar seen as E_tar + x."""
         return self.error(gates, self.data.targets[i], self.shift(i))
 
     def adversarial(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """So must the target under attack, E_tar + delta_j, in the first of the templates: the delta goes as well."""
+        """So must the target under attack, in the first of the templates: E_tar + delta_j seen as E_tar + x, too."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, self.shift(i[:1]) - deltas)
 
     def anchor(self, gates: ResAG, anchors: Tensor) -> Tensor:
-        """Whatever should stay must not move: anchors [n, T, d]."""
+        """Whatever should stay must not move: anchors [n, T, d] seen as they are, x = 0."""
         return self.error(gates, anchors, torch.zeros_like(anchors))
 
     def attack(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """The attacker's, who wants the target back: the gated output of E_tar + delta shall be E_tar's original."""
+        """The attacker's, who wants the target back: E_tar + delta seen as E_tar was, so x = -delta. The gates stay."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, -deltas)
 
     def erasing(self, gates: ResAG, i: Tensor, anchors: Tensor, deltas: Tensor | None) -> dict[str, Tensor]:
@@ -181,11 +181,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters. The defaults are those of the paper and its public code for celebrities."""
+    """Hyper-parameters of training. The defaults are those of the paper and its public code for celebrities."""
 
     surrogate: str = "a person"  # what the target becomes
     eta: float = 0.3  # how far beyond it
-    lam: float = 1e5  # lambda, the weight of the anchors
+    lam: float = 1e5  # lambda, the weight of the anchors; 300 on the embedded model (why: loading/prompts.py)
     r: int = 16  # width of the gate's attention
     k: int = 1  # rank of a residual
     stages: int = 5  # rounds of erasing; between two of them, a round of attack
@@ -261,16 +261,15 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(learners, weight_decay=0.01, fused=True)
 
     def draw_losses(self) -> dict[str, Tensor]:
-        """The losses of a step, of templates and anchors drawn anew, and their total."""
+        """The losses of a step, of templates and anchors drawn anew; total = erase + adversarial + lambda anchor."""
         recipe, P, chance = self.recipe, len(self.losses.data.targets), self.generator
         i = torch.randint(P, (recipe.templates,), generator=chance, device=chance.device)
         if self.phase % 2:
             return {"total": self.losses.attack(self.gates, i, self.deltas)}
         losses = self.losses.erasing(self.gates, i, self.draw_anchors(), self.deltas)
         risen = min(1, (self.step + 1) / (recipe.rise * self.steps[0])) ** 2 if recipe.rise and not self.phase else 1
-        # erase + adversarial + lambda anchor
-        weights = {"anchor": recipe.lam * risen}
-        return losses | {"total": sum(weights.get(name, 1) * loss for name, loss in losses.items())}
+        weights = {"erase": 1, "adversarial": 1, "anchor": recipe.lam * risen}
+        return losses | {"total": sum(weights[name] * loss for name, loss in losses.items())}
 
     def update(self, loss: Tensor) -> None:
         """One step of AdamW; the public code rounds its moments to 8 bits, which is not done here."""
@@ -298,8 +297,9 @@ class Trainer:
 
 
 # --- 4. The gate file, as in the authors' public checkpoints -----------------------------------------------------
-# Metadata (text, by cli/train.py): target, aliases, surrogate, preset, Recipe's fields; model, fingerprint (hash of its
-# encoder), drawing (its steps, guidance, sampler); how, seed, version, inputs (hash); authors' prompts, rank, alpha.
+# Beside the tensors it holds text, by cli/train.py: target, aliases, surrogate, preset; model, fingerprint (hash of its
+# encoder), drawing (steps, guidance, sampler); how: "train" and the fields of Recipe, or "solve" and those of Settings
+# in solve.py (bend, floor, rho, ...); seed, version, inputs (hash); prompts, rank, alpha, as the authors' files have.
 SHARED = ("attention_module1.w_qs", "attention_module1.w_ks", "gate.scaler")  # w_ks is there, but never used
 W_QS, W_KS, SCALER = (f"attention_gate.encoder_layer.slf_attn.{name}.weight" for name in SHARED)
 

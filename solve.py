@@ -1,6 +1,6 @@
 """The gate solved for instead of trained: seconds instead of minutes, and no step, learning rate or schedule.
 
-Training finds three things. Two of them are convex problems, and the third hardly matters:
+Training finds three things. The first hardly matters; the others are convex problems:
 
     attention     Q = E w_qs: the r principal directions of contexts, so that a token attends to tokens like itself
     scaler        logistic regression: which tokens carry the target?
@@ -37,7 +37,7 @@ class Settings:
     rho: float = 1e-3  # ridge of the scaler, in standard deviations of the anchors
     bend: float = 0.5  # where the gate bends, as a share of the margin
     lam: float = 100.0  # lambda: weight of the anchors in the correction
-    floor: float = 0.1  # least gate value that an anchor counts with there: protects where a gate opens by mistake
+    floor: float = 0.1  # an anchor counts as if the gate were open so far at least: it may open by mistake
     rounds: int = 0  # of attack, each with `deltas` adversarial embeddings that are then erased as well
     deltas: int = 16
     noise: float = 1e-3  # what a delta starts from, as a share of the target's norm
@@ -46,8 +46,8 @@ class Settings:
     def of(recipe: cpe.Recipe, style: bool = False, **changed: float) -> "Settings":
         """Those of a preset, with its eta, and fields that are `changed`.
 
-        What a style adds differs from thing to thing: it takes more directions to attend in, and a higher rank. It goes
-        less far beyond the surrogate than a trained one aims to, which things would not survive: it gets there.
+        A style adds something else to each thing: that takes more directions to attend in, and a higher rank. Trained
+        gates aim farther beyond the surrogate than they get. Solved ones get there, and things would lose their shape.
         """
         own = {"eta": 0.3, "r": 64, "k": 16, "weight": 10.0, "bend": 0.25} if style else {}
         return Settings(**{"eta": recipe.eta} | own | changed)
@@ -183,8 +183,8 @@ class Solver:
     def scaler(self, wanted: Tensor, shares: Tensor) -> Tensor:
         """The scaler [d] of g = sigmoid(t (l - c)), from the regression's l: four fifths of the shift lie at l >= m.
 
-        It bends at c = `bend` m and is almost open at m, where t (m - c) = 4; at m - 1 where anchors are so much like
-        the target that m is near 0, or below: erasing goes first. Arguments as for `regression`.
+        It bends at c = `bend` m, and is almost open at m, where t (m - c) = 4. Where anchors are so much like the
+        target that m is near 0 or below, it bends at m - 1: erasing goes first. Arguments as for `regression`.
         """
         v, b = self.regression(wanted, shares)
         v, b = v / self.deviation, b - (self.mean / self.deviation) @ v

@@ -122,7 +122,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [B, N, C].
 
-    `kv` is that of all layers. KeyError if this one's are not in it.
+    `kv` holds the keys and values of all layers. KeyError if this layer's are missing.
     """
 
     def __init__(self, channels: int, context_width: int, heads: int):

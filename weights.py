@@ -54,7 +54,7 @@ class Model:
     edits: frozenset[str] = frozenset()  # parts that are no longer as their files have them
 
     def part(self, name: str) -> Part:
-        """Where a network is, found and its config checked, but not read; UserError if it does not fit the others."""
+        """Where a network is: found and its config checked, nothing read. UserError if it does not fit the others."""
         if name not in self.parts:
             if self.path.is_file():
                 found = ldm_part(self.path, name)
@@ -105,7 +105,7 @@ class Model:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """Where vocab.json and merges.txt are: a one-file checkpoint has none, SD 1.4's serves every SD 1.x."""
+        """Where vocab.json and merges.txt are. A one-file checkpoint has none: SD 1.4's serves every SD 1.x."""
         if self.path.is_dir():
             return self.path / "tokenizer"
         for folder in (self.path.parent / "tokenizer", self.path.parent):
@@ -119,7 +119,7 @@ class Model:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The noise schedule. UserError, or a warning, as of `check_schedule`."""
+        """The noise schedule; UserError and warnings are those of `check_schedule`."""
         path = self.path / SCHEDULER
         config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
         return Schedule(check_schedule(config, path))
@@ -164,7 +164,7 @@ class Model:
         """The weights of to_q, to_k, to_v and to_out.0 of every cross-attention layer, under the checkpoint's keys.
 
         to_k and to_v are [C, d], the others [C, C]; in the order of `UNet.cross_attentions`. Nothing else of the U-Net
-        is read, and none is built; of a U-Net that is in memory, perhaps edited, they are the present ones.
+        is read, and no U-Net is built. If one is in memory, its present weights are taken, edited or not.
         """
         part = self.part("unet")
         matrices = ("to_q", "to_k", "to_v", "to_out.0")
@@ -298,7 +298,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
 
 
 def write_part(model: Model, name: str, folder: Path) -> None:
-    """One network of a model: its file as it is, unless it was edited, or lies in one file with the others."""
+    """Write one network: a copy of its file, or its tensors if it was edited or shares a file with others."""
     part, target = model.part(name), folder / f"{PARTS[name][1]}.safetensors"
     files.write_text(folder / "config.json", json.dumps(part.config, indent=2))
     if name in model.edits or model.path.is_file():
