@@ -28,7 +28,7 @@ from loading.prompts import PRESETS
 from solve import Settings
 from study import evaluate
 from study.attacks import Victim
-from study.erased import NONE, Erased, Method, settings_of
+from study.erased import NONE, Method, settings_of
 from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
 
@@ -82,14 +82,14 @@ def measure(
         tensors, metadata = load_tensors(path)
         return json.loads(metadata["figures"]), tensors["images"]
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **settings_of(method, scenario))
+    victim = method.build(world, scenario, seed, **settings_of(method, scenario))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    given = erased.model, before.contexts, before.seeds, erased.gates, *budget.sampling
+    given = victim.erased, before.contexts, before.seeds, victim.gates, *budget.sampling
     images = before.images if method is NONE else sampler.draw(*given)
     figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
-        figures["counts"] |= under_attack(world, scenario, erased, budget, seed)
+        figures["counts"] |= under_attack(world, scenario, victim, budget, seed)
     figures["H"] = H(shares_of_H(figures["counts"]))
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
@@ -119,9 +119,9 @@ def figures_of(world: World, before: Originals, images: Tensor) -> dict:
     }
 
 
-def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict[str, list[int]]:
+def under_attack(world: World, scenario: Scenario, victim: Victim, budget: Budget, seed: int) -> dict[str, list[int]]:
     """By attack on the first target: images that are recognised as it, and all."""
-    victim, found, target = Victim(world.model, erased.model, erased.gates), {}, scenario.targets[0]
+    found, target = {}, scenario.targets[0]
     known, judge = (world.styles, "style") if scenario.style else (world.concepts, "concept")
     template = "a picture of a robot, {}" if scenario.style else "a picture of a {}"
     for name, attack in ATTACKS.items():
@@ -129,7 +129,7 @@ def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budge
         each = torch.arange(max(1, budget.attacked // searches))
         tried = [attack(victim, target, (template,), seed + i).contexts for i in range(searches)]
         contexts = torch.cat([E[each % len(E)] for E in tried])
-        images = sampler.draw(erased.model, contexts, range(len(contexts)), erased.gates, *budget.sampling)
+        images = sampler.draw(victim.erased, contexts, range(len(contexts)), victim.gates, *budget.sampling)
         seen = world.see(images, judge)
         found[name] = [(seen == known.index(target.removesuffix(" style"))).sum().item(), len(contexts)]
     return found
