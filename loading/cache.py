@@ -28,10 +28,9 @@ def cache_folder() -> Path:
 
 def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64,
                     tokens: int | None = None) -> Tensor:  # fmt: skip
-    """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
+    """Contexts [A, 77, d] of prompts in half precision, or of their first `tokens`. UserError as for `Model.encode`.
 
-    They are stored in chunks, so that an interrupted encoding goes on where it stopped. `progress` wraps the chunks.
-    With `tokens`, only of that many. UserError as for `Model.encode`.
+    They are stored in chunks, which `progress` wraps: an interrupted encoding goes on where it stopped.
     """
     contexts = []
     for part in progress([list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]):

@@ -48,15 +48,12 @@ class Undrawn(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Part:
-    """One network of a model: how it is built, where its tensors are, and what the file calls them.
-
-    `rename` gives our name of a file's key, or None where it is to be ignored.
-    """
+    """One network of a model: how it is built, where its tensors are, and what the file calls them."""
 
     build: type[nn.Module]
     config: dict[str, Any]
     path: Path
-    rename: Callable[[str], str | None]
+    rename: Callable[[str], str | None]  # our name of a file's key; None where it is to be ignored
 
     def empty(self) -> nn.Module:
         """The module without any memory behind its tensors; UserError if its config describes none."""
@@ -117,10 +114,7 @@ class Part:
 
 
 def diffusers_name(key: str, part: str) -> str | None:
-    """Our name of a tensor in the diffusers layout: the same, but for what older or newer libraries wrote.
-
-    This is the complete list of exceptions.
-    """
+    """Our name of a tensor in the diffusers layout: the same, but for what older and newer libraries write."""
     if key.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: written by transformers before 4.31
         return None
     if part == "text_encoder" and key == "text_projection.weight":  # of CLIPTextModelWithProjection
