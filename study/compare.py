@@ -4,8 +4,7 @@
     figures, pixels = measure(world, SCENARIOS["object"], METHODS["cpe"])    # one cell: on disk, so a run resumes
 
 A cell counts, in every group of pictures (world.py), how many CLIP still recognises; how far they moved from the
-unerased model's, of the same seeds; and what attacks get back. Cells are measured one after another and stay on disk.
-Built on world, erased, attacks and evaluate.
+unerased model's, of the same seeds; and what attacks get back.
 """
 
 import hashlib
@@ -143,10 +142,7 @@ QUICK_COLUMNS = ("erased", "sentences", "near, unlisted", "others", "kept in sen
 
 
 def shares_of_H(counts: dict[str, list[int]]) -> list[float]:
-    """The shares that H is made of: erased in captions and in sentences, then of all groups that are kept.
-
-    Without sentences the captions stand for them.
-    """
+    """What H is made of: the shares erased in captions and in sentences (without any, captions again), then kept."""
     shares = {name: counts[name][0] / counts[name][1] for name in GROUPS if counts.get(name, [0, 0])[1]}
     kept = [share for name, share in shares.items() if name not in GONE]
     return [shares["erased"], shares.get("sentences", shares["erased"]), *kept]

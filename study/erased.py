@@ -70,10 +70,7 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
 
 
 def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Victim]:
-    """A builder for CPE: gates of each target by itself, made by `solved` or `trained`, then merged.
-
-    Of the prompts of all erasers it takes what `given` leaves.
-    """
+    """A builder for CPE: gates of each target, by `solved` or `trained`, of the prompts `given` leaves; merged."""
 
     def build(world: World, scenario: Scenario, seed: int, published: bool = False, **settings: Any) -> Victim:
         """The same model with gates; `settings` are of `make`. `published`: in the paper's templates alone."""

@@ -15,8 +15,7 @@ Groups of pictures:
     kept beside              the other thing in a picture of two; of a style, the thing that is drawn in it
 
 A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
--strange.txt and -beside.txt (of a style emoji's, with the style behind them); a preset without such files has no such
-group. Built on evaluate and weights.
+-strange.txt and -beside.txt (of a style emoji's, with the style behind them), if the preset has such files.
 """
 
 import hashlib
@@ -188,7 +187,7 @@ def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
 def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
     """Concepts of each group of captions, by number; the nearest to any of the targets first.
 
-    What has a target's name in its own ("horse face" of "horse") is in none: it is neither to go nor to stay.
+    What has a target's name in its own ("horse face" of "horse") is in none.
     """
     targets = [world.concepts.index(name) for name in scenario.targets]
     order = (world.features @ world.features[targets].T).amax(dim=1).argsort(descending=True).tolist()
