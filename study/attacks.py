@@ -30,12 +30,10 @@ from torch import Tensor
 import cpe
 from erasers.common import filled, projections
 from token_space import TokenSpace, spectral_norm
+from unet import KeysValues
 from weights import Model
 
-KeysValues = dict[str, Tensor]
 TEMPLATES = ("a picture of a {}",)
-
-# --- What all share ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,6 @@ class Found:
     prompts: list[str]  # as a person would read them; learned words are written as <1>, <2>, ...
     before: float  # the loss of the plain prompts
     after: float  # and of what was found
-
-
-# --- Through keys and values -------------------------------------------------------------------------------------
 
 
 class RevivalLoss:

@@ -89,7 +89,7 @@ def measure(
     figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
         figures["counts"] |= under_attack(world, scenario, victim, budget, seed)
-    figures["H"] = H(shares_of_H(figures["counts"]))
+    figures["H"] = H(figures["counts"])
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
     return figures, pixels
@@ -141,20 +141,14 @@ COLUMNS = (*GROUPS, "style", *NUMBERS, *ATTACKS)
 QUICK_COLUMNS = ("erased", "sentences", "near, unlisted", "others", "kept in sentences", "H")
 
 
-def shares_of_H(counts: dict[str, list[int]]) -> list[float]:
-    """What H is made of: the shares erased in captions and in sentences (without any, captions again), then kept."""
+def H(counts: dict[str, list[int]]) -> float:
+    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of (recognised, all) by group; 0 if any of the three fails.
+
+    3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept); without sentences captions stand for them.
+    """
     shares = {name: counts[name][0] / counts[name][1] for name in GROUPS if counts.get(name, [0, 0])[1]}
     kept = [share for name, share in shares.items() if name not in GONE]
-    return [shares["erased"], shares.get("sentences", shares["erased"]), *kept]
-
-
-def H(shares: Sequence[float]) -> float:
-    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of the shares of `shares_of_H`; 0 if any of the three fails.
-
-    3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept)
-    """
-    erased, said, *kept = shares
-    parts = (1 - erased, 1 - said, sum(kept) / len(kept))
+    parts = (1 - shares["erased"], 1 - shares.get("sentences", shares["erased"]), sum(kept) / len(kept))
     return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
 
 
@@ -178,7 +172,7 @@ def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
             before = counts.get(name, [0, 0])
             counts[name] = [before[0] + hits, before[1] + images]
         means = {name: statistics.mean(row[name] for row in rows) for name in NUMBERS}
-        total[method] = {"counts": counts} | means | {"H": H(shares_of_H(counts))}
+        total[method] = {"counts": counts} | means | {"H": H(counts)}
     return total
 
 

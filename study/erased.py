@@ -34,9 +34,6 @@ class Method:
     settings: dict = field(default_factory=dict)
 
 
-# --- Linear erasers ----------------------------------------------------------------------------------------------
-
-
 def linear(eraser: str) -> Callable[..., Victim]:
     """A builder for one of `erasers.ERASERS` but LoRA, as its authors publish it if no setting says otherwise."""
 
@@ -64,9 +61,6 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     for target in scenario.targets:
         words += nearest_words(recipe, prompts, [target], world.model.encode, partial(cached_contexts, world.model))
     return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
-
-
-# --- CPE ---------------------------------------------------------------------------------------------------------
 
 
 def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Victim]:
@@ -107,8 +101,6 @@ def trained(
     list(trainer(gates, losses, recipe, chance))
     return gates.requires_grad_(False)
 
-
-# --- The rows ----------------------------------------------------------------------------------------------------
 
 NONE = Method("none", lambda world, scenario, seed: Victim(world.model, world.model))
 LINEAR = ("uce", "rece", "mace", "speed", "esd")

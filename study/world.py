@@ -130,9 +130,8 @@ class World:
         self.colours = ("white", "blue", "yellow", "green", "pink")
         self.features = evaluate.name_features(self.clip, self.tokenizer, self.concepts)
         captions = [f"a picture of a {c}, {s} style" for c in self.concepts for s in self.styles or ("any",)]
-        self.captions = evaluate.text_features(self.clip, self.tokenizer, captions).unflatten(
-            0, (len(self.concepts), -1)
-        )
+        features = evaluate.text_features(self.clip, self.tokenizer, captions)
+        self.captions = features.unflatten(0, (len(self.concepts), -1))
 
     @cached_property
     def fingerprint(self) -> str:
