@@ -18,7 +18,7 @@ Shapes: P prompts, T tokens, d width of the context, h hidden units of an MLP, n
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import cpe
 from clip import MLP, TextEncoder, quick_gelu
 from deploy.targets import Concept
+from loading.prompts import Encode
 from token_space import ContextGate, TokenSpace
 
 # --- The units that are trained ----------------------------------------------------------------------------------
@@ -262,7 +263,6 @@ class Baker:
 # --- What was lost -----------------------------------------------------------------------------------------------
 
 HELD_OUT = ("the {} here, please", "a {} and a dog")  # templates of no preset
-Encode = Callable[[list[str]], Tensor]
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """Contexts that were encoded before: anchors are the same for every target, and take longest to encode.
 
-    anchors = cached_contexts(model, prompts)      # [A, 77, d], half precision; the second target finds them on disk
-
 Files are named by the text encoder's fingerprint and the tokens: one is stale only where the config's heads change.
 """
 

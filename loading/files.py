@@ -1,8 +1,4 @@
-"""Reading and writing files. A file appears whole or not at all; only safetensors are read, never a pickle.
-
-save_tensors("x.safetensors", {"weight": W}, {"target": "red heart"})
-tensors, metadata = load_tensors("x.safetensors")
-"""
+"""Reading and writing files. A file appears whole or not at all; only safetensors are read, never a pickle."""
 
 import errno
 import json

@@ -1,7 +1,5 @@
 """Models of the Hugging Face hub: found in the local cache, else downloaded.
 
-    folder = fetch("CompVis/stable-diffusion-v1-4", [("unet/config.json",), ("vae/config.json",)])
-
 What the cache has is not asked for again. Every error says what to do without a network.
 """
 

@@ -1,8 +1,5 @@
 """The original layout: a whole model in one file, its tensors named as in the code of Rombach et al. 2022 (LDM).
 
-    names = ldm_names("unet", config, unet.state_dict())     # {our name: the file's}
-    tensors = to_ldm("unet", config, unet.state_dict())      # what a file in this layout holds of the U-Net
-
 The original numbers all blocks of one half of the U in a row, and the decoder's levels from the image down.
 """
 

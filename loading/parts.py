@@ -1,8 +1,5 @@
 """The networks of a model: where each lies, what the file calls its tensors, and reading them, strictly.
 
-    part = folder_part(Path("sd14/unet"), "unet", torch.float32)     # or ldm_part(Path("x.safetensors"), "unet")
-    unet = part.load(torch.float32, torch.device("cpu"))
-
 Every tensor of the config must be in the file, with its shape, and no other. Tensors are memory maps of the file.
 """
 
