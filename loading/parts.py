@@ -63,12 +63,10 @@ class Part:
 
     def check(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
         """The file's keys by our names; UserError that names every mismatch between `expected` and the file."""
-        keys: dict[str, str] = {}
         unfit = []
         with opened(self.path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if (name := self.rename(key)) is not None:
-                    keys[name] = key
+            named = {key: self.rename(key) for key in file.keys()}  # noqa: SIM118
+            keys = {name: key for key, name in named.items() if name is not None}
             for name in sorted(expected.keys() & keys.keys()):
                 entry, want = file.get_slice(keys[name]), list(expected[name].shape)
                 shape, dtype = entry.get_shape(), entry.get_dtype()
@@ -76,8 +74,8 @@ class Part:
                 if shape not in (want, [*want, 1, 1]) or "F" not in dtype:
                     unfit.append(f"{keys[name]} is {shape} of {dtype}, not {want} of floating-point numbers")
         surplus = sorted(keys[name] for name in keys.keys() - expected.keys())
-        problems = {"missing": sorted(expected.keys() - keys.keys()), "not part of this architecture": surplus}
-        problems |= {"unfit": unfit}
+        missing = sorted(expected.keys() - keys.keys())
+        problems = {"missing": missing, "not part of this architecture": surplus, "unfit": unfit}
         if any(problems.values()):
             said = [f"{len(found)} {what} ({', '.join(found[:3])})" for what, found in problems.items() if found]
             advice = "Likely the weights do not belong to its config.json, or the file is of another kind of model"

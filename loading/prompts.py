@@ -110,7 +110,7 @@ def parse_prompts(text: str) -> Prompts:
 
 
 def sentences(preset: str, kind: str) -> list[str]:
-    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", "beside"); [] without such a file."""
+    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", ...); [] without such a file."""
     path = shipped("prompts") / f"{preset}-{kind}.txt"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import ROOT
 
 import cpe
 import erasers
@@ -11,12 +12,12 @@ import sampler
 import token_space
 from benchmarks import tune
 from benchmarks.ablations import ABLATIONS, Unmixed
+from cli.many import read_lines
 from loading.cache import cache_folder
 from loading.files import save_tensors
 from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare, evaluate
 from study import erased as rows_of_table
-from study import world as worlds
 from study.attacks import Victim
 from study.erased import METHODS, TUNED, Method, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases
@@ -63,8 +64,10 @@ def test_targets_that_hyper_parameters_were_tuned_on_are_in_no_table(world):
     reported = {target for scenario in SCENARIOS.values() for target in scenario.targets}
     assert len(TUNING) >= 2
     assert not reported & TUNING
-    assert len(set(worlds.FIFTY)) == 50
-    assert set(worlds.TEN) < set(worlds.FIFTY) <= set(world.concepts)
+    ten, fifty = (SCENARIOS[f"{n} at once"].targets for n in (10, 50))
+    assert (len(set(ten)), len(set(fifty))) == (10, 50)
+    assert set(ten) < set(fifty) <= set(world.concepts)
+    assert [line for _, line in read_lines(ROOT / "prompts/emoji-targets.txt")] == list(fifty)  # train --targets
 
 
 def test_a_style_is_judged_as_a_style(world):

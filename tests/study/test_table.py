@@ -13,7 +13,6 @@ from cli import pictures
 from loading.prompts import PRESETS, normalised, read_prompts
 from study import compare
 from study import erased as rows_of_table
-from study import world as worlds
 from study.attacks import Found, Victim
 from study.erased import METHODS, NONE, PUBLISHED_ROWS, TUNED, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases, sentences
@@ -93,7 +92,7 @@ def test_published_rows_are_the_authors_settings_and_bare_names(world, monkeypat
         method.build(world, ten, 0, **settings_of(method, ten))
     assert [settings for _, settings in given] == [{"rounds": 1}, erasers.PUBLISHED["speed, many"]]
     for (_, targets, _, preserved, _), _ in given:
-        assert targets == list(worlds.TEN)
+        assert targets == list(ten.targets)
         assert set(preserved) <= {*read_prompts("emoji").general, *read_prompts("emoji").domain}
 
 
