@@ -61,17 +61,14 @@ class Model:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The text tower of CLIP."""
         return self.part("text_encoder").load(self.dtype, self.device)
 
     @cached_property
     def unet(self) -> UNet:
-        """The U-Net."""
         return self.part("unet").load(self.dtype, self.device)
 
     @cached_property
     def vae(self) -> VAE:
-        """The autoencoder."""
         return self.part("vae").load(self.dtype, self.device)
 
     @property
@@ -93,7 +90,6 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer."""
         return read_tokenizer(self.tokenizer_folder, self.tokens)
 
     @cached_property

@@ -35,7 +35,6 @@ def replace_all(name: str, table: Mapping[str, str]) -> str:
 
 
 def unet_name(name: str, config: dict[str, Any]) -> str:
-    """The original name of a tensor of the U-Net."""
     if ".resnets." in name:
         name = replace_all(name, NAMES["resnet"])
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
@@ -55,7 +54,6 @@ def unet_name(name: str, config: dict[str, Any]) -> str:
 
 
 def vae_name(name: str, config: dict[str, Any]) -> str:
-    """The original name of a tensor of the autoencoder."""
     last = len(config["block_out_channels"]) - 1
     name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
     return replace_all(name, NAMES["vae"])
