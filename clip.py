@@ -70,17 +70,11 @@ class Tokenizer:
         return self.encode(text).ids
 
     def tokens(self, text: str) -> list[str]:
-        """What each token of a text stands for, in the letters of the text.
-
-        A letter that takes several tokens stands for each of them. ValueError as for `encode`.
-        """
+        """What each token of a text stands for, in its letters (one may take several). ValueError as for `encode`."""
         return [text[start:end] for start, end in self.encode(text).offsets]
 
     def __call__(self, prompts: Sequence[str], length: int = 77) -> Tensor:
-        """Ids [B, length]: BOS, the prompt, then EOS up to the end. A longer prompt is cut, with a warning.
-
-        ValueError as for `encode`.
-        """
+        """Ids [B, length]: BOS, prompt, EOS up to the end; what is longer is cut, with a warning. Errors: `encode`."""
         rows, room = [], length - 2
         for prompt in prompts:
             encoding = self.encode(prompt)
@@ -191,10 +185,7 @@ class TextTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Stable Diffusion's `text_encoder`, from its config.json: tokens [B, T] -> context E [B, T, d].
-
-    The tower is causal, so token t depends on tokens 0..t alone.
-    """
+    """Stable Diffusion's `text_encoder`, from its config.json: tokens [B, T] -> context E [B, T, d]."""
 
     def __init__(self, config: dict):
         super().__init__()

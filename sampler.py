@@ -41,11 +41,7 @@ class Schedule:
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` timesteps, evenly spaced, from noise to image: 981, 961, ..., 1 for 50 steps.
-
-        The spacing that diffusers calls "leading": strides are whole, and what remains of the length is left out at
-        its noisy end.
-        """
+        """`steps` timesteps from noise to image, spaced as diffusers' "leading": 981, 961, ..., 1 for 50 steps."""
         stride = self.length // steps
         return [i * stride + self.offset for i in reversed(range(steps))]
 
@@ -57,10 +53,9 @@ class Schedule:
 
 
 def guided(unet: UNetFunction, latents: Tensor, timestep: int, kv: KeysValues, guidance_scale: float) -> Tensor:
-    """Noise [B, c, h, w] under classifier-free guidance; the one definition of it in this project.
+    """Noise [B, c, h, w] under classifier-free guidance.
 
-    With guidance_scale w = 1 the empty prompt plays no role and `kv` has B rows; otherwise 2B rows, the first B of
-    the empty (or negative) prompt.
+    `kv` has 2B rows, the first B of the empty (or negative) prompt; with guidance_scale w = 1 it plays no role: B rows.
     """
     if guidance_scale == 1:
         return unet(latents, timestep, kv)
@@ -133,10 +128,7 @@ def sample(
     guidance_scale: float = 7.5,
     method: str = "ddim",
 ) -> Iterator[Tensor]:
-    """Denoise latents [B, c, h, w] of standard normal noise: yields the latents after each of `steps` steps.
-
-    `kv` holds the keys and values of the prompts, 2B rows (see `guided`). ValueError as for `check_steps`.
-    """
+    """Denoise noise [B, c, h, w]: yields the latents after each step. `kv`: see `guided`; errors: `check_steps`."""
     check_steps(schedule, steps, method)
     return METHODS[method](schedule, lambda x, t: guided(unet, x, t, kv, guidance_scale), latents, steps)
 

@@ -120,10 +120,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention (attn2), feed-forward; pixels [B, N, C] -> [B, N, C].
-
-    `kv` holds the keys and values of all layers. KeyError if this layer's are missing.
-    """
+    """Self-attention (attn1), cross-attention (attn2) with its part of `kv`, feed-forward, [B, N, C] -> [B, N, C]."""
 
     def __init__(self, channels: int, context_width: int, heads: int):
         super().__init__()
@@ -197,10 +194,7 @@ class Block(nn.Module):
             self.attentions = nn.ModuleList(Transformer(outputs, config) for _ in inputs)
 
     def down(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Downward half, x [B, C, h, w] -> [B, outputs, h, w], half the side where the level ends with a downsampler.
-
-        Every intermediate result is pushed onto `skips`.
-        """
+        """[B, C, h, w] -> [B, outputs, h, w], or half the side; every result on the way is pushed onto `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
@@ -212,10 +206,7 @@ class Block(nn.Module):
         return x
 
     def up(self, x: Tensor, time: Tensor, kv: KeysValues, skips: list[Tensor]) -> Tensor:
-        """Upward half, x [B, C, h, w] -> [B, outputs, h, w], twice the side where the level ends with an upsampler.
-
-        Every ResNet takes one result off `skips`.
-        """
+        """[B, C, h, w] -> [B, outputs, h, w], or twice the side; every ResNet takes one result off `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
@@ -302,10 +293,7 @@ class UNet(nn.Module):
         return kv
 
     def forward(self, latents: Tensor, timestep: Tensor | int, kv: KeysValues) -> Tensor:
-        """Noise [B, c, h, w] predicted in latents [B, c, h, w] at timesteps [B] or one for all, 0..999.
-
-        KeyError if `kv`, of B rows, lacks a projection.
-        """
+        """Noise in latents [B, c, h, w] at timesteps [B], or one, 0..999; KeyError if `kv` lacks a projection."""
         timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         time = timestep_embedding(timestep, self.conv_in.out_channels).to(latents.dtype)
         # Every ResNet reads F.silu(time): applied once here.

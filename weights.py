@@ -5,8 +5,7 @@
     weights = model.cross_attention()      # all that training needs of the U-Net; never builds one
 
 A model is a folder in the diffusers layout (`tokenizer/`, `text_encoder/`, `unet/`, `vae/`, `scheduler/`, sometimes
-`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). What stands behind this file is in loading/;
-whatever a user can mend raises `UserError`.
+`clip/`), or one `.safetensors` checkpoint in the original layout (LDM). Whatever a user can mend raises `UserError`.
 """
 
 import json
@@ -39,46 +38,37 @@ CLIP_LARGE = "openai/clip-vit-large-patch14"
 
 @dataclass
 class Model:
-    """A Stable Diffusion model whose parts are read when they are first used, and then kept in memory.
-
-    `path` is a folder in the diffusers layout or a one-file checkpoint; `repository` is where missing files of a
-    folder may be fetched from. Whatever reads a file raises UserError.
-    """
+    """A Stable Diffusion model whose parts are read when they are first used, and then kept in memory."""
 
     name: str
-    path: Path
+    path: Path  # a folder, or a one-file checkpoint
     dtype: torch.dtype
     device: torch.device
-    repository: str | None = None
+    repository: str | None = None  # where missing files of a folder may be fetched from
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
     edits: frozenset[str] = frozenset()  # parts that are no longer as their files have them
 
     def part(self, name: str) -> Part:
         """Where a network is: found and its config checked, nothing read. UserError if it does not fit the others."""
         if name not in self.parts:
-            if self.path.is_file():
-                found = ldm_part(self.path, name)
-            else:
-                if self.repository and name != "clip":
-                    fetch(self.repository, wanted_files([name], self.dtype))
-                found = folder_part(self.path / name, name, self.dtype)
+            if self.repository and name != "clip":
+                fetch(self.repository, wanted_files([name], self.dtype))
+            one_file = self.path.is_file()
+            found = ldm_part(self.path, name) if one_file else folder_part(self.path / name, name, self.dtype)
             check_agreement({key: part.config for key, part in (self.parts | {name: found}).items()}, self.name)
             self.parts[name] = found
         return self.parts[name]
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The text tower of CLIP."""
         return self.part("text_encoder").load(self.dtype, self.device)
 
     @cached_property
     def unet(self) -> UNet:
-        """The U-Net."""
         return self.part("unet").load(self.dtype, self.device)
 
     @cached_property
     def vae(self) -> VAE:
-        """The autoencoder."""
         return self.part("vae").load(self.dtype, self.device)
 
     @property
@@ -100,7 +90,6 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer."""
         return read_tokenizer(self.tokenizer_folder, self.tokens)
 
     @cached_property
@@ -137,11 +126,11 @@ class Model:
         return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
-        """The same model with tensors of its U-Net replaced, by name; errors as for `edited`."""
+        """The same model with tensors of its U-Net replaced; arguments and errors as for `edited`."""
         return self.edited("unet", changed)
 
     def with_text_encoder(self, changed: dict[str, Tensor]) -> "Model":
-        """The same with tensors of its text encoder replaced, and a fingerprint of its own; errors as for `edited`."""
+        """The same with tensors of its text encoder replaced, and so with a fingerprint of its own."""
         twin = self.edited("text_encoder", changed)
         twin.fingerprint = fingerprint_of(sorted(twin.text_encoder.state_dict().items()))  # as when saved and loaded
         return twin
@@ -177,10 +166,9 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that tell text encoders apart: what gates were trained for, what was cached with it.
+        """`fingerprint_of` the text encoder: what gates were trained for, what was cached with it.
 
-        See `fingerprint_of`; takes half a second for SD 1.4. The U-Net stays out: its fine-tunes share the text
-        encoder, and gates carry over to them.
+        The U-Net stays out: its fine-tunes share the text encoder, and gates carry over to them.
         """
         part = self.part("text_encoder")
         return fingerprint_of(part.read(part.empty(), torch.float16, torch.device("cpu")))
@@ -225,10 +213,10 @@ def load_model(
     device: str | torch.device = "cpu",
     parts: Sequence[str] = ("text_encoder", "unet", "vae"),
 ) -> Model:
-    """The model "sd14", "emoji", owner/name of the hub, or at a path; a part is read when it is first used.
+    """The model "sd14", "emoji", owner/name of the hub, or at a path.
 
-    The files of `parts` are found, or downloaded, and their configs checked at once, so that what is missing shows
-    before any work is done. UserError says what to do about it.
+    The files of `parts` are found, or downloaded, and their configs checked at once: what is missing is a UserError
+    before any work is done.
     """
     device = check_device(device)
     path, repository = find_model(str(name))
@@ -250,10 +238,7 @@ def expected_unet(name: str) -> UNet:
 def load_clip(
     name: str | Path = CLIP_LARGE, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[CLIP, Tokenizer]:
-    """A CLIP model and its tokenizer, from a folder or the Hugging Face repository of any `openai/clip-vit-*`.
-
-    UserError if there is no such folder or repository, or it holds something else.
-    """
+    """A CLIP model and its tokenizer, from a folder or the repository of any `openai/clip-vit-*`; else UserError."""
     folder = Path(os.path.expanduser(name))
     if not os.path.isdir(folder):
         if not is_repository(str(name)):

@@ -46,7 +46,7 @@ class Unmixed(cpe.Trainer):
         return torch.cat([E + sigma * torch.randn(E.shape, **chance, dtype=E.dtype), data.empty])
 
 
-def unmixed(*given: object, **settings: object) -> compare.Erased:
+def unmixed(*given: object, **settings: object) -> compare.Victim:
     """CPE's row with anchors that are not mixed. (A class has no place in the name of a cell.)"""
     return CPE.build(*given, trainer=Unmixed, **settings)
 

@@ -46,9 +46,9 @@ def main() -> None:
     world = World(load_model("emoji"))
     scenario, rows, names = SCENARIOS["neighbours"], [], ["before", "CPE", "UCE"]
     for method in (NONE, METHODS["cpe, solved"], METHODS["uce"]):
-        erased = method.build(world, scenario, 0, **settings_of(method, scenario))
+        victim = method.build(world, scenario, 0, **settings_of(method, scenario))
         with torch.no_grad():
-            rows.append(sampler.draw(erased.model, PROMPTS, range(len(PROMPTS)), erased.gates, 30, 4.0, "dpm"))
+            rows.append(sampler.draw(victim.erased, PROMPTS, range(len(PROMPTS)), victim.gates, 30, 4.0, "dpm"))
     out = ROOT / "figures" / "strip.png"
     bracketed(sheet(dict(zip(names, rows, strict=True)), PROMPTS)).save(out)
     print(f"wrote   {out}")

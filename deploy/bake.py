@@ -4,10 +4,10 @@ What gates ask of all layers together is nearly another context (`token_space.co
 
     E' = E + (sum_l w_l R_l(E) W_l) M^-1
 
-The text encoder learns to say E' by itself. Were whole layers trained, all prompts would move with them. But a hidden
-unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b) times a column of the output layer, is nothing where
-w . x + b is far below zero. So the few units of the last MLP that matter least are taken away, the rest made to do
-without them, and put back as detectors of the target. They alone are trained, as far as the U-Net sees the difference:
+The text encoder learns to say E' by itself. A hidden unit of an MLP is a gate, too: what it adds, quick_gelu(w . x + b)
+times a column of the output layer, is nothing where w . x + b is far below zero. So the few units of the last MLP that
+matter least are taken away, the rest made to do without them, and put back as detectors of the target. They alone are
+trained, as far as the U-Net sees the difference:
 
     loss = mean |tower(p) - E'(p)|_M^2 over prompts p of the target  +  keep * mean |tower(p) - E(p)|_M^2 over others
 
@@ -18,7 +18,7 @@ Shapes: P prompts, T tokens, d width of the context, h hidden units of an MLP, n
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import cpe
 from clip import MLP, TextEncoder, quick_gelu
 from deploy.targets import Concept
+from loading.prompts import Encode
 from token_space import ContextGate, TokenSpace
 
 # --- The units that are trained ----------------------------------------------------------------------------------
@@ -82,22 +83,6 @@ def detectors(points: Tensor, x: Tensor, shut: float = -3.0, fires: float = 2.0)
     return (slope[:, None] * w).to(x), (shut - slope * highest).to(x)
 
 
-class Units(nn.Module):
-    """Hidden units of an MLP on their own, x [..., d] -> what they add to the residual stream [..., d].
-
-    They begin as `detectors` that say nothing yet: weights [n, d], biases [n].
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-        self.columns = nn.Parameter(torch.zeros_like(weight.T, memory_format=torch.contiguous_format))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """columns quick_gelu(weight x + bias), [..., d] -> [..., d]."""
-        return F.linear(quick_gelu(F.linear(x, self.weight, self.bias)), self.columns)
-
-
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
@@ -129,11 +114,9 @@ class Frozen(NamedTuple):
 class Baker:
     """Trains the units: iterate, stop and go on wherever you like, then take `changed()`.
 
-    A seed repeats a run on one machine. What a step reports are shares of the shift that the gates ask for: "missing",
-    how much of it is not there yet on prompts of targets, and "moved", how far the others have moved.
-
-    `targets` [P, T] and `others` [Q, T] are the tokens of prompts whose contexts shall become those of `gate`, and
-    shall stay as they are. All but the units is frozen: what it says is computed once. ValueError as for `teach`.
+    What a step reports are shares of the shift that the gates ask for: "missing", how much of it is not there yet on
+    prompts of targets, and "moved", how far the others have moved. `targets` [P, T] and `others` [Q, T] are the tokens
+    of prompts whose contexts shall become those of `gate`, and shall stay as they are. ValueError as for `teach`.
     """
 
     def __init__(self, tower: TextEncoder, gate: ContextGate, space: TokenSpace, targets: Tensor, others: Tensor,
@@ -153,7 +136,11 @@ class Baker:
         # Units begin at tokens of targets, drawn by how much is asked there.
         drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
         points = self.read(target_states.flatten(0, 1)[drawn.to(x.device)])
-        self.units = Units(*detectors(points, x))
+        weight, bias = detectors(points, x)
+        self.units = MLP(x.shape[1], count).to(x)  # hidden units on their own, which say nothing yet
+        self.units.fc2.bias = None
+        state = {"fc1.weight": weight, "fc1.bias": bias, "fc2.weight": torch.zeros_like(weight.T)}
+        self.units.load_state_dict(state)
         self.steps, self.phase, self.step = [recipe.steps], 0, 0
         self.optimizer = torch.optim.Adam(self.units.parameters(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
         for p in self.units.parameters():  # what Adam makes at its first step: a state always has the same tensors
@@ -180,7 +167,7 @@ class Baker:
     def teach(self, gate: ContextGate, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What gates make of prompts, [P, T, d] in half precision, and the energy of this shift, [P, T].
 
-        Of the states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
+        `hidden` are their states [P, T, d] that the last MLP adds to. ValueError if it overflows, or there is none.
         """
         wanted, shift = [], []
         for h in hidden.split(32):
@@ -213,32 +200,29 @@ class Baker:
         shares = self.space.energy(self.norm(rest + self.units(self.read(hidden))) - wanted).mean(dim=-1) / self.scale
         return shares[: len(rows)], shares[len(rows) :]
 
-    def update(self) -> dict[str, float]:
-        """One step of the optimiser; FloatingPointError, with the units as they were, when the loss is not finite."""
-        recipe, step = self.recipe, self.step
-        sizes = ((self.wanted, recipe.targets), (self.others.hidden, recipe.others))
-        rows, others = (torch.randperm(len(each), generator=self.generator)[:count] for each, count in sizes)
-        # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
-        # what is cut off changes nothing before it.
-        length = None if step % 4 == 0 else self.length
-        missing, moved = (shares.mean() for shares in self.shares_missed(rows, others, length))
-        loss = missing + recipe.keep * moved
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.units.parameters(), 1.0)
-        if not (loss + norm).isfinite().item():
-            raise FloatingPointError(f"the loss became {loss:g}, its gradient {norm:g}, in step {step + 1}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / recipe.steps)) / 2
-        self.optimizer.step()
-        return {"missing": missing.item(), "moved": moved.item()}
-
     def __iter__(self) -> Iterator[dict[str, float]]:
-        """Train to the end: yields the losses of every step. FloatingPointError as for `update`."""
-        while self.step < self.recipe.steps:
-            losses = self.update()
+        """Train to the end: yields the losses of every step.
+
+        FloatingPointError, with the units as they were, when a loss is not finite.
+        """
+        recipe, sizes = self.recipe, ((self.wanted, self.recipe.targets), (self.others.hidden, self.recipe.others))
+        while self.step < recipe.steps:
+            rows, others = (torch.randperm(len(x), generator=self.generator)[:count] for x, count in sizes)
+            # Padding says nearly the same at every place: one step in four looks at all of it. The tower is causal, so
+            # what is cut off changes nothing before it.
+            length = None if self.step % 4 == 0 else self.length
+            missing, moved = (shares.mean() for shares in self.shares_missed(rows, others, length))
+            loss = missing + recipe.keep * moved
+            self.optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.units.parameters(), 1.0)
+            if not (loss + norm).isfinite().item():
+                raise FloatingPointError(f"the loss became {loss:g}, its gradient {norm:g}, in step {self.step + 1}")
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.lr * (1 + math.cos(math.pi * self.step / recipe.steps)) / 2
+            self.optimizer.step()
             self.step += 1
-            yield losses
+            yield {"missing": missing.item(), "moved": moved.item()}
 
     def live(self) -> dict[str, Tensor]:
         """The tensors that training changes, by name; not copies."""
@@ -264,15 +248,12 @@ class Baker:
 
     @torch.no_grad()
     def changed(self) -> dict[str, Tensor]:
-        """The tensors that are not as they were, named as in the text encoder.
-
-        Of the last MLP fc1.weight [m, d], fc1.bias [m], fc2.weight [d, m] and fc2.bias [d].
-        """
+        """What is new of the last MLP, by name: fc1.weight [m, d], fc1.bias [m], fc2.weight [d, m], fc2.bias [d]."""
         mlp, units, free = self.last.mlp, self.units, self.free
         changed = {
-            "fc1.weight": mlp.fc1.weight.index_copy(0, free, units.weight),
-            "fc1.bias": mlp.fc1.bias.index_copy(0, free, units.bias),
-            "fc2.weight": self.weight.index_copy(1, free, units.columns),
+            "fc1.weight": mlp.fc1.weight.index_copy(0, free, units.fc1.weight),
+            "fc1.bias": mlp.fc1.bias.index_copy(0, free, units.fc1.bias),
+            "fc2.weight": self.weight.index_copy(1, free, units.fc2.weight),
             "fc2.bias": self.bias,
         }
         place = f"text_model.encoder.layers.{len(self.tower.text_model.encoder.layers) - 1}.mlp"
@@ -282,7 +263,6 @@ class Baker:
 # --- What was lost -----------------------------------------------------------------------------------------------
 
 HELD_OUT = ("the {} here, please", "a {} and a dog")  # templates of no preset
-Encode = Callable[[list[str]], Tensor]
 
 
 @torch.no_grad()

@@ -3,10 +3,8 @@
     gates = erase(pipe, "Brad Pitt")                 # seconds to minutes, no training; the pipeline draws without him
     save_tensors("brad-pitt.safetensors", cpe.to_tensors(gates))     # an ordinary gate file, for attach() next time
 
-Gates need no more than what the text encoder says of prompts, and the weights of cross-attention. Both are the
-pipeline's own: prompts are encoded by `pipe.encode_prompt`, with one encoder or two, and the gates are solved for
-(solve.py). What SDXL adds to the timestep, the pooled embedding of the prompt, is no part of cross-attention: gates do
-not reach it (docs/hooks.md).
+Prompts are encoded by `pipe.encode_prompt`, with one encoder or two, and the gates are solved for (solve.py). What SDXL
+adds to the timestep, the pooled embedding of the prompt, is no part of cross-attention: gates do not reach it.
 """
 
 from collections.abc import Sequence

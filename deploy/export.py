@@ -1,8 +1,6 @@
 """Export: a model, erased or not, as one file in the original layout, which ComfyUI, A1111 and others open.
 
-    export(model, Path("erased.safetensors"))       # baked, or with edited weights: gates are no part of a model
-
-Built on weights.py and loading/ldm.py.
+export(model, Path("erased.safetensors"))       # baked, or with edited weights: gates are no part of a model
 """
 
 from pathlib import Path
@@ -17,10 +15,7 @@ PARTS = ("text_encoder", "unet", "vae")
 
 
 def export(model: Model, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write text encoder, U-Net and autoencoder into one safetensors file, in `dtype`.
-
-    UserError when a number is too large for that, when a part is missing, or the file cannot be written.
-    """
+    """Write text encoder, U-Net and autoencoder into one file; UserError when a number is too large for `dtype`."""
     tensors = {}
     for part in PARTS:
         for name, tensor in to_ldm(part, model.part(part).config, getattr(model, part).state_dict()).items():

@@ -1,7 +1,4 @@
-"""What gate files erase, and the prompts that baking learns from: those of the targets, and those that must stay.
-
-Built on cpe.py and loading/prompts.py.
-"""
+"""What gate files erase, and the prompts that baking learns from: those of the targets, and those that must stay."""
 
 import json
 import math
@@ -10,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cpe
-from loading.prompts import Prompts, anchor_prompts, anchor_words, fewer, fill, normalised
+from loading.prompts import Prompts, anchor_prompts, anchor_words, fewer, fill, within
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,6 @@ def training_prompts(
         copies = max(1, math.ceil(least / len(plain)) - 1)
         targets += plain + in_company(plain * copies, words, chance)
     others = ["", *anchor_prompts(words, prompts.templates)]
-    names = [f" {normalised(name)} " for concept in concepts for name in concept.names]
-    company = [
-        text
-        for text in in_company(others * 3, words, chance)
-        if not any(name in f" {normalised(text)} " for name in names)
-    ]
-    return targets, others + company
+    names = [name for concept in concepts for name in concept.names]
+    company = in_company(others * 3, words, chance)
+    return targets, others + [text for text in company if not any(within(name, text) for name in names)]

@@ -9,16 +9,17 @@
     mace.py    both forms    to_k, to_v      Lu et al. 2024 (arXiv 2403.06135)
     esd.py     trained       all of attn2    Gandikota et al. 2023 (arXiv 2303.07345), variant x
     lora.py    trained       to_k, to_v      CPE's own losses without its gates: what the nonlinearity is worth
-    common.py  what they share
-    beyond.py  what is in none of their papers, around them: off by default
 
 All have one signature, `(model, targets, surrogate, preserved, seed, **settings) -> edited weights`: on the CPU, under
 the checkpoint keys of the U-Net, only those that changed. The surrogate is one for all targets, or a list of one each
 (ValueError otherwise). `preserved` are prompts that must stay; the caller takes out those that name a target.
-Defaults are the authors' code, tested against it written out as loops (tests/erasers/test_published.py).
+Defaults are the authors' code, tested against it written out as loops (tests/erasers/test_published.py); published.json
+has their other settings, by what is erased: of MACE keep = 8 is for ten (one 0.8, five 5, a hundred people 20).
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from erasers import esd, lora, mace, rece, speed, uce
 from erasers.common import Weights
@@ -27,10 +28,4 @@ ERASERS: dict[str, Callable[..., Weights]] = {
     "uce": uce.uce, "rece": rece.rece, "speed": speed.speed, "lora": lora.lora, "esd": esd.esd, "mace": mace.mace,
 }  # fmt: skip
 
-PUBLISHED: dict[str, dict] = {  # settings of the authors' code, by eraser and what it is for: mostly the defaults
-    "uce": {}, "uce, 2023": {"first": True},
-    "rece": {}, "rece, object": {"rounds": 1},
-    "rece, style": {"rho": 1e-3, "rounds": 1, "start": (0.5, 0.1)},  # beside 1,734 other artists
-    "speed": {}, "speed, many": {"rho": 0.05, "prefilter": False},
-    "esd": {}, "mace": {}, **{f"mace, {kind}": settings for kind, settings in mace.SETTINGS.items()},
-}  # fmt: skip
+PUBLISHED: dict[str, dict] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@
     padding    of UCE and RECE: the whole tail of a name is moved and stays, EOS and padding, which have seen it, too
     eta        of UCE, RECE and MACE: erase past the surrogate, as CPE's erase loss does
 
-Built on the published erasers, and on common.
+All are off by default.
 """
 
 from collections.abc import Sequence

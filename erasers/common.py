@@ -2,7 +2,7 @@
 
 Letters: W [d_l, d] a projection of the context; E [T, d] the context of a prompt; C and G [n, d] tokens to erase and
 what they become; p a token that stays. Closed forms are solved in float64: second moments of tokens are badly
-conditioned. Built on unet, sampler and weights.
+conditioned.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,10 +82,7 @@ def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def refit(W: Tensor, cross: Tensor, gram: Tensor, lam: float) -> Tensor:
-    """The V [d_l, d] that minimises sum_i |V x_i - y_i|^2 + lam |V - W|^2.
-
-    It needs only the moments cross = sum y x^T [d_l, d] and gram = sum x x^T [d, d].
-    """
+    """argmin over V of sum |V x - y|^2 + lam |V - W|^2: cross = sum y x^T [d_l, d] and gram = sum x x^T [d, d]."""
     # V = (lam W + sum y x^T) (lam I + sum x x^T)^-1
     H = gram + lam * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(H, lam * W + cross, left=False)
@@ -103,10 +100,7 @@ def move(weights: Weights, C: Tensor, G: Tensor, kept: Tensor, lam: float, s_e: 
 
 
 def predict(unet: UNet, weights: Weights, latents: Tensor, timestep: Tensor | int, context: Tensor) -> Tensor:
-    """Noise [B, c, h, w] that the U-Net predicts with some of its weights replaced; differentiable in them.
-
-    From latents [B, c, h, w] at one timestep or [B], under a context [B, T, d].
-    """
+    """Noise in latents [B, c, h, w] at one timestep or [B], under contexts [B, T, d]; differentiable in `weights`."""
     names = [f"{path}.{kind}" for path in unet.cross_attentions() for kind in ("to_k", "to_v")]
     own = {f"{name}.weight": unet.get_submodule(name).weight for name in names} | weights
     kv = {name: context @ own[f"{name}.weight"].T for name in names}

@@ -3,7 +3,7 @@
 All weights of attn2 are trained: under the target's name the U-Net learns to predict the noise of its opposite.
 Their code writes the goal as eps_c - n (eps_c - eps_0) with negative_guidance n = 2. That is ours,
 eps_0 - negative (eps_c - eps_0), with negative = n - 1 = 1. Steps, rate and guidance are theirs, too; bfloat16, the
-sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over. Built on common.
+sampler (PNDM, ours is DDIM) and pictures of 1024 pixels are not taken over.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def esd_steps(
 ) -> Iterator[float]:  # fmt: skip
     """Train `weights` in place, one loss per step. x_t is of `images` trajectories per target, drawn beforehand.
 
-    `templates` are ours: each trajectory has one of them, spread over all, instead of the bare name.
+    `templates` are ours: each trajectory has one of them instead of the bare name.
     """
     generator, times = torch.Generator().manual_seed(seed), model.schedule.timesteps(sampling_steps)
     chosen = [templates[j * len(templates) // images] for j in range(images)]

@@ -1,7 +1,7 @@
 """LoRA with CPE's own losses (Hu et al., ICLR 2022, arXiv 2106.09685): what CPE would be without its gates.
 
 The same losses, anchors, attacks and stages; but R_l(E) = s E D_l U_l is linear, and folds into W_l. What it cannot do
-that CPE can is due to the missing nonlinearity. Built on cpe, token_space and common.
+that CPE can is due to the missing nonlinearity.
 """
 
 from collections.abc import Sequence

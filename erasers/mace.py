@@ -3,9 +3,9 @@
 Refine: the words around a target are read as if the surrogate stood there. Unsee: one rank-1 LoRA per target lowers the
 attention that its tokens get where it is in pictures. Fuse: all LoRAs into one weight, in closed form.
 
-The numbers are the authors', which differ by what is erased (`SETTINGS`); the defaults are those for a bird. Three
+The numbers are the authors', which differ by what is erased (published.json); the defaults are those for a bird. Three
 things are ours: masks come from the model's own attention (`own_masks`), not from Grounded SAM; latents are trained on
-as they were sampled, not after a JPEG file and the VAE; the thirty templates are in our own words. Built on common.
+as they were sampled, not after a JPEG file and the VAE; the thirty templates are in our own words.
 """
 
 import math
@@ -34,18 +34,11 @@ from unet import Attention, UNet
 from weights import Model
 
 Change = dict[str, tuple[Tensor, Tensor]]  # a LoRA of rank 1, by checkpoint key: up [d_l, 1], down [1, d]
-STYLE_PHOTO = "a photo in the style of {}"
 TEMPLATES = (
     *(f"{look} {medium} of {{}}" for look in ("a", "a good", "a bright", "a big", "a strange")
       for medium in ("photo", "picture", "painting", "drawing", "film still")),
     "{} in a photo", "{} on a poster", "{} at night", "{} seen from afar", "{} in a magazine",
 )  # fmt: skip
-SETTINGS: dict[str, dict] = {  # by what is erased; keep = 8 is for ten (one: 0.8, five: 5, a hundred people: 20)
-    "bird": {}, "automobile": {"lam": 100.0}, "ship": {"lam": 1000.0},
-    "person": {"lam": 0.0, "keep": 8.0, "caption_weight": 1e-4, "lr": 1e-4},
-    "style": {"lam": 0.0, "keep": 8.0, "caption_weight": 1e-4, "lr": 1e-4, "masked": False, "photo": STYLE_PHOTO},
-    "explicit": {"lam": 0.0, "caption_weight": 7e-7, "steps": 120, "focal": False},
-}  # fmt: skip
 
 
 def shared(old: Sequence[int], new: Sequence[int], length: int) -> tuple[list[int], list[int]]:
@@ -93,9 +86,9 @@ def positions(model: Model, prompt: str, target: str, padding: bool = True) -> T
 def own_masks(
     model: Model, images: Tensor, prompt: str, target: str, times: Sequence[int], generator: torch.Generator
 ) -> Tensor:
-    """Where the target is in images [B, c, h, w] of a prompt, by the model's own cross-attention: 0 or 1, [B, h, w].
+    """Where the target is in images [B, c, h, w] of a prompt: 0 or 1, [B, h, w].
 
-    The attention to its tokens, a mean over layers, heads and the noise of timesteps `times`, above half its range.
+    It is where the model's own attention to its tokens, summed over layers, heads and `times`, is above half its range.
     """
     context, found = model.encode([prompt]), positions(model, prompt, target, padding=False)
     side, total = images.shape[-1], 0

@@ -1,7 +1,7 @@
 """RECE: Reliable and Efficient Concept Erasure (Gong et al., ECCV 2024, arXiv 2407.12383).
 
 UCE leaves embeddings that still mean the target. RECE finds them in closed form, erases them, and repeats. The defaults
-are the authors' for explicit words, with ' ' as the surrogate; `erasers.PUBLISHED` has others. Built on common.
+are the authors' for explicit words, with ' ' as the surrogate; `erasers.PUBLISHED` has others.
 """
 
 from collections.abc import Sequence

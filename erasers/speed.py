@@ -2,7 +2,7 @@
 
 Values only, changed in the null space of what must stay: preserved tokens that matter in the layer, copies of them with
 noise that it hardly reads, BOS, and three directions of the empty prompt. The defaults are the authors' for a few
-concepts; for ten celebrities and more they take rho = 0.05 and prefilter = False. Built on common.
+concepts; for ten celebrities and more they take rho = 0.05 and prefilter = False.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 One least-squares edit of to_k and to_v: what a target's token is read as becomes what the surrogate's is read as, while
 the tokens of preserved prompts and the weights themselves change little. By default it is the authors' present code
-(2025): one token of every prompt. `first` is their code of 2023, from which RECE starts. Built on common.
+(2025): one token of every prompt. `first` is their code of 2023, from which RECE starts.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Contexts that were encoded before: anchors are the same for every target, and take longest to encode.
 
-    anchors = cached_contexts(model, prompts)      # [A, 77, d], half precision; the second target finds them on disk
-
 Files are named by the text encoder's fingerprint and the tokens: one is stale only where the config's heads change.
 """
 
@@ -28,11 +26,10 @@ def cache_folder() -> Path:
 
 def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64,
                     tokens: int | None = None) -> Tensor:  # fmt: skip
-    """Contexts [A, 77, d] of prompts in half precision, from the cache where an earlier target left them.
+    """Contexts [A, 77, d] of prompts in half precision, or of their first `tokens`. UserError as for `Model.encode`.
 
     They are stored in chunks. What is missing is encoded together, batch by batch, and stored as it comes: an
-    interrupted encoding goes on where it stopped. `progress` wraps the batches. With `tokens`, only of that many.
-    UserError as for `Model.encode`.
+    interrupted encoding goes on where it stopped. `progress` wraps the batches.
     """
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
     paths = [path_of(model, part, tokens) for part in parts]

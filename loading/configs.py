@@ -1,8 +1,5 @@
 """Checking config.json files: the architecture is read from them, never guessed.
 
-    config = check_config(read_json(path), UNet, path)        # UserError names the file and the key
-    config = check_schedule(read_json(path), path)
-
 Sizes must be there and sensible; a setting of which only some values are implemented must have one of them; any other
 must be known to change nothing here. settings.json lists all three. Where diffusers' pipeline overrules a file, so do
 we, with a warning.

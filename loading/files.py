@@ -1,8 +1,4 @@
-"""Reading and writing files. A file appears whole or not at all; only safetensors are read, never a pickle.
-
-save_tensors("x.safetensors", {"weight": W}, {"target": "red heart"})
-tensors, metadata = load_tensors("x.safetensors")
-"""
+"""Reading and writing files. A file appears whole or not at all; only safetensors are read, never a pickle."""
 
 import errno
 import json
@@ -79,10 +75,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to: it takes the place of `path` when the block ends well, and vanishes otherwise.
-
-    UserError when it cannot be written or the disk is full; whatever was at `path` before is then still there.
-    """
+    """A temporary file that becomes `path` when the block ends well, and else vanishes; UserError for no room."""
     path = Path(path)
     with temporary_file(path) as temporary:
         mode = temporary.stat().st_mode
@@ -102,16 +95,13 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in one piece, or not at all. UserError as for `atomic`."""
+    """Write a text file. UserError as for `atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one piece, or not at all; tensors may be on any device.
-
-    UserError where two names share one tensor, and as for `atomic`.
-    """
+    """Write a safetensors file. UserError where two names share one tensor, and as for `atomic`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         try:

@@ -1,7 +1,5 @@
 """Models of the Hugging Face hub: found in the local cache, else downloaded.
 
-    folder = fetch("CompVis/stable-diffusion-v1-4", [("unet/config.json",), ("vae/config.json",)])
-
 What the cache has is not asked for again. Every error says what to do without a network.
 """
 
@@ -24,10 +22,7 @@ def is_repository(name: str) -> bool:
 
 
 def snapshot(folder: Path) -> Path:
-    """The model inside a folder of the hub's cache, models--owner--name; any other folder as it is.
-
-    UserError for the cache itself, which holds many models.
-    """
+    """The model in a folder models--owner--name of the hub's cache, any other as it is; UserError for the cache."""
     if models := sorted(path.name for path in folder.glob("models--*--*")):
         example = models[0].removeprefix("models--").replace("--", "/", 1)
         raise UserError(f"{folder} is a cache of {len(models)} models: name one, as in --model {example}")

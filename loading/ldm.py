@@ -1,8 +1,5 @@
 """The original layout: a whole model in one file, its tensors named as in the code of Rombach et al. 2022 (LDM).
 
-    names = ldm_names("unet", config, unet.state_dict())     # {our name: the file's}
-    tensors = to_ldm("unet", config, unet.state_dict())      # what a file in this layout holds of the U-Net
-
 The original numbers all blocks of one half of the U in a row, and the decoder's levels from the image down.
 """
 
@@ -11,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from loading.configs import SETTINGS
 
 PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.",
@@ -25,40 +24,7 @@ IGNORED = re.compile(
     r"transformer\.text_projection)|"
     r"(betas|alphas_cumprod|log_one_minus|sqrt_|posterior_|logvar|lvlb_weights)"
 )
-UNET = {
-    "time_embedding.linear_1.": "time_embed.0.",
-    "time_embedding.linear_2.": "time_embed.2.",
-    "conv_in.": "input_blocks.0.0.",
-    "mid_block.resnets.0.": "middle_block.0.",
-    "mid_block.attentions.0.": "middle_block.1.",
-    "mid_block.resnets.1.": "middle_block.2.",
-    "conv_norm_out.": "out.0.",
-    "conv_out.": "out.2.",
-}
-RESNET = {
-    "norm1.": "in_layers.0.",
-    "conv1.": "in_layers.2.",
-    "time_emb_proj.": "emb_layers.1.",
-    "norm2.": "out_layers.0.",
-    "conv2.": "out_layers.3.",
-    "conv_shortcut.": "skip_connection.",
-}
-VAE = {
-    ".mid_block.resnets.0.": ".mid.block_1.",
-    ".mid_block.resnets.1.": ".mid.block_2.",
-    ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
-    ".mid_block.attentions.0.to_q.": ".mid.attn_1.q.",
-    ".mid_block.attentions.0.to_k.": ".mid.attn_1.k.",
-    ".mid_block.attentions.0.to_v.": ".mid.attn_1.v.",
-    ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
-    ".down_blocks.": ".down.",
-    ".up_blocks.": ".up.",
-    ".resnets.": ".block.",
-    ".downsamplers.0.": ".downsample.",
-    ".upsamplers.0.": ".upsample.",
-    ".conv_shortcut.": ".nin_shortcut.",
-    ".conv_norm_out.": ".norm_out.",
-}
+NAMES: dict[str, dict[str, str]] = SETTINGS["ldm names"]  # parts of our names, and what stands for them, in turn
 
 
 def replace_all(name: str, table: Mapping[str, str]) -> str:
@@ -69,12 +35,11 @@ def replace_all(name: str, table: Mapping[str, str]) -> str:
 
 
 def unet_name(name: str, config: dict[str, Any]) -> str:
-    """The original name of a tensor of the U-Net."""
     if ".resnets." in name:
-        name = replace_all(name, RESNET)
+        name = replace_all(name, NAMES["resnet"])
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
     if not match:
-        return replace_all(name, UNET)
+        return replace_all(name, NAMES["unet"])
     half, level, kind, layer, rest = match.groups()
     # layers_per_block layers and a change of resolution make a level; going down, conv_in is block 0.
     layers = config["layers_per_block"]
@@ -89,10 +54,9 @@ def unet_name(name: str, config: dict[str, Any]) -> str:
 
 
 def vae_name(name: str, config: dict[str, Any]) -> str:
-    """The original name of a tensor of the autoencoder."""
     last = len(config["block_out_channels"]) - 1
     name = re.sub(r"^decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
-    return replace_all(name, VAE)
+    return replace_all(name, NAMES["vae"])
 
 
 def ldm_names(part: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -102,10 +66,7 @@ def ldm_names(part: str, config: dict[str, Any], names: Iterable[str]) -> dict[s
 
 
 def to_ldm(part: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a part as a file in the original layout holds them: the autoencoder's attention as convolutions.
-
-    KeyError for a part that this layout has not: it has text_encoder, unet and vae.
-    """
+    """The tensors of text_encoder, unet or vae as the original layout has them: the VAE's attention as convolutions."""
     names = ldm_names(part, config, tensors)
     convolutions = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
     return {

@@ -1,8 +1,5 @@
 """The networks of a model: where each lies, what the file calls its tensors, and reading them, strictly.
 
-    part = folder_part(Path("sd14/unet"), "unet", torch.float32)     # or ldm_part(Path("x.safetensors"), "unet")
-    unet = part.load(torch.float32, torch.device("cpu"))
-
 Every tensor of the config must be in the file, with its shape, and no other. Tensors are memory maps of the file.
 """
 
@@ -48,15 +45,12 @@ class Undrawn(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Part:
-    """One network of a model: how it is built, where its tensors are, and what the file calls them.
-
-    `rename` gives our name of a file's key, or None where it is to be ignored.
-    """
+    """One network of a model: how it is built, where its tensors are, and what the file calls them."""
 
     build: type[nn.Module]
     config: dict[str, Any]
     path: Path
-    rename: Callable[[str], str | None]
+    rename: Callable[[str], str | None]  # our name of a file's key; None where it is to be ignored
 
     def empty(self) -> nn.Module:
         """The module without any memory behind its tensors; UserError if its config describes none."""
@@ -69,12 +63,10 @@ class Part:
 
     def check(self, expected: Mapping[str, Tensor]) -> dict[str, str]:
         """The file's keys by our names; UserError that names every mismatch between `expected` and the file."""
-        keys: dict[str, str] = {}
         unfit = []
         with opened(self.path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if (name := self.rename(key)) is not None:
-                    keys[name] = key
+            named = {key: self.rename(key) for key in file.keys()}  # noqa: SIM118
+            keys = {name: key for key, name in named.items() if name is not None}
             for name in sorted(expected.keys() & keys.keys()):
                 entry, want = file.get_slice(keys[name]), list(expected[name].shape)
                 shape, dtype = entry.get_shape(), entry.get_dtype()
@@ -82,8 +74,8 @@ class Part:
                 if shape not in (want, [*want, 1, 1]) or "F" not in dtype:
                     unfit.append(f"{keys[name]} is {shape} of {dtype}, not {want} of floating-point numbers")
         surplus = sorted(keys[name] for name in keys.keys() - expected.keys())
-        problems = {"missing": sorted(expected.keys() - keys.keys()), "not part of this architecture": surplus}
-        problems |= {"unfit": unfit}
+        missing = sorted(expected.keys() - keys.keys())
+        problems = {"missing": missing, "not part of this architecture": surplus, "unfit": unfit}
         if any(problems.values()):
             said = [f"{len(found)} {what} ({', '.join(found[:3])})" for what, found in problems.items() if found]
             advice = "Likely the weights do not belong to its config.json, or the file is of another kind of model"
@@ -117,10 +109,7 @@ class Part:
 
 
 def diffusers_name(key: str, part: str) -> str | None:
-    """Our name of a tensor in the diffusers layout: the same, but for what older or newer libraries wrote.
-
-    This is the complete list of exceptions.
-    """
+    """Our name of a tensor in the diffusers layout: the same, but for what older and newer libraries write."""
     if key.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: written by transformers before 4.31
         return None
     if part == "text_encoder" and key == "text_projection.weight":  # of CLIPTextModelWithProjection

@@ -3,10 +3,9 @@
     prompts = read_prompts("celebrity")                                 # prompts/celebrity.txt
     data = prepare(recipe, prompts, ["Brad Pitt"], encode, encode)      # what cpe.Trainer reads
 
-A template is a prompt with one {}, where a name goes: "a portrait of {}". A frame is a whole sentence with one, as
-people write them. Anchors are what must stay as it is, in the same templates and frames: general words always, those of
-the domain if they are near the target, and names that share a word with it ("a red rose" with "red heart"). Or they are
-whole sentences, as in the public code for explicit content.
+A template is a prompt with one {}, where a name goes: "a portrait of {}"; a frame is a whole sentence with one. Anchors
+are what must stay: general words always, those of the domain if they are near the target, and names that share a word
+with it ("a red rose" with "red heart"). Or they are whole sentences, as in the public code for explicit content.
 """
 
 import random
@@ -77,16 +76,14 @@ class Prompts:
 
 def read_prompts(preset: str) -> Prompts:
     """The prompts of a preset, with its frames; UserError when a file is missing or spoilt."""
-    path, frames = (shipped("prompts") / f"{preset}{kind}.txt" for kind in ("", "-frames"))
+    path = shipped("prompts") / f"{preset}.txt"
     try:
-        text = path.read_text(encoding="utf-8")
-        if frames.is_file():
-            text += "\n[frames]\n" + frames.read_text(encoding="utf-8")
+        text = "\n".join([path.read_text(encoding="utf-8"), "[frames]", *sentences(preset, "frames")])
         return replace(parse_prompts(text), parts=preset not in ("style", "emoji-style", "explicit"))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): get the file again") from error
     except ValueError as error:
-        raise UserError(f"{path} and {frames.name}: {error}") from error
+        raise UserError(f"{path}, or its frames: {error}") from error
 
 
 def parse_prompts(text: str) -> Prompts:
@@ -113,7 +110,7 @@ def parse_prompts(text: str) -> Prompts:
 
 
 def sentences(preset: str, kind: str) -> list[str]:
-    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", "beside"); [] without such a file."""
+    """Sentences of prompts/<preset>-<kind>.txt ("frames", "held-out", "strange", ...); [] without such a file."""
     path = shipped("prompts") / f"{preset}-{kind}.txt"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -141,10 +138,9 @@ def within(part: str, whole: str) -> bool:
 
 
 def spellings(name: str) -> list[str]:
-    """A name as people write it, itself first: both apostrophes, the plural, the possessive. None of them twice.
+    """A name as people write it, itself first, each once: other letters are other tokens to a text encoder.
 
-    "red heart": "red hearts", "red heart's", "red heart’s". Other letters are other tokens to a text encoder. Of a
-    style other wordings, "blob style": "blob-style", "style of blob", "blob".
+    "red heart": "red hearts", "red heart's", "red heart’s". "blob style": "blob-style", "style of blob", "blob".
     """
     if style := re.fullmatch("(.+) style", name, re.IGNORECASE):
         return [name, f"{style[1]}-style", f"style of {style[1]}", style[1]]
@@ -178,10 +174,9 @@ def names_one_of(names: Sequence[str], word: str) -> bool:
 
 
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
-    """The prompts without anchors that have all words of one of the target's `names`, or no words but those of one.
+    """The prompts without anchors that name one of the target's `names`. ValueError if no anchor is left.
 
-    Left in, "brad pitt" would be the nearest anchor of "Brad Pitt" and, at lambda = 1e5, be kept instead of erased; so
-    would "Barack Obama" be of "Obama", and "Rene Magritte" of "René Magritte". ValueError if no anchor is left.
+    Left in, "Barack Obama" would be the nearest anchor of "Obama" and, at lambda = 1e5, be kept instead of erased.
     """
     targets = [words for words in map(key_words, names) if words]
     sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
@@ -202,10 +197,10 @@ def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
     """What solved gates are given: anchors are words, not whole sentences; half of many lines, and of a word's prompts.
 
     Formulas are no better for more (benchmarks/README.md), but for styles: what these add differs from line to line.
-    Lines are drawn: every second one of a file that lists styles in turn would leave out the same ones everywhere.
     """
     lines = prompts.lines
     count = -(-len(lines) // 2) if len(lines) > 60 else len(lines)
+    # drawn: every second one of a file that lists styles in turn would leave out the same ones everywhere
     half = [lines[i] for i in sorted(random.Random(0).sample(range(len(lines)), count))]
     return replace(prompts, sentences=[], **({} if style else {"templates": half, "frames": [], "per_word": 2}))
 
@@ -220,11 +215,10 @@ def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int
 
 
 def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> list[str]:
-    """Names that share a word with a target of two words, and must stay: its parts, and mixtures with other names.
+    """What shares a word with a target of two words, and must stay: "red heart" has "red", "heart", "red rose".
 
-    "red heart": "red", "heart", "red rose", "broken heart". Where a text encoder is causal, "red" has the same context
-    in all that is red: only these teach a gate to wait for the heart. Longer names have none: to a text encoder "face
-    with tears" may be the "face with tears of joy", and a gate that must keep it stays shut.
+    A text encoder is causal: "red" has the same context in all that is red, and only these teach a gate to wait for the
+    heart. Longer names have none: "face with tears" may be the "face with tears of joy", and the gate would stay shut.
     """
     found, chance = [], random.Random(normalised(names[0]))
     for start, end in (name.split() for name in names if len(name.split()) == 2):
@@ -240,10 +234,7 @@ def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> li
 def nearest_words(
     recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode
 ) -> list[str]:
-    """The `recipe.nearest` domain words that are anchors of a target, the nearest first; arguments as for `prepare`.
-
-    Nearness is the cosine of the flattened T x d contexts of the bare words.
-    """
+    """The `recipe.nearest` domain words that are anchors of a target, the nearest first (cosine of bare contexts)."""
     words = anchor_words(prompts, names).domain
     if not words:
         return []
@@ -261,9 +252,7 @@ def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tens
 
 
 def own_prompts(names: Sequence[str], prompts: Prompts, surrogate: str) -> list[tuple[str, str]]:
-    """Prompts of a target, each with what shall be drawn instead: every name in every line, and in some of them, evenly
-    drawn, its other spellings.
-    """
+    """Prompts of a target, each with what shall be drawn instead: its names in every line, other spellings in some."""
     lines, pairs = prompts.lines, []
     some = lines[:: -(-len(lines) // prompts.spelt)] if prompts.spelt else []
     for name in names:
@@ -277,9 +266,9 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
             encode_bare: Encode | None = None) -> Data:  # fmt: skip
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every line, anchors.
 
-    `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, perhaps from a cache of contexts rounded to half
-    precision, which `encode_anchors` may return. `encode_bare` gives those of bare words of which the nearest are
-    chosen: a few tokens of each are enough, [B, t, d], and there may be thousands. ValueError if no anchor is left.
+    `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, the latter perhaps in half precision, from a
+    cache. `encode_bare` those of bare words, of which the nearest are chosen: a few tokens are enough, [B, t, d].
+    ValueError if no anchor is left.
     """
     words, lines = anchor_words(prompts, names), prompts.lines
     own, instead = zip(*own_prompts(names, prompts, recipe.surrogate), strict=True)

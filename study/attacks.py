@@ -5,8 +5,8 @@
     found = learned_tokens(victim, "cat", ["a picture of a {}"])         # what to generate with
     images = sampler.draw(victim.erased, found.contexts, range(len(found.contexts)), victim.gates)
 
-All have one signature, `(victim, target, templates, seed) -> Found`. An attack only looks for inputs: it never changes
-the victim, and its success is the share of the images drawn with them that an evaluator recognises as the target.
+All have one signature, `(victim, target, templates, seed) -> Found`. They only look for inputs: success is the share of
+the images drawn with them that a judge recognises as the target.
 
     learned_embeddings   embeddings  L-BFGS                keys, values        CPE's own attack, Lee et al. 2025
     textual_inversion    new words   Adam                  noise prediction    CCE, Pham et al. 2024 (arXiv 2308.01508)
@@ -14,9 +14,8 @@ the victim, and its success is the share of the images drawn with them that an e
     prompting4debugging  a prompt    greedy coordinates    noise prediction    P4D, Chin et al. 2024 (arXiv 2309.06135)
     ring_a_bell          a prompt    greedy coordinates    text encoder alone  Tsai et al. 2024 (arXiv 2310.10012)
 
-The first stands here, the others in searches.py. They are strong on purpose, all gradients and weights at hand: an
-eraser that withstands them has something to show. RECE's own attack, the closed form of the first for edited weights,
-is in theory/5.
+They are strong on purpose, all gradients and weights at hand. RECE's own attack, a closed form of the first, is in
+theory/5.
 
 Letters: P prompts (one per template), T tokens, d width of the context E [P, T, d], e that of a token's embedding at
 the text encoder's input, n words that are learned, S samples (x_t, t, noise) of the target's pictures.
@@ -31,20 +30,17 @@ from torch import Tensor
 import cpe
 from erasers.common import filled, projections
 from token_space import TokenSpace, spectral_norm
+from unet import KeysValues
 from weights import Model
 
-KeysValues = dict[str, Tensor]
 TEMPLATES = ("a picture of a {}",)
-
-# --- What all share ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Victim:
     """An erased model, and the original that the attacker aims at. ValueError unless both are float32.
 
-    A linear eraser edits weights: `erased` differs from `original`. CPE adds gates: the two are the same. Words are
-    read by the erased model's text encoder, embeddings enter behind it.
+    A linear eraser edits weights: `erased` differs from `original`. CPE adds gates: the two are the same.
     """
 
     original: Model
@@ -68,15 +64,12 @@ class Victim:
 
 @dataclass(frozen=True)
 class Found:
-    """What an attack found: one context per template, to generate with, and the loss of the plain prompts and of it."""
+    """What an attack found: one context per template, to generate with."""
 
     contexts: Tensor  # [P, T, d]
     prompts: list[str]  # as a person would read them; learned words are written as <1>, <2>, ...
-    before: float
-    after: float
-
-
-# --- Through keys and values -------------------------------------------------------------------------------------
+    before: float  # the loss of the plain prompts
+    after: float  # and of what was found
 
 
 class RevivalLoss:

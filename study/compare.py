@@ -4,8 +4,7 @@
     figures, pixels = measure(world, SCENARIOS["object"], METHODS["cpe"])    # one cell: on disk, so a run resumes
 
 A cell counts, in every group of pictures (world.py), how many CLIP still recognises; how far they moved from the
-unerased model's, of the same seeds; and what attacks get back. Cells are measured one after another and stay on disk.
-Built on world, erased, attacks and evaluate.
+unerased model's, of the same seeds; and what attacks get back.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from loading.prompts import PRESETS
 from solve import Settings
 from study import evaluate
 from study.attacks import Victim
-from study.erased import NONE, Erased, Method, settings_of
+from study.erased import NONE, Method, settings_of
 from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
 
@@ -82,15 +81,15 @@ def measure(
         tensors, metadata = load_tensors(path)
         return json.loads(metadata["figures"]), tensors["images"]
     begun = time.perf_counter()
-    erased = method.build(world, scenario, seed, **settings_of(method, scenario))
+    victim = method.build(world, scenario, seed, **settings_of(method, scenario))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    given = erased.model, before.contexts, before.seeds, erased.gates, *budget.sampling
+    given = victim.erased, before.contexts, before.seeds, victim.gates, *budget.sampling
     images = before.images if method is NONE else sampler.draw(*given)
     figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
-        figures["counts"] |= under_attack(world, scenario, erased, budget, seed)
-    figures["H"] = H(shares_of_H(figures["counts"]))
+        figures["counts"] |= under_attack(world, scenario, victim, budget, seed)
+    figures["H"] = H(figures["counts"])
     pixels = ((images + 1) * 127.5).round().byte()
     save_tensors(path, {"images": pixels}, {"figures": json.dumps(figures)})
     return figures, pixels
@@ -119,9 +118,9 @@ def figures_of(world: World, before: Originals, images: Tensor) -> dict:
     }
 
 
-def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budget, seed: int) -> dict[str, list[int]]:
+def under_attack(world: World, scenario: Scenario, victim: Victim, budget: Budget, seed: int) -> dict[str, list[int]]:
     """By attack on the first target: images that are recognised as it, and all."""
-    victim, found, target = Victim(world.model, erased.model, erased.gates), {}, scenario.targets[0]
+    found, target = {}, scenario.targets[0]
     known, judge = (world.styles, "style") if scenario.style else (world.concepts, "concept")
     template = "a picture of a robot, {}" if scenario.style else "a picture of a {}"
     for name, attack in ATTACKS.items():
@@ -129,7 +128,7 @@ def under_attack(world: World, scenario: Scenario, erased: Erased, budget: Budge
         each = torch.arange(max(1, budget.attacked // searches))
         tried = [attack(victim, target, (template,), seed + i).contexts for i in range(searches)]
         contexts = torch.cat([E[each % len(E)] for E in tried])
-        images = sampler.draw(erased.model, contexts, range(len(contexts)), erased.gates, *budget.sampling)
+        images = sampler.draw(victim.erased, contexts, range(len(contexts)), victim.gates, *budget.sampling)
         seen = world.see(images, judge)
         found[name] = [(seen == known.index(target.removesuffix(" style"))).sum().item(), len(contexts)]
     return found
@@ -142,23 +141,14 @@ COLUMNS = (*GROUPS, "style", *NUMBERS, *ATTACKS)
 QUICK_COLUMNS = ("erased", "sentences", "near, unlisted", "others", "kept in sentences", "H")
 
 
-def shares_of_H(counts: dict[str, list[int]]) -> list[float]:
-    """The shares that H is made of: erased in captions and in sentences, then of all groups that are kept.
+def H(counts: dict[str, list[int]]) -> float:
+    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of (recognised, all) by group; 0 if any of the three fails.
 
-    Without sentences the captions stand for them.
+    3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept); without sentences captions stand for them.
     """
     shares = {name: counts[name][0] / counts[name][1] for name in GROUPS if counts.get(name, [0, 0])[1]}
     kept = [share for name, share in shares.items() if name not in GONE]
-    return [shares["erased"], shares.get("sentences", shares["erased"]), *kept]
-
-
-def H(shares: Sequence[float]) -> float:
-    """MACE's H (Lu et al. 2024, 2403.06135) in [0, 1], of the shares of `shares_of_H`; 0 if any of the three fails.
-
-    3 / (1 / (1 - erased) + 1 / (1 - erased in sentences) + 1 / mean kept)
-    """
-    erased, said, *kept = shares
-    parts = (1 - erased, 1 - said, sum(kept) / len(kept))
+    parts = (1 - shares["erased"], 1 - shares.get("sentences", shares["erased"]), sum(kept) / len(kept))
     return 0.0 if min(parts) <= 0 else len(parts) / sum(1 / part for part in parts)
 
 
@@ -182,7 +172,7 @@ def pooled(table: dict[str, dict[str, dict]]) -> dict[str, dict]:
             before = counts.get(name, [0, 0])
             counts[name] = [before[0] + hits, before[1] + images]
         means = {name: statistics.mean(row[name] for row in rows) for name in NUMBERS}
-        total[method] = {"counts": counts} | means | {"H": H(shares_of_H(counts))}
+        total[method] = {"counts": counts} | means | {"H": H(counts)}
     return total
 
 

@@ -1,10 +1,8 @@
 """The rows of the table: every eraser, with the settings that were found for it, or those its authors published.
 
-    scenario, method = SCENARIOS["object"], METHODS["uce"]
-    erased = method.build(world, scenario, seed=0, **settings_of(method, scenario))
+    method.build(world, scenario, seed=0, **settings_of(method, scenario))     # erased: weights edited, or with gates
 
 Settings (`tuned.json`) come from benchmarks/tune.py, on targets that no scenario holds.
-Built on erasers and solve.
 """
 
 import json
@@ -23,16 +21,8 @@ from erasers import beyond
 from loading.cache import cached_contexts
 from loading.files import shipped
 from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare, to_solve
+from study.attacks import Victim
 from study.world import Scenario, World
-from weights import Model
-
-
-@dataclass(frozen=True)
-class Erased:
-    """An erased model: one with edited weights, or the same one with gates."""
-
-    model: Model
-    gates: cpe.ResAG | None = None
 
 
 @dataclass(frozen=True)
@@ -40,32 +30,29 @@ class Method:
     """A row of the table: how to erase a scenario, and settings that go before those that were found or published."""
 
     name: str
-    build: Callable[..., Erased]  # (world, scenario, seed, **settings)
+    build: Callable[..., Victim]  # (world, scenario, seed, **settings)
     settings: dict = field(default_factory=dict)
 
 
-# --- Linear erasers ----------------------------------------------------------------------------------------------
-
-
-def linear(eraser: str) -> Callable[..., Erased]:
+def linear(eraser: str) -> Callable[..., Victim]:
     """A builder for one of `erasers.ERASERS` but LoRA, as its authors publish it if no setting says otherwise."""
 
-    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
+    def build(world: World, scenario: Scenario, seed: int, **settings: Any) -> Victim:
         """The model with edited weights; `settings` are of the eraser, and of beyond.py."""
         prompts, surrogate = world.listed(scenario), PRESETS[scenario.preset].surrogate
         words, targets = [*prompts.general, *prompts.domain], list(scenario.targets)
         edited = beyond.erase(eraser, world.model, targets, surrogate, words, prompts.lines, seed, **settings)
-        return Erased(world.model.with_unet(edited))
+        return Victim(world.model, world.model.with_unet(edited))
 
     return build
 
 
-def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Erased:
+def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Victim:
     """A LoRA of all targets with CPE's losses, anchors and sentences; `settings` replace fields of the recipe."""
     recipe, prompts = replace(PRESETS[scenario.preset], **settings), world.listed(scenario)
     given = [*scenario.targets], recipe.surrogate, anchors_of_gates(world, scenario)
     edited = erasers.ERASERS["lora"](world.model, *given, seed, recipe=recipe, templates=prompts.lines)
-    return Erased(world.model.with_unet(edited))
+    return Victim(world.model, world.model.with_unet(edited))
 
 
 def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
@@ -76,16 +63,10 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
 
 
-# --- CPE ---------------------------------------------------------------------------------------------------------
+def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Victim]:
+    """A builder for CPE: gates of each target, by `solved` or `trained`, of the prompts `given` leaves; merged."""
 
-
-def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Erased]:
-    """A builder for CPE: gates of each target by itself, made by `solved` or `trained`, then merged.
-
-    Of the prompts of all erasers it takes what `given` leaves.
-    """
-
-    def build(world: World, scenario: Scenario, seed: int, published: bool = False, **settings: Any) -> Erased:
+    def build(world: World, scenario: Scenario, seed: int, published: bool = False, **settings: Any) -> Victim:
         """The same model with gates; `settings` are of `make`. `published`: in the paper's templates alone."""
         preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
         prompts = prompts.as_published() if published else prompts
@@ -103,7 +84,7 @@ def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, styl
             known = replace(prompts, general=[*prompts.general, *(name for name in scenario.targets if name != target)])
             data = prepare(recipe, known, [target], encode, anchors, partial(cached_contexts, model, tokens=16))
             gates.append(make(world, data, preset, seed, **settings))
-        return Erased(world.model, cpe.merge(gates))
+        return Victim(world.model, world.model, cpe.merge(gates))
 
     return build
 
@@ -128,9 +109,7 @@ def trained(
     return gates.requires_grad_(False)
 
 
-# --- The rows ----------------------------------------------------------------------------------------------------
-
-NONE = Method("none", lambda world, scenario, seed: Erased(world.model))
+NONE = Method("none", lambda world, scenario, seed: Victim(world.model, world.model))
 LINEAR = ("uce", "rece", "mace", "speed", "esd")
 PUBLISHED_ROWS = tuple(row for n in LINEAR for row in (n, f"{n}, published"))
 

@@ -3,8 +3,7 @@
     names = name_features(clip, tokenizer, ["cat", "dog"])        # once per list of names
     recognise(clip, images, names)                                # zero-shot: index of the name each image shows
 
-Works with any CLIP that `weights.load_clip` opens (the layout of openai/clip-vit-*); the embedded model brings its
-own. Built on clip.py. Shapes: B images [B, 3, H, W] in [-1, 1], C names, p width of CLIP's projection.
+Shapes: B images [B, 3, H, W] in [-1, 1], C names, p width of CLIP's projection.
 Sources: zero-shot recognition, Radford et al. 2021 (arXiv 2103.00020); CLIP score, Hessel et al. 2021 (2104.08718);
 CMMD, Jayasumana et al. 2024 (2401.09603).
 """
@@ -14,7 +13,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -26,7 +25,6 @@ from clip import CLIP, Tokenizer, preprocess
 from loading.files import UserError
 
 TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
-T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -67,7 +65,7 @@ def recognise_style(clip: CLIP, images: Tensor, captions: Tensor) -> Tensor:
     return logits.logsumexp(dim=1).argmax(dim=-1)
 
 
-def spread(items: Sequence[T], count: int) -> Sequence[T]:
+def spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     """At most `count` items, evenly spaced from the first; of fewer than twice as many the first `count`."""
     return items[:: max(1, len(items) // count)][:count]
 
@@ -98,10 +96,7 @@ def change(before: Tensor, after: Tensor) -> Tensor:
 
 
 def interval(successes: int, images: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share over images, each of its own seed (Wilson 1927): honest even at 0 of n.
-
-    Within [0, 1]; `images` > 0.
-    """
+    """95 % confidence interval of a share, in [0, 1] (Wilson 1927): honest even at 0 of n. `images` > 0."""
     share, n = successes / images, images
     # (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
     middle, spread = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5

@@ -1,7 +1,6 @@
 """Attacks that search for words: through the text encoder, and all but the last through the U-Net, too.
 
-textual_inversion learns new words, as CCE does; learned_tokens, prompting4debugging and ring_a_bell find real ones that
-anybody could type. Their signature, and letters: attacks.py, on which this is built.
+textual_inversion learns new words; the others find real ones, which anybody could type. Signature, letters: attacks.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +18,7 @@ from weights import Model
 
 
 def embed(model: Model, template: str, X: Tensor) -> Tensor:
-    """Token embeddings [B, T, e] at the text encoder's input: the template, with the words X [B, n, e] for its {}.
-
-    ValueError when they do not fit into T tokens, or the template has not one {}.
-    """
+    """Token embeddings [B, T, e]: a template, with the words X [B, n, e] for its {}; ValueError if they do not fit."""
     text, tokenizer = model.text_encoder.text_model.embeddings, model.tokenizer
     left, right = (tokenizer.ids(part) for part in template.split("{}"))
     room = len(text.position_embedding.weight) - len(left) - len(right) - X.shape[1] - 1
@@ -130,10 +126,7 @@ def textual_inversion(
 
 
 def whole_words(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the tokens that are words by themselves: typed between spaces, they are read as this one token again.
-
-    A token that only continues a word, or stands for part of a letter, cannot be typed alone. BOS and EOS are no words.
-    """
+    """Ids of the tokens that are words by themselves: typed between spaces, they are read as this one token again."""
     ends = sorted((i, s.removesuffix("</w>")) for s, i in tokenizer.bpe.get_vocab().items() if s.endswith("</w>"))
     return [i for i, word in ends if tokenizer.ids(word) == [i]]
 
@@ -207,11 +200,11 @@ def by_noise(
 def learned_tokens(
     victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *, length: int = 5, **effort: int
 ) -> Found:
-    """A prefix of real words before the prompt, one for all templates: UnlearnDiffAtk's threat model and loss.
+    """UnlearnDiffAtk: a prefix of real words before the prompt, one for all templates. `effort`: of `by_noise`.
 
         min over w_1 ... w_n   mean over samples of |eps_erased(x_t, t, clip("w_1 ... w_n a picture of a cat")) - eps|^2
 
-    Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
+    Its projected gradient is replaced by `search`.
     """
     prompts = filled(templates, [target])
     return by_noise(victim, prompts, [f"{{}} {prompt}" for prompt in prompts], length, seed, **effort)
@@ -220,11 +213,11 @@ def learned_tokens(
 def prompting4debugging(
     victim: Victim, target: str, templates: Sequence[str] = TEMPLATES, seed: int = 0, *, length: int = 8, **effort: int
 ) -> Found:
-    """P4D-N: a prompt of `length` words with which the erased model predicts what the original does with the target.
+    """P4D-N: a prompt with which the erased model predicts what the original does with the target.
 
         min over w_1 ... w_n   mean |eps_erased(x_t, t, clip("w_1 ... w_n")) - eps_original(x_t, t, clip(target))|^2
 
-    Its projected gradient is replaced by `search`; `effort` are options of `by_noise`.
+    Its projected gradient is replaced by `search`. `effort`: of `by_noise`.
     """
     return by_noise(victim, filled(templates, [target]), ["{}"], length, seed, predicted=True, **effort)
 

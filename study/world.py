@@ -15,8 +15,7 @@ Groups of pictures:
     kept beside              the other thing in a picture of two; of a style, the thing that is drawn in it
 
 A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
--strange.txt and -beside.txt (of a style emoji's, with the style behind them); a preset without such files has no such
-group. Built on evaluate and weights.
+-strange.txt and -beside.txt (of a style emoji's, with the style behind them), if the preset has such files.
 """
 
 import hashlib
@@ -55,22 +54,13 @@ class Scenario:
         return self.preset.endswith("style")
 
 
-TEN = (
-    "umbrella", "red heart", "santa claus", "pizza", "horse", "police car", "sunflower", "clown face", "banana", "owl",
-)  # fmt: skip
-FIFTY = (
-    *TEN, "tiger", "dog face", "pig face", "rabbit", "bear", "elephant", "frog", "shark", "butterfly", "spider",
-    "tulip", "cactus", "mushroom", "strawberry", "carrot", "lemon", "grapes", "hamburger", "ice cream", "cookie",
-    "birthday cake", "beer mug", "baseball", "basketball", "taxi", "fire engine", "bicycle", "airplane", "rocket",
-    "princess", "detective", "guard", "woman astronaut", "sun", "rainbow", "guitar", "green book", "skull", "alien",
-    "thinking face",
-)  # fmt: skip
+FIFTY = tuple(sentences("emoji", "targets"))
 SCENARIOS = {
     "object": Scenario(("umbrella",)),
     "neighbours": Scenario(("red heart",)),
     "person": Scenario(("santa claus",)),
     "style": Scenario(("twemoji style",), "emoji-style"),
-    "10 at once": Scenario(TEN),
+    "10 at once": Scenario(FIFTY[:10]),
     "50 at once": Scenario(FIFTY),
 }
 LONG = ("50 at once",)  # measured only where they are asked for by name
@@ -131,9 +121,8 @@ class World:
         self.colours = ("white", "blue", "yellow", "green", "pink")
         self.features = evaluate.name_features(self.clip, self.tokenizer, self.concepts)
         captions = [f"a picture of a {c}, {s} style" for c in self.concepts for s in self.styles or ("any",)]
-        self.captions = evaluate.text_features(self.clip, self.tokenizer, captions).unflatten(
-            0, (len(self.concepts), -1)
-        )
+        features = evaluate.text_features(self.clip, self.tokenizer, captions)
+        self.captions = features.unflatten(0, (len(self.concepts), -1))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,7 +177,7 @@ def cases(world: World, scenario: Scenario, budget: Budget) -> list[Case]:
 def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
     """Concepts of each group of captions, by number; the nearest to any of the targets first.
 
-    What has a target's name in its own ("horse face" of "horse") is in none: it is neither to go nor to stay.
+    What has a target's name in its own ("horse face" of "horse") is in none.
     """
     targets = [world.concepts.index(name) for name in scenario.targets]
     order = (world.features @ world.features[targets].T).amax(dim=1).argsort(descending=True).tolist()

@@ -91,18 +91,18 @@ def test_an_exported_model_is_named_after_its_model_and_numbers(run, tiny_origin
 
 
 def test_baking_goes_on_where_it_was_interrupted(run, gates, monkeypatch):
-    update, done = baking.Baker.update, []
+    missed, done = baking.Baker.shares_missed, []  # asked once a step
 
-    def interrupted(baker):
+    def interrupted(*given):
         done.append(1)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(baker)
+        return missed(*given)
 
     settings = ("bake", gates, "--steps-scale", "0.005")
     assert run(*settings, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(baking.Baker, "update", interrupted)
+        patch.setattr(baking.Baker, "shares_missed", interrupted)
         patch.setattr(runs, "SAVE_SECONDS", -1.0)
         code, said = run(*settings, "--out", "x")
     assert (code, "the same command goes on" in said) == (130, True)

@@ -207,7 +207,7 @@ def test_gates_that_ask_for_nothing_or_for_no_number_are_refused(model, space, s
 def test_what_is_cut_off_changes_nothing_before_it(model, space):
     baker, untouched = (small_baker(model, space) for _ in range(2))
     for each in (baker, untouched):  # units that say something: while they are silent, no other prompt moves
-        each.units.columns.data.copy_(0.3 * reference.draw("columns", *each.units.columns.shape))
+        each.units.fc2.weight.data.copy_(0.3 * reference.draw("columns", *each.units.fc2.weight.shape))
     assert (model.tokenizer(["a red heart"])[0, baker.length - 1 :] == model.tokenizer.eos).all()
     rows, others = torch.arange(3), torch.arange(4)
     for name, states in (*baker.targets._asdict().items(), *baker.others._asdict().items()):
@@ -261,7 +261,7 @@ def test_a_run_may_stop_anywhere_and_go_on_bit_for_bit(model, space, step):
         {"generator": torch.zeros(3, dtype=torch.uint8)},
         {"optimizer.0.exp_avg": torch.zeros(3)},
         {"optimizer.0.step": torch.zeros(3)},
-        {"units.columns": torch.zeros(3)},
+        {"units.fc2.weight": torch.zeros(3)},
         {"units.norm.weight": torch.zeros(16)},
     ],
 )
@@ -271,7 +271,7 @@ def test_a_state_of_another_run_is_refused(model, space, change):
         small_baker(model, space).load_state(state | change)
 
 
-@pytest.mark.parametrize("name", ["position", "generator", "optimizer.0.step", "units.weight"])
+@pytest.mark.parametrize("name", ["position", "generator", "optimizer.0.step", "units.fc1.weight"])
 def test_a_state_that_is_not_whole_is_refused(model, space, name):
     state = stopped(small_baker(model, space), 2)
     del state[name]

@@ -347,5 +347,5 @@ def test_the_list_of_another_project_comes_with_its_licence():
 def test_every_file_of_prompts_is_a_presets():
     files = {path.stem for path in (ROOT / "prompts").glob("*.txt")}
     lists = {f"emoji-{name}" for name in ("held-out", "strange", "beside")}  # of sentences
-    lists |= {f"{preset}-frames" for preset in PRESETS} | {"emoji-style-held-out"}
+    lists |= {f"{preset}-frames" for preset in PRESETS} | {"emoji-style-held-out", "emoji-targets"}
     assert files == set(PRESETS) | lists

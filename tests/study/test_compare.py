@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import ROOT
 
 import cpe
 import erasers
@@ -11,18 +12,19 @@ import sampler
 import token_space
 from benchmarks import tune
 from benchmarks.ablations import ABLATIONS, Unmixed
+from cli.many import read_lines
 from loading.cache import cache_folder
 from loading.files import save_tensors
 from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare, evaluate
 from study import erased as rows_of_table
-from study import world as worlds
-from study.erased import METHODS, TUNED, Erased, Method, settings_of
+from study.attacks import Victim
+from study.erased import METHODS, TUNED, Method, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases
 
 SMALL = Budget(erased=2, near=1, others=1, sentences=4, attacked=0, steps=1, guidance_scale=1.0)
 TUNING = {target for scenario in (*tune.TARGETS, tune.TEN, tune.FIFTY, *tune.STYLES) for target in scenario.targets}
-UNTOUCHED = Method("untouched", lambda world, scenario, seed: Erased(world.model))
+UNTOUCHED = Method("untouched", lambda world, scenario, seed: Victim(world.model, world.model))
 
 
 def noisy(world, scenario, seed):
@@ -30,7 +32,7 @@ def noisy(world, scenario, seed):
     generator = torch.Generator().manual_seed(seed)
     W = {k: w for k, w in world.model.cross_attention().items() if k.endswith(("to_k.weight", "to_v.weight"))}
     edited = {k: w + torch.randn(w.shape, generator=generator) for k, w in W.items()}
-    return Erased(world.model.with_unet(edited))
+    return Victim(world.model, world.model.with_unet(edited))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -62,8 +64,10 @@ def test_targets_that_hyper_parameters_were_tuned_on_are_in_no_table(world):
     reported = {target for scenario in SCENARIOS.values() for target in scenario.targets}
     assert len(TUNING) >= 2
     assert not reported & TUNING
-    assert len(set(worlds.FIFTY)) == 50
-    assert set(worlds.TEN) < set(worlds.FIFTY) <= set(world.concepts)
+    ten, fifty = (SCENARIOS[f"{n} at once"].targets for n in (10, 50))
+    assert (len(set(ten)), len(set(fifty))) == (10, 50)
+    assert set(ten) < set(fifty) <= set(world.concepts)
+    assert [line for _, line in read_lines(ROOT / "prompts/emoji-targets.txt")] == list(fifty)  # train --targets
 
 
 def test_a_style_is_judged_as_a_style(world):
@@ -104,7 +108,7 @@ def test_settings_of_a_row_go_before_tuned_ones(world):
 
     def build(world, scenario, seed, **settings):
         given.append(settings)
-        return Erased(world.model)
+        return Victim(world.model, world.model)
 
     compare.measure(world, SCENARIOS["object"], Method("uce", build, {"s_p": 7.0}), SMALL)
     assert given == [TUNED["one"]["uce"] | {"s_p": 7.0}]

@@ -74,12 +74,17 @@ def test_change_is_per_image_and_of_the_range_two():
 
 
 def test_H_rewards_only_what_succeeds_everywhere():
-    """Of shares erased in captions and in sentences, then kept."""
-    assert compare.H([0.0, 0.0, 1.0]) == 1.0
-    assert compare.H([0.0, 0.0, 0.0]) == 0.0  # erased everything
-    assert compare.H([1.0, 1.0, 1.0]) == 0.0  # erased nothing
-    assert compare.H([0.0, 1.0, 1.0]) == 0.0  # nothing in sentences
-    assert abs(compare.H([0.5, 0.2, 0.7, 0.9]) - 3 / (2 + 1.25 + 1.25)) < 1e-12
+    """Of what is recognised in captions and in sentences that should be gone, then in groups that should stay."""
+
+    def H(*recognised: int) -> float:
+        groups = ("erased", "sentences", "near, listed", "others")
+        return compare.H({name: [hits, 10] for name, hits in zip(groups, recognised, strict=False)})
+
+    assert H(0, 0, 10) == 1.0
+    assert H(0, 0, 0) == 0.0  # erased everything
+    assert H(10, 10, 10) == 0.0  # erased nothing
+    assert H(0, 10, 10) == 0.0  # nothing in sentences
+    assert abs(H(5, 2, 7, 9) - 3 / (2 + 1.25 + 1.25)) < 1e-12
 
 
 def test_the_interval_of_a_share_covers_it_as_often_as_it_says():

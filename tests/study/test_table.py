@@ -13,9 +13,8 @@ from cli import pictures
 from loading.prompts import PRESETS, normalised, read_prompts
 from study import compare
 from study import erased as rows_of_table
-from study import world as worlds
-from study.attacks import Found
-from study.erased import METHODS, NONE, PUBLISHED_ROWS, TUNED, Erased, settings_of
+from study.attacks import Found, Victim
+from study.erased import METHODS, NONE, PUBLISHED_ROWS, TUNED, settings_of
 from study.world import GONE, GROUPS, SCENARIOS, Budget, Scenario, cases, sentences
 
 SHORT = {"stages": 2, "first_steps": 3, "later_steps": 2, "attack_steps": 2, "anchors": 4}
@@ -81,7 +80,7 @@ def test_every_kind_of_method_builds_an_eraser_that_draws(world, name, monkeypat
     made = method.build(world, scenario, 0, **method.settings)
     assert made.gates is None or len(made.gates.w_qs) == 2
     assert (made.gates is None) == (not name.startswith("cpe"))
-    images = sampler.draw(made.model, world.model.encode(["an umbrella"]), [0], made.gates, *SMALL.sampling)
+    images = sampler.draw(made.erased, world.model.encode(["an umbrella"]), [0], made.gates, *SMALL.sampling)
     assert images.isfinite().all()
 
 
@@ -93,7 +92,7 @@ def test_published_rows_are_the_authors_settings_and_bare_names(world, monkeypat
         method.build(world, ten, 0, **settings_of(method, ten))
     assert [settings for _, settings in given] == [{"rounds": 1}, erasers.PUBLISHED["speed, many"]]
     for (_, targets, _, preserved, _), _ in given:
-        assert targets == list(worlds.TEN)
+        assert targets == list(ten.targets)
         assert set(preserved) <= {*read_prompts("emoji").general, *read_prompts("emoji").domain}
 
 
@@ -111,10 +110,10 @@ def test_lora_learns_many_targets_in_more_steps(world, monkeypatch):
 def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeypatch):
     """The attacks themselves are tested in test_attacks.py: here each gives the plain prompts back."""
     scenario, asked = SCENARIOS[name], []
-    made = Erased(world.model.with_unet({}), torch.nn.Identity())
+    made = Victim(world.model, world.model.with_unet({}), torch.nn.Identity())
 
     def plain(victim, target, templates, seed):
-        assert (victim.original, victim.erased, victim.gates) == (world.model, made.model, made.gates)
+        assert (victim.original, victim.erased, victim.gates) == (world.model, made.erased, made.gates)
         asked.append((target, seed))
         return Found(victim.original.encode([template.format(target) for template in templates]), [], 0.0, 0.0)
 
@@ -126,7 +125,7 @@ def test_every_attack_is_counted_on_the_images_it_was_given(world, name, monkeyp
         return torch.tensor([target, *[(target + 1) % len(known)] * (len(images) - 1)])
 
     def draw(model, contexts, seeds, gates, *sampling):
-        assert (model, gates) == (made.model, made.gates)
+        assert (model, gates) == (made.erased, made.gates)
         return torch.zeros(len(contexts), 3, 16, 16)
 
     monkeypatch.setattr(compare, "ATTACKS", dict.fromkeys(("embeddings", "tokens"), plain))
@@ -163,10 +162,12 @@ def test_a_cell_counts_what_the_judge_sees(world, monkeypatch, sentence_files):
     said, images = figures["counts"]["sentences"]
     assert len(kept) == 5
     expected = 3 / (1 / 0.5 + len(kept) / sum(kept) + 1 / (1 - said / images))
-    assert compare.H(compare.shares_of_H(figures["counts"])) == pytest.approx(expected)
+    assert compare.H(figures["counts"]) == pytest.approx(expected)
     assert compare.cells(figures)["erased"] == "50 (9–91)"  # Wilson's, of one of two
     del figures["counts"]["sentences"]
-    assert compare.shares_of_H(figures["counts"])[:2] == [0.5, 0.5]  # without them erasing counts twice
+    kept = [count / n for name, (count, n) in figures["counts"].items() if name not in GONE]
+    twice = 3 / (1 / 0.5 + len(kept) / sum(kept) + 1 / 0.5)  # without them erasing counts twice
+    assert compare.H(figures["counts"]) == pytest.approx(twice)
 
 
 def test_the_time_is_said_beforehand(world):
