@@ -1,7 +1,4 @@
-"""The command line: `python cpe.py COMMAND ...`. Everything below it (cpe.py, study/, deploy/) works without it.
-
-main.py finds the command, options.py has the arguments, common.py what commands share; then one file a command.
-"""
+"""The command line: main.py finds a command, options.py has its arguments, common.py what all share; a file each."""
 
 from cli.main import main
 

@@ -1,7 +1,6 @@
 """bake: a model whose text encoder does what gates did, so that no add-on is left to delete (deploy/bake.py).
 
-A folder in the diffusers layout, or one file in the original layout if --out ends in .safetensors. Then it is measured
-what baking loses against the gates, in the text encoder.
+A folder, or one file in the original layout if --out ends in .safetensors. What baking loses is measured at the end.
 """
 
 import argparse

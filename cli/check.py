@@ -2,8 +2,7 @@
 
 Of every sentence with the target's name in it: the share of the asked shift that the gates make (1: the context of the
 surrogate, and a little beyond; 0: nothing). Of sentences without it: how far a gate opens, and how far it moves them,
-measured by the same shift. What a picture shows, follows from it but for the U-Net's part: the embedded model draws the
-worst sentences without gates, and those in which it shows no target anyway are left out. Built on token_space.py.
+measured by the same shift. Those in which the embedded model shows no target anyway are left out.
 """
 
 import argparse
@@ -14,16 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import sampler
-from cli.common import SHUT, GateFile, command, is_emoji, open_model, settle, space_of
+from cli.common import SHUT, GateFile, bar, command, is_emoji, open_model, settle, space_of
 from cli.many import read_lines
-from cli.pictures import eyes
-from cli.targets import known_as, styles
+from cli.pictures import undrawn
 from loading.cache import cached_contexts
 from loading.files import UserError
-from loading.prompts import anchor_words, fill, normalised, read_prompts, sentences, spellings, to_solve, within
+from loading.prompts import anchor_words, normalised, read_prompts, sentences, spellings, to_solve, within, written
 from solve import READ, stretched
-from study.world import QUICK
 from token_space import TokenSpace
 from weights import Model
 
@@ -61,12 +57,11 @@ class Found:
     others: list[str]
     opened: Tensor  # [Q], the widest opening at any token after the first
     moved: Tensor  # [Q], energy of the change, as a share of the mean asked one
-    # Of the worst sentences those in which the model does not draw the target by itself; None: nobody has looked.
-    undrawn: list[int] | None = None
+    undrawn: Sequence[int] = ()  # of the worst sentences those in which the model does not draw the target by itself
 
     def order(self) -> list[int]:
         """The numbers of the sentences, the worst first, without `undrawn`."""
-        return [i for i in self.reached.argsort().tolist() if i not in (self.undrawn or ())]
+        return [i for i in self.reached.argsort().tolist() if i not in self.undrawn]
 
     def shut_words(self) -> list[str]:
         """Words that stand in no sentence where the target goes, and in one where it stays."""
@@ -80,8 +75,6 @@ class Found:
         """The least that must be said."""
         shut = sum(self.reached[i].item() < SHUT for i in self.order())
         stays = f"; it may stay in {shut} of them" if shut else ""
-        if shut and self.undrawn is None:
-            stays += ", if the model draws it there"
         if self.undrawn:
             stays += f"; in {len(self.undrawn)} more the model itself does not draw it"
         return (
@@ -100,61 +93,48 @@ class Found:
         return "\n".join(lines + [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest])
 
 
-def undrawn(found: Found, model: Model) -> list[int]:
-    """Those of the worst sentences that fall short in which the embedded model draws no target even without gates."""
-    worst, target = [i for i in found.order()[:WORST] if found.reached[i] < SHUT], found.target
-    prompts = [found.sentences[i] for i in worst for _ in range(2)]
-    if not prompts or not known_as(target):
-        return []
-    images = sampler.draw(model, prompts, range(len(prompts)), None, *QUICK.sampling)
-    seen = eyes(model, target in styles())(images)
-    return [i for n, i in enumerate(worst) if target not in seen[2 * n : 2 * n + 2]]
-
-
 @torch.no_grad()
 def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | None = None,
           draws: bool = False) -> Found:  # fmt: skip
     """Try the gates of one file in the sentences of its preset, or in your `own`; `draws` looks for `undrawn` ones."""
     file.warn_of_guess()
     concept, lines = file.concept, list(own or held_out(file.preset))
-    sentences = [fill(line, name) for name in concept.names for line in lines]
+    sentences = [written(line, name) for name in concept.names for line in lines]
+    others = without(concept.names, file.preset, lines)
+    parts = [sentences[i : i + 16] for i in range(0, len(sentences), 16)]
     read = None if own else READ  # what people write may be longer
 
     def encode(texts: list[str], encoder: Callable) -> Tensor:
         return stretched(encoder(texts, tokens=read), model.tokens)
 
-    E = encode(sentences, model.encode)
-    instead = encode([fill(line, concept.surrogate) for line in lines], partial(cached_contexts, model)).to(E)
+    E = torch.cat([encode(part, model.encode) for part in bar(parts, text="reading sentences")])
+    cached = partial(cached_contexts, model)
+    instead = encode([written(line, concept.surrogate) for line in lines], cached).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
 
-    others = without(concept.names, file.preset, lines)
-    F = encode(others, partial(cached_contexts, model)).to(E).split(16)
+    F = encode(others, cached).to(E).split(16)
     opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
     energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
     asked = space.energy(x).sum(dim=1).mean().clamp(min=1e-12)
     found = Found(file.target, sentences, reached.cpu(), others, opened.cpu(), (energy / asked).cpu())
-    return replace(found, undrawn=undrawn(found, model)) if draws and is_emoji(model.name) else found
-
-
-def line_for(word: str, line: str) -> str:
-    """A sentence in which a word makes sense: a style or a background is nothing that a queen holds in her hands."""
-    return {"style": "a robot, {}", "background": "a robot on a {}"}.get(word.split()[-1], line)
+    worst = [i for i in found.order()[:WORST] if draws and found.reached[i] < SHUT]
+    never = undrawn(found.target, [sentences[i] for i in worst], model)
+    return replace(found, undrawn=[i for i in worst if sentences[i] in never])
 
 
 def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 100) -> list[str]:
-    """Prompts without the target: other words of the preset in the same sentences, and parts of the target's name.
-
-    Of a style other styles, each in every sentence.
-    """
+    """Prompts without the target: parts of its name and other words, of a style other styles, in the same sentences."""
     prompts = anchor_words(read_prompts(preset), names)
     words = [*prompts.domain, *prompts.general]
     if preset.endswith("style") and (styles := [word for word in words if word.endswith(" style")]):
-        filled = [fill(line, style) for style in styles for line in lines][:most]
+        filled = [written(line, style) for style in styles for line in lines][:most]
     else:
         parts = [part for name in names for part in name.split() if len(name.split()) > 1 and len(part) > 2]
         words = [*dict.fromkeys(parts), *words[:: -(-len(words) // most) or 1]][:most]
-        filled = [fill(line_for(word, lines[i % len(lines)]), word) for i, word in enumerate(words)]
+        # A style or a background is nothing that a queen holds in her hands.
+        odd = {"style": "a robot, {}", "background": "a robot on a {}"}
+        filled = [written(odd.get(word.split()[-1], lines[i % len(lines)]), word) for i, word in enumerate(words)]
     spelt = [spelling for name in names for spelling in spellings(name)]
     return ["", *(text for text in filled if not any(within(spelling, text) for spelling in spelt))]

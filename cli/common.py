@@ -27,7 +27,7 @@ from tqdm import tqdm
 import cpe
 from deploy.targets import Concept, read_concept
 from loading.files import UserError, load_tensors, opened, read_json, shipped, write_text
-from loading.prompts import PRESETS, fill, normalised, read_prompts
+from loading.prompts import PRESETS, normalised, read_prompts, written
 from sampler import Schedule, check_steps
 from token_space import TokenSpace, spectral_norm
 from weights import Model, expected_unet, load_model
@@ -128,7 +128,7 @@ class GateFile:
     @property
     def caption(self) -> str:
         """A plain prompt that names it."""
-        return fill(CAPTIONS[self.preset], self.target)
+        return written(CAPTIONS[self.preset], self.target)
 
     def warn_of_guess(self) -> None:
         """A warning where the preset is only the likeliest: for whoever goes by it, or by the surrogate or eta."""
@@ -161,6 +161,7 @@ def read_gates(path: Path) -> GateFile:
             preset = likeliest_preset(gates, read_concept(named, PRESETS["celebrity"]).names[0], model)
         drawing = json.loads(metadata.get("drawing", "{}"))
         drawing = {name: kind(drawing[name]) for name, kind in DRAWING.items() if name in drawing}
+        check_steps(Schedule(), *((SD_DEFAULTS | drawing)[name] for name in ("steps", "sampler")))
         return GateFile(path, gates, metadata, model, preset, read_concept(named, PRESETS[preset]), drawing)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}. Give a gate file, as `train` writes it.") from error
@@ -194,7 +195,7 @@ def check_fits(file: GateFile, unet: torch.nn.Module, name: str) -> None:
         known = f"It fits {NAMED.get(file.model, file.model)}: use --model {file.model}, or leave --model out"
         advice = known if file.model else "Use the --model that it was trained for, or train gates for this one"
         raise UserError(
-            f"{file.path} is of another model: it corrects {len(file.gates.widths)} projections of a context of width "
+            f"{file.path} is of another model: it corrects {len(file.gates.widths)} projections of width "
             f"{file.gates.w_qs.shape[1]}, {name} has {len(widths)} of width {width}. {advice}."
         )
 
@@ -210,8 +211,7 @@ def same(name: str) -> str:
 def slug(name: str) -> str:
     """A file name: letters, digits and hyphens, at most 80 bytes, so that it cannot leave its folder.
 
-    Where signs are left out of it, or its end, a digest of the name takes their place: `same` names make one file, and
-    no others do.
+    A digest takes the place of what is left out: `same` names make one file, and no others do.
     """
     plain = same(name)
     words = "-".join(re.findall(r"\w+", plain))
@@ -243,13 +243,14 @@ def command(*words: object) -> str:
 # --- Progress ----------------------------------------------------------------------------------------------------
 
 
-def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
-    """Steps behind a progress bar, `done` of the `total` made before; one bar for all of torchrun's processes.
+def bar(steps: Iterable, total: int = 0, text: str = "", done: int = 0, quiet: bool = False) -> Iterator:
+    """Steps behind a progress bar (`quiet`: without it), `done` of the `total`, those of a list, made before.
 
-    After the first few it is said how long all of them take, unless that is short.
+    After the first few it is said how long all of them take, unless that is short. One bar for all of torchrun's.
     """
     often = 0.1 if sys.stderr is None or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
-    quiet = sys.stderr is None or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0")
+    other = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
+    quiet, total = quiet or other or sys.stderr is None or total == 1, total or len(steps)
     with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=quiet) as progress:
         for number, step in enumerate(progress):
             if number == 0:  # it warms up, and is not measured
@@ -260,5 +261,5 @@ def bar(steps: Iterable, total: int, text: str, done: int = 0) -> Iterator:
 
 
 def spoken(seconds: float) -> str:
-    """A time as people say it."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    """A time as people say it; 1 s at least."""
+    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -2,14 +2,11 @@
 
 import argparse
 import json
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
-from cli.common import command, note, open_model, slug, spoken
+from cli.common import bar, command, note, open_model, slug
 from cli.pictures import check_picture, save, sheet
 from loading.files import UserError, check_writable
 from loading.prompts import PRESETS, read_prompts
@@ -30,12 +27,10 @@ def run(args: argparse.Namespace) -> str | None:
     world = World(open_model(args, ("text_encoder", "unet", "vae")), args.clip, args.preset)
     budget, columns = (QUICK, table.QUICK_COLUMNS) if args.quick else (Budget(), table.COLUMNS)
     print(table.forecast(world, scenarios, methods, budget, args.seed), flush=True)
-    targets = [len(scenario.targets) * (not table.cell_path(world, scenario, method, budget, args.seed).is_file())
-               for scenario in scenarios.values() for method in (NONE, *methods)]  # fmt: skip
     figures, pictures = {}, {}
     try:
-        cells = timed(table.run(world, scenarios, methods, budget, args.seed), targets)
-        for scenario, method, row, images in tqdm(cells, "comparing", len(targets), leave=False):
+        cells = table.run(world, scenarios, methods, budget, args.seed)
+        for scenario, method, row, images in bar(cells, len(scenarios) * (1 + len(methods)), "comparing"):
             figures.setdefault(scenario, {})[method] = row
             pictures.setdefault(scenario, []).append(images)
     except FloatingPointError as error:
@@ -53,23 +48,6 @@ def run(args: argparse.Namespace) -> str | None:
     note(args.markdown, table.markdown(figures, columns))
     note(args.json, json.dumps({"scenarios": figures, "model": world.fingerprint}, indent=2) + "\n")
     return command("compare") if args.quick else None
-
-
-def timed(cells: Iterable[tuple], targets: Sequence[int]) -> Iterator[tuple]:
-    """The cells; after the first eraser that is measured now, it is said how long the rest takes if all are like it.
-
-    `targets` counts those of every cell; 0: it is on disk. Erasing takes as much longer as there are more targets.
-    """
-    begun, told = time.perf_counter(), False
-    for number, (scenario, eraser, row, images) in enumerate(cells):
-        took, making, left = time.perf_counter() - begun, row["seconds"], list(filter(None, targets[number + 1 :]))
-        if targets[number] and left and eraser != NONE.name and not told:
-            rest = sum(took - making + making * many / targets[number] for many in left)
-            said = f"{eraser} took {spoken(took)}, {spoken(making)} of it to erase"
-            tqdm.write(f"time    {said}; about {spoken(rest)} more, if all others are like it", file=sys.stdout)
-            told = True
-        yield scenario, eraser, row, images
-        begun = time.perf_counter()
 
 
 def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:

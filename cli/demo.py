@@ -1,9 +1,8 @@
-"""demo: erase one thing from the embedded model, and look: captions, sentences, two things in one picture, neighbours.
-
-It shows twelve pictures before and after, and counts what CLIP sees in four times as many.
-"""
+"""demo: erase one thing from the embedded model, show twelve pictures, count what CLIP sees in four times as many."""
 
 import argparse
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,9 +12,10 @@ from cli.common import command, free, is_emoji, merge_gates, open_model, read_ga
 from cli.generate import drawn
 from cli.options import parse
 from cli.pictures import change, check_picture, eyes, save, sheet
-from cli.targets import known_as, nearest
+from cli.targets import known_as
+from loading.cache import cached_contexts
 from loading.files import UserError
-from loading.prompts import read_prompts, sentences
+from loading.prompts import PRESETS, nearest_words, read_prompts, sentences, written
 from weights import Model
 
 SEEDS = 4  # pictures of every prompt that are judged
@@ -39,29 +39,30 @@ def run(args: argparse.Namespace) -> str | None:
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"), [file])
     gates = merge_gates([file], model)
 
-    cases = pictures(target, args.model)
+    cases = pictures(target, model)
     texts = [text for _, text, _ in cases for _ in range(SEEDS)]
-    seeds = [args.seed + i for i in range(len(texts))]
     args.before_after = True
-    rows = drawn(model, texts, seeds, gates, args, "")
+    rows = drawn(model, texts, range(args.seed, args.seed + len(texts)), gates, args, "")
     print_table(cases, rows, model)
     prompts = [text for _, text, _ in cases]
-    inspect.say([file], prompts, model)
+    failed = inspect.say([file], prompts, model)
     said = {"model": args.model, "prompt": prompts[0], "prompts": prompts}
     save(sheet({name: images[::SEEDS] for name, images in rows.items()}, prompts), out, said)
-    return command("inspect", file.path, cases[3][1])
+    return command("inspect", file.path, [*failed, cases[3][1]][0])
 
 
-def pictures(target: str, model: str) -> list[tuple[str, str, str]]:
+def pictures(target: str, model: Model) -> list[tuple[str, str, str]]:
     """Twelve (group, prompt, the thing in it that is looked for)."""
-    things = [thing for thing in nearest(target, model, 1000) if thing != target]
+    every = replace(PRESETS["emoji"], nearest=1000)
+    things = nearest_words(every, read_prompts("emoji"), [target], model.encode, partial(cached_contexts, model))
+    beside = [written(line, target).replace("{other}", "{}") for line in sentences("emoji", "beside")[:2]]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
         "sentences": sentences("emoji", "held-out")[:3],
-        "beside another": [line.replace("{other}", things[-1]) for line in sentences("emoji", "beside")[:2]],
+        "beside another": [written(line, things[-1]) for line in beside],
     }
-    cases = [(group, line.replace("{}", target), target) for group, some in lines.items() for line in some]
-    near = [("neighbours", f"a picture of a {thing}", thing) for thing in things[:4]]
+    cases = [(group, written(line, target), target) for group, some in lines.items() for line in some]
+    near = [("neighbours", written("a picture of a {}", thing), thing) for thing in things[:4]]
     return cases + near
 
 

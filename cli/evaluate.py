@@ -9,13 +9,14 @@ import importlib
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
-from cli.common import is_emoji, note, open_model
+from cli.common import bar, is_emoji, note, open_model
 from cli.many import read_lines
 from loading.files import UserError, check_writable
 from loading.prompts import read_prompts
@@ -37,32 +38,34 @@ def run(args: argparse.Namespace) -> str | None:
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     drawn = [drawn_with(path) for path, _ in found]
-    of = {str(each.get("model")) for each in drawn}
-    if not args.model and not args.clip and len(of) == 1 and is_emoji(min(of)):
-        args.model = min(of)
-        print(f"judge   the CLIP of {args.model}, which the pictures are of")
+    of = sorted({str(each.get("model", "an unknown model")) for each in drawn})
+    if not args.model and not args.clip and all(map(is_emoji, of)):  # it, a copy, or baked of it
+        args.model = of[0]
+    own = args.model and not args.clip
+    judge = f"the CLIP of {args.model}" if own else f"{args.clip or CLIP_LARGE} (--model emoji: its own CLIP)"
+    print(f"judge   {judge}; the pictures are of {' and '.join(of)}")
     ours = read_prompts("emoji").domain if is_emoji(args.model or "") and not args.clip else []
     others = [thing for thing in ours if thing not in names]  # CLIP may see instead: else all that is erased counts
     if len(names) == 1 and not others:
         raise UserError(f"--name: every picture is taken for {names[0]!r} where no other name is given: give several.")
     reference = [p for p in sorted(args.reference.glob("*")) if p.suffix.lower() in PICTURES] if args.reference else []
-    if args.reference and not reference:
-        raise UserError(f"--reference: {args.reference} holds no pictures.")
     if args.fid and any("cell" in each for each in (*drawn, *map(drawn_with, reference))):
         raise UserError("--fid takes files as they are, and some here have headings: draw with --prompts FILE.")
     if args.json:
         check_writable(args.json)
-    if args.model and not args.clip:  # with a CLIP of its own, as the embedded one
-        model = open_model(args, ("text_encoder",))
-        clip, tokenizer = model.clip, model.tokenizer
-    else:
-        clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
     with tempfile.TemporaryDirectory() as alone:
         found = [one for path, prompt in found for one in single(path, prompt, Path(alone))]
         reference = [one for path in reference for one, _ in single(path, "", Path(alone))]
-        if not found:
-            raise UserError(f"{folder} holds no pictures to be judged by their prompts: `generate` draws some.")
-        figures = judge_folder(clip, tokenizer, found, names, reference, others)
+        for where, left in (folder, found), (args.reference, reference):
+            if where and not left:
+                raise UserError(f"{where} holds no pictures to be judged by their prompts: `generate` draws some.")
+        if own:
+            model = open_model(args, ("text_encoder",))
+            clip, tokenizer = model.clip, model.tokenizer
+        else:
+            clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
+        progress = partial(bar, text="judging")
+        figures = judge_folder(clip, tokenizer, found, names, reference, others, progress)
         if detector:
             figures |= nudity(detector, [path for path, _ in found])
     if fid:
@@ -77,9 +80,12 @@ def run(args: argparse.Namespace) -> str | None:
 def single(path: Path, prompt: str, folder: Path) -> list[tuple[Path, str]]:
     """A picture as it is, or those that `generate` put into one file, each by itself, in the folder."""
     said = drawn_with(path)
-    if len(said.get("prompts", [prompt])) == 1:
-        said["prompts"] = [prompt]  # that of prompts.csv or a .txt, where there is one
-    return list(cut(path, said, Path(tempfile.mkdtemp(dir=folder)))) if "cell" in said else [(path, prompt)]
+    prompts = said.get("prompts", [prompt])
+    if "cell" not in said:
+        return [(path, prompt) for _ in prompts[:1]]
+    # Of one picture it is that of prompts.csv or a .txt, where there is one.
+    said["prompts"] = [prompt] if len(prompts) == 1 else prompts
+    return list(cut(path, said, Path(tempfile.mkdtemp(dir=folder))))
 
 
 def cut(path: Path, said: dict, folder: Path) -> Iterator[tuple[Path, str]]:

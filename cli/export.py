@@ -1,7 +1,4 @@
-"""export: a model as one file in the original layout, for ComfyUI, A1111 and others (deploy/export.py).
-
-Gates are no part of a model: `bake` them first, into a folder that is exported here, or straight into one file.
-"""
+"""export: a model, baked ones above all, as one file in the original layout for other programs (deploy/export.py)."""
 
 import argparse
 from pathlib import Path

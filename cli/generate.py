@@ -1,7 +1,6 @@
 """generate: pictures of prompts, with gates or without, named after their prompts, and never over another file.
 
-A picture holds its prompt and settings, for `evaluate`. Of every prompt that names a target it is said what the gate
-does there (inspect.py).
+A picture holds its prompt and settings, for `evaluate`; of prompts that name a target inspect.py says what gates do.
 """
 
 import argparse
@@ -48,13 +47,13 @@ def run(args: argparse.Namespace) -> str:
         check_picture(one.out)
     model = open_model(args, ("text_encoder", "unet", "vae"), files)
     gates, kept = merge_gates(files, model) if files else None, 0
-    for number, one in enumerate(sheets, 1):
+    for number, one in enumerate(bar(sheets, text="all prompts", quiet=True), 1):
         kept += not write(one, model, gates, f"{number} of {len(sheets)}, " if one.of_file else "")
     if args.prompt_file:
         print(f"drew    {len(sheets) - kept} prompts, kept {kept}")
     prompts = [prompt for one in sheets for prompt in one.prompts]
-    inspect.say(files, prompts, model)
-    return command("inspect", *args.gates, *prompts[:1]) if files else command("list")
+    failed = inspect.say(files, prompts, model)
+    return command("inspect", *args.gates, *[*failed, *prompts][:1]) if files else command("list")
 
 
 def together(args: argparse.Namespace) -> Sheet:
@@ -70,13 +69,13 @@ def from_file(args: argparse.Namespace) -> list[Sheet]:
     folder = args.out or Path("images") / slug(args.prompt_file.stem)
     if folder.suffix == ".png" or os.path.isfile(folder):
         raise UserError(f"--out is a folder here, for many pictures: {folder} is not.")
-    args.device, sheets = many.own_device(args.device), []
+    sheets = []
     for number, each in enumerate(many.read_drawings(args.prompt_file), 1):
         out = folder / f"{slug(each.case) if each.case else f'{number:04}'}-{slug(each.prompt)}.png"
         how = argparse.Namespace(**vars(args) | ({} if each.guidance is None else {"guidance": each.guidance}))
         seed = args.seed if each.seed is None else each.seed
         sheets.append(Sheet(out, [each.prompt], [seed], how, True))
-    return many.share(sheets)
+    return many.share(sheets, args)
 
 
 def settings(one: Sheet, model: Model) -> dict:

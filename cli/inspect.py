@@ -1,22 +1,20 @@
-"""inspect: what a gate does in one prompt: where it opens, how much of its change it makes, and what that means.
-
-`generate`, `demo` and `train --report` look, too, before a person wonders at a picture.
-"""
+"""inspect: what a gate does in one prompt: where it opens, how much of its change it makes, and what that means."""
 
 import argparse
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cli.check import WORST
 from cli.common import SHUT, GateFile, command, open_model, same, settle, space_of
-from cli.pictures import LINE, check_picture, save
+from cli.pictures import LINE, check_picture, save, undrawn
 from loading.files import UserError
-from loading.prompts import spellings, within
+from loading.prompts import longer_names, spellings, within, written
 from token_space import TokenSpace
 from weights import Model
 
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> str | None:
     print("\n0 is shut, 1 open; <end> fills all that is left of the sentence.")
     print("\n".join(opening.sentence() for opening in found))
     if args.out:
-        save(drawing(found), args.out)
+        save(drawing(found), args.out, {"prompt": args.prompts[0], "prompts": []})
     return command("generate", args.prompts[0], *args.gates, "--before-after")
 
 
@@ -50,6 +48,7 @@ class Opening:
     tokens: list[str]
     values: Tensor  # [T]
     share: float | None  # of the change from target to surrogate; None where the prompt names no target
+    drawn: bool = True  # False: the model draws no target there even without gates
 
     @property
     def shut(self) -> bool:
@@ -59,7 +58,7 @@ class Opening:
     @property
     def fails(self) -> bool:
         """Whether the prompt names the target, and too little of it is erased."""
-        return self.share is not None and (self.shut or self.share < SHUT)
+        return self.share is not None and (self.shut or self.share < SHUT) and self.drawn
 
     def sentence(self) -> str:
         """What a person should know."""
@@ -70,6 +69,8 @@ class Opening:
         if self.share is None:
             return f"OPENS   {self.prompt!r} does not name {self.target!r}, yet {opens}: the picture may change"
         named = f"{self.prompt!r} names {self.target!r}"
+        if not self.drawn:
+            return f"undrawn {named}, but the model draws none there even without gates"
         made = f"{max(self.share, 0):.0%} of the change that erases it"
         if self.fails:
             return f"{'SHUT' if self.shut else 'WEAK'}    {named}, but {opens}, and makes only {made}: it may be drawn"
@@ -78,37 +79,61 @@ class Opening:
 
 @torch.no_grad()
 def look(file: GateFile, prompt: str, model: Model, space: TokenSpace) -> Opening:
-    """What the gate of a file does in a prompt."""
-    concept, instead = file.concept, with_surrogate(file, prompt)
-    E, S = model.encode([prompt, instead]).float().split(1)
+    """What the gate of a file does in a prompt, or in what the model reads of it."""
+    concept, read = file.concept, read_of(prompt, model)
+    instead = with_surrogate(file, read)
+    E, S = (model.encode([text]).float() for text in (prompt, read_of(instead, model)))
     gates = file.gates.to(E)
     values, share = gates.gate(E)[0][0, 0, :, 0].cpu(), None
-    if instead != prompt:
+    if instead != read:
         file.warn_of_guess()
         share = space.reached(gates, E, (1 + concept.eta) * (S - E)).item()
     tokens = ["<start>", *model.tokenizer.tokens(prompt)[: len(values) - 2], "<end>"]
-    return Opening(file.target, prompt, tokens, values[: len(tokens)], share)
+    return Opening(file.target, read, tokens, values[: len(tokens)], share)
+
+
+def read_of(prompt: str, model: Model) -> str:
+    """The whole words of a prompt that fit into the model's tokens, the first and the last of which are no words."""
+    starts = [start for start, _ in model.tokenizer.encode(prompt).offsets][model.tokens - 2 :]
+    return re.sub(r"\w+$", "", prompt[: starts[0] + 1])[: starts[0]] if starts else prompt
 
 
 def with_surrogate(file: GateFile, prompt: str) -> str:
-    """A prompt with the surrogate in place of what a gate file erases; the prompt itself if it names no such thing."""
-    names = {each for name in file.concept.names for each in spellings(name) if within(each, prompt)}
+    """A prompt with the surrogate in place of what a gate file erases; the prompt itself if it names no such thing.
+
+    "A hot dog" names no dog: where the preset is of things, one whose name has the target's in it is another.
+    """
+    names = {same(each) for name in file.concept.names for each in spellings(name) if within(each, prompt)}
     if not names:
         return prompt
+    longer = longer_names(file.preset, file.concept.names) if file.preset in ("object", "emoji") else []
+    others = {same(each) for name in longer for each in spellings(name)}
     # Between its words there may stand anything that is no letter: "red-heart", "Jay Z". Some names are signs alone.
-    forms = [r"\W+".join(map(re.escape, same(name).split())) for name in sorted(names, key=len, reverse=True)]
-    pattern, plain = rf"(?<!\w)({'|'.join(forms)})(?!\w)", unicodedata.normalize("NFC", prompt)
-    text = plain if re.search(pattern, plain, re.IGNORECASE) else plain.casefold()  # "straße" is "strasse" only there
-    return re.sub(pattern, lambda _: file.concept.surrogate, text, flags=re.IGNORECASE)
+    forms = [r"\W+".join(map(re.escape, name.split())) for name in sorted(names | others, key=len, reverse=True)]
+    text = unicodedata.normalize("NFC", prompt).casefold()  # where "straße" is "strasse"; CLIP reads no capitals
+
+    def instead(found: re.Match) -> str:
+        return found[0] if same(found[2]) in others else written("a {}" if found[1] else "{}", file.concept.surrogate)
+
+    replaced = re.sub(rf"(?<!\w)(an? )?({'|'.join(forms)})(?!\w)", instead, text)
+    return prompt if replaced == text else replaced
 
 
-def say(files: Sequence[GateFile], prompts: Sequence[str], model: Model) -> None:
-    """Print a sentence for every target that a prompt names; where too little of it is erased, at the end."""
-    named = [(file, prompt) for prompt in prompts for file in files if with_surrogate(file, prompt) != prompt]
-    if named:
-        space = space_of(model)
-        found = sorted((look(*each, model, space) for each in named), key=lambda opening: opening.fails)
-        print("\n".join(opening.sentence() for opening in found))
+def say(files: Sequence[GateFile], prompts: Sequence[str], model: Model) -> list[str]:
+    """Print a sentence for every target that a prompt names, the failures last; returns the prompts of these."""
+    texts = [read_of(prompt, model) for prompt in prompts]
+    named = [(file, text) for text in texts for file in files if with_surrogate(file, text) != text]
+    if not named:
+        return []
+    space = space_of(model)
+    found = sorted((look(*each, model, space) for each in named), key=lambda opening: opening.fails)
+    for file in files:
+        weak = [opening.prompt for opening in found if opening.fails and opening.target == file.target][:WORST]
+        never = undrawn(file.target, weak, model)
+        found = [replace(each, drawn=False) if (each.target == file.target and each.prompt in never) else each
+                 for each in found]  # fmt: skip
+    print("\n".join(opening.sentence() for opening in found))
+    return [opening.prompt for opening in found if opening.fails]
 
 
 def print_columns(found: list[Opening]) -> None:

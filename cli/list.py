@@ -8,18 +8,22 @@ from cli.common import NAMED, command, metadata_of
 from cli.targets import styles
 from loading.hub import SD14
 from loading.prompts import PRESETS, read_prompts
+from solve import Settings
 
 
 def run(args: argparse.Namespace) -> str | None:
     """`list`: four short lists. It reads no weights."""
     print(f"models  --model sd14: {NAMED['sd14']}, {SD14} (downloaded once); emoji: the embedded one; or your own\n")
     for name, recipe in PRESETS.items():
-        eta = f"eta {recipe.eta:g}, lambda {recipe.lam:g}, {recipe.stages} stages"
-        print(f"preset  {name:12} becomes {recipe.surrogate!r}; {eta}")
+        solved = name.startswith("emoji")  # as its model does, where no --how says otherwise
+        of = Settings.of(recipe, name.endswith("style")) if solved else recipe
+        numbers = f"eta {of.eta:g}, lambda {of.lam:g}, rank {of.k}"
+        print(f"preset  {name:12} becomes {recipe.surrogate!r}; {'solved' if solved else 'trained'}: {numbers}")
     print()
-    gates = sorted(Path("gates").glob("*.safetensors"))
+    gates = sorted(Path("gates").rglob("*.safetensors"))
     for path, said in ((path, metadata_of(path)) for path in gates):
-        erases = f"erases {said.get('target', path.stem)} from {said.get('model', 'its model')}"
+        becomes = f", which becomes {said['surrogate']!r}" if "surrogate" in said else ""
+        erases = f"erases {said.get('target', path.stem)} from {said.get('model', 'its model')}{becomes}"
         print(f"gates   {path}: {'an unfinished run' if 'run' in said else erases}")
     if not gates:
         print("gates   none in gates/")

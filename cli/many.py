@@ -5,6 +5,7 @@
 RANK and WORLD_SIZE, which clusters set as well, count only if torchrun has started the process.
 """
 
+import argparse
 import csv
 import os
 import re
@@ -16,16 +17,12 @@ from typing import NamedTuple
 from loading.files import UserError
 
 
-def share(everything: Sequence) -> Sequence:
-    """What this one of torchrun's processes works on, everything[rank::world_size]; all of it without torchrun."""
+def share(everything: Sequence, args: argparse.Namespace) -> Sequence:
+    """What this process works on: all, or one of torchrun's [rank::world_size], on a graphics card of its own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return everything
+    args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
     return everything[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
-
-
-def own_device(kind: str) -> str:
-    """The device of this process: each that torchrun started has a graphics card of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ else kind
 
 
 @contextmanager

@@ -20,6 +20,8 @@ GONE = {  # options of the version before
     "--template": "the gate file says what its target is, and its preset how one writes it",
     "--ablations": "python benchmarks/ablations.py",
 }
+MEANT = {"erase": "train", "remove": "train", "draw": "generate", "judge": "evaluate"}  # said, but no commands
+DEVICES, DTYPES = ("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")
 ATTACKS = ("embeddings", "inversion", "tokens", "P4D", "Ring-A-Bell")
 MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
 
@@ -31,11 +33,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print usage and message, and end with exit code 2."""
-        for word in re.findall(r"unrecognized arguments: (\S+)|COMMAND.*?'(.*?)'", message)[:1]:
-            if "".join(word) in GONE:
-                message = f"{''.join(word)} is gone: {GONE[''.join(word)]}"
-            elif near := difflib.get_close_matches("".join(word), [*self._option_string_actions, *COMMANDS], 1):
-                message = f"there is no {''.join(word)}: did you mean {near[0]}?"
+        for word in map("".join, re.findall(r"unrecognized arguments: (\S+)|COMMAND.*?'(.*?)'", message)[:1]):
+            near = difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1)
+            if word in GONE:
+                message = f"{word} is gone: {GONE[word]}"
+            elif word in MEANT or near:
+                message = f"there is no {word}: did you mean {MEANT.get(word) or near[0]}?"
         super().error(message)
 
 
@@ -43,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command; ends the program with help, or with exit code 2 for what is none of them."""
     commands = "commands:\n" + "\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items())
     top = Parser(prog="cpe.py", description="Concept Pinpoint Eraser.", epilog=commands, allow_abbrev=False,
-                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                 formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s COMMAND ...")  # fmt: skip
     top.add_argument("--version", action="version", version=f"cpe.py {VERSION}")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="`COMMAND --help` says more")
     if odd := [text for text in arguments if "\0" in text or re.search("[\ud800-\udfff]", text)]:
@@ -88,24 +91,23 @@ def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: st
     parser.add_argument("positions", nargs="*", metavar=metavar, help=text)
 
 
-def add_model(parser: argparse.ArgumentParser, default: str | None = None, said: str = "") -> None:
+def add_model(parser: argparse.ArgumentParser, default: str | None = None, said: str = "the gates', or sd14") -> None:
     """Which model, and where it runs. `args.model` is None where nobody said it: see `common.settle`."""
-    text = "sd14, emoji (embedded), a folder, a .safetensors checkpoint, or owner/name"
-    said = said or default or "the gates' own, else sd14"
-    parser.add_argument("--model", default=default, help=f"{text} (default: {said})")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
-    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
+    text = f"sd14, emoji, a path, or owner/name (default: {default or said})"
+    parser.add_argument("--model", metavar="WHICH", default=default, help=text)
+    parser.add_argument("--device", choices=DEVICES, metavar="D", default="cpu", help=", ".join(DEVICES))
+    parser.add_argument("--seed", metavar="N", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How pictures are drawn. None: as the model's own defaults say."""
-    parser.add_argument("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's own)")
-    parser.add_argument("--guidance", type=number(float, 0, 100), help="guidance scale (likewise)")
+    parser.add_argument("--steps", metavar="N", type=number(int, 1, 1000), help="of denoising (default: the model's)")
+    parser.add_argument("--guidance", metavar="W", type=number(float, 0, 100), help="guidance scale (likewise)")
     parser.add_argument("--sampler", choices=("ddim", "dpm"), help="DDIM or DPM-Solver++(2M) (likewise)")
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
-    """Erase a concept from the embedded model, and show what became of it and of others."""
+    """Erase a thing of the embedded model, and show what became of it."""
     positions(parser, "TARGET", "targets", "what to erase (default: red heart)")
     add_model(parser, "emoji")
     add_sampling(parser)
@@ -123,18 +125,18 @@ def recipe_fields() -> list[tuple[str, str, type]]:
 def train(parser: argparse.ArgumentParser) -> None:
     """Make a gate that erases a concept."""
     positions(parser, "TARGET", "targets", "what to erase: one gate file each")
-    parser.add_argument("--target", nargs="+", action="extend", dest="targets", help="the same")
-    many = 'file of targets: one a line, its other names after commas, "A, Jr." in quotes'
+    parser.add_argument("--target", nargs="+", action="extend", dest="targets", metavar="A", help="the same")
+    many = "one target a line, its other names after commas"
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
-    parser.add_argument("--alias", action="append", default=[], help="another name of it, erased too (repeatable)")
+    parser.add_argument("--alias", metavar="B", action="append", default=[], help="another name of it (repeatable)")
     parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")
-    parser.add_argument("--surrogate", help="what it becomes (default: the preset's)")
-    parser.add_argument("--preset", choices=PRESETS, help="prompts and recipe (default: the model's)")
+    parser.add_argument("--surrogate", metavar="S", help="what it becomes (default: the preset's)")
+    parser.add_argument("--preset", choices=PRESETS, metavar="P", help="see `list` (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
-    parser.add_argument("--published", action="store_true", help="in the paper's templates alone: no whole sentences")
-    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
-    parser.add_argument("--out", type=Path, help="gate file, of several a folder (default: gates/<target>.safetensors)")
+    parser.add_argument("--published", action="store_true", help="in the paper's templates alone")
+    parser.add_argument("--steps-scale", metavar="X", type=number(float, 1e-4, 100), default=1.0, help="of all steps")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="(default: gates/<target>.safetensors), or a folder")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")
     add_model(parser, "sd14")
     fields = recipe_fields()
@@ -146,14 +148,14 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 def generate(parser: argparse.ArgumentParser) -> None:
     """Draw pictures, with or without gates."""
-    positions(parser, "PROMPT_OR_GATES", "prompts", "what to draw, from seeds SEED, SEED + 1, ...; and gate files")
+    positions(parser, "PROMPT_OR_GATES", "prompts", "what to draw (from seeds N, N + 1, ...); gates")
     parser.add_argument("--gates", action="append", type=Path, metavar="FILE", help="a gate file, as positions are")
-    many = "file of prompts: one a line, or CSV with a column `prompt`"
+    many = "one prompt a line, or CSV with a column `prompt`"
     parser.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
     parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
-    parser.add_argument("--out", type=Path, help="the picture, or a folder for it (default: images/<prompt>.png)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="or a folder (default: images/<prompt>.png)")
+    parser.add_argument("--dtype", choices=DTYPES, metavar="T", default="float32", help=", ".join(DTYPES))
     add_model(parser)
     add_sampling(parser)
 
@@ -175,7 +177,7 @@ def check(parser: argparse.ArgumentParser) -> None:
 def compare(parser: argparse.ArgumentParser) -> None:
     """Measure CPE against the linear erasers."""
     positions(parser, "TARGET", "targets", "instead of the scenarios: erase these at once")
-    parser.add_argument("--preset", choices=PRESETS, default="emoji", help="of the targets: their words and recipe")
+    parser.add_argument("--preset", choices=PRESETS, metavar="P", default="emoji", help="of the targets: see `list`")
     parser.add_argument("--scenario", action="append", default=[], metavar="NAME",
                         help="only these (repeatable); '50 at once' is measured only when named")  # fmt: skip
     parser.add_argument("--eraser", action="append", default=[], metavar="NAME", help="only these (repeatable)")
@@ -215,8 +217,8 @@ def bake(parser: argparse.ArgumentParser) -> None:
     """Write an erased model that needs no gates any more."""
     positions(parser, "GATES", "texts", "gate files to bake in")
     parser.add_argument("--out", type=Path, help="folder, or .safetensors file, to write (default: models/<target>)")
-    parser.add_argument("--preset", choices=PRESETS, help="prompts to train on (default: those of the gates)")
-    parser.add_argument("--steps-scale", type=number(float, 1e-4, 100), default=1.0, help="multiplies all steps")
+    parser.add_argument("--preset", choices=PRESETS, metavar="P", help="prompts to train on (default: the gates')")
+    parser.add_argument("--steps-scale", metavar="X", type=number(float, 1e-4, 100), default=1.0, help="of all steps")
     add_model(parser)
 
 

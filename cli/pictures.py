@@ -3,17 +3,18 @@
 import json
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from cli.common import free
-from cli.targets import styles
+import sampler
+from cli.common import bar, free, is_emoji
+from cli.targets import known_as, styles
 from loading.files import UserError, atomic, check_writable
-from loading.prompts import read_prompts
-from study import evaluate
+from study.world import QUICK, World
 from weights import Model
 
 LINE = 14  # pixels of a line of text
@@ -27,7 +28,7 @@ def save(page: Image.Image, path: Path, said: dict | None = None, shows: str = "
     """
     path, info = free(path), PngInfo()
     if said:
-        cell = {"cell": page.info["cell"]} if page.size != page.info["cell"] else {}
+        cell = {"cell": page.info["cell"]} if page.size != page.info.get("cell", page.size) else {}
         info.add_itxt("cpe", json.dumps(said | cell, sort_keys=True))
     with atomic(path) as temporary:
         page.save(temporary, "PNG", pnginfo=info)
@@ -69,14 +70,23 @@ def check_picture(path: Path) -> None:
 
 def eyes(model: Model, style: bool = False) -> Callable[[Tensor], list[str]]:
     """What the model's own CLIP sees in images [B, 3, H, W]: a thing that the embedded model knows, or a style."""
-    things, clip, tokenizer = read_prompts("emoji").domain, model.clip, model.tokenizer
-    if not style:
-        features = evaluate.name_features(clip, tokenizer, things)
-        return lambda images: [things[i] for i in evaluate.recognise(clip, images, features).tolist()]
-    known = styles()
-    texts = [f"a picture of a {thing}, {style}" for thing in things for style in known]
-    captions = evaluate.text_features(clip, tokenizer, texts).unflatten(0, (len(things), -1))
-    return lambda images: [known[i] for i in evaluate.recognise_style(clip, images, captions).tolist()]
+    world = World(model)
+    names = [f"{style} style" for style in world.styles] if style else world.concepts
+    return lambda images: [names[i] for i in world.see(images, "style" if style else "concept")]
+
+
+def undrawn(target: str, prompts: Sequence[str], model: Model) -> list[str]:
+    """Those of the prompts in which the embedded model draws no target, although nothing is erased.
+
+    CLIP looks at two pictures of each. [] of other models, and for a target that CLIP does not know.
+    """
+    known = known_as(target) if is_emoji(model.name) else None
+    if not known or not prompts:
+        return []
+    texts, progress = [prompt for prompt in prompts for _ in range(2)], partial(bar, text="looking without gates")
+    images = sampler.draw(model, texts, range(len(texts)), None, *QUICK.sampling, progress=progress)
+    seen = eyes(model, known in styles())(images)
+    return [prompt for i, prompt in enumerate(prompts) if known not in seen[2 * i : 2 * i + 2]]
 
 
 def change(before: Tensor, after: Tensor) -> str:

@@ -26,8 +26,7 @@ def write(file: GateFile, model: Model, space: TokenSpace, found: Found, out: Pa
     prompts = [file.caption, *(fill(line, file.target) for line in held_out(file.preset)[:3])]
     prompts += [found.others[i] for i in moved[:2]]
     how = argparse.Namespace(**defaults_of(model.name), before_after=True)
-    seeds = [seed + i for i in range(len(prompts))]
-    rows = drawn(model, prompts, seeds, merge_gates([file], model), how, "report, ")
+    rows = drawn(model, prompts, range(seed, seed + len(prompts)), merge_gates([file], model), how, "report, ")
     looked_at = [look(file, text, model, space) for text in (prompts[0], *(found.sentences[i] for i in worst[:3]))]
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         target=html.escape(file.target),

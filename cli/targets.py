@@ -4,19 +4,16 @@ What is recognised is acted on, and said; what could mean two things is refused,
 """
 
 import argparse
+import difflib
 import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from cli.common import command, defaults_of, is_emoji, same
 from loading.files import UserError
 from loading.prompts import PRESETS, normalised, read_prompts
-from weights import load_model
 
 SEVERAL = re.compile(r"\s*(?:[,;&+]|\band\b)\s*")
 
@@ -39,7 +36,7 @@ def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]
             names.append(text)
             continue
         if ours:  # what it cannot draw is refused, however it is written
-            check_known(parts, model)
+            check_known(parts)
         if ours and all(map(known_as, parts)):
             print(f"targets {', '.join(parts)}: {text!r} names {len(parts)} things, each gets a gate of its own")
             names += parts
@@ -76,7 +73,10 @@ def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     if is_emoji(args.model):
         if args.surrogate is None and preset not in ("emoji", "emoji-style"):
             raise UserError(f"--preset {preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")
-        check_known([*names, surrogate], args.model)
+        check_known([*names, surrogate])
+        if (known_as(surrogate) in styles()) != (preset == "emoji-style"):
+            kind = "styles become styles, and things become things. Give each kind a command of its own"
+            raise UserError(f"--surrogate {surrogate!r} is nothing that {names[0]!r} can become: {kind}.")
     return Target(names, preset, surrogate)
 
 
@@ -91,26 +91,27 @@ def known_as(name: str) -> str | None:
     return (spelt | {same(word): word for word in [*read_prompts("emoji").domain, *styles()]}).get(same(name))
 
 
-def check_known(names: Sequence[str], model: str) -> None:
-    """UserError for a name with words that are in none of the embedded model's concepts; offers what is near it."""
+def check_known(names: Sequence[str]) -> None:
+    """UserError for a name with words that are in none of the embedded model's concepts; offers those like it."""
     prompts = read_prompts("emoji")
     drawn = {*prompts.domain, *prompts.general} - {*prompts.undrawn}
     words = {"and", "&"} | {word for entry in drawn for word in normalised(entry).split()}
     if unknown := [name for name in names if not normalised(name) or not set(normalised(name).split()) <= words]:
+        near = ", ".join(alike(unknown[0])) or "nothing with a name like it"
         raise UserError(
-            f"the embedded model cannot draw {unknown[0]!r}. Nearest in meaning: "
-            f"{', '.join(nearest(unknown[0], model))}; all that it knows: {command('list')}. "
+            f"the embedded model cannot draw {unknown[0]!r}. It knows {near}; all that it knows: {command('list')}. "
             "Real names need --model sd14."
         )
 
 
-@torch.no_grad()
-def nearest(name: str, folder: str, count: int = 3) -> list[str]:
-    """The concepts of the embedded model that are nearest to a name in meaning, as its text encoder reads them."""
-    model, concepts = load_model(folder, parts=("text_encoder",)), read_prompts("emoji").domain
-    texts = [name, *concepts]
-    ends = model.tokenizer(texts).argmax(dim=1)  # the first EOS, where the whole text has been read
-    features = model.encode(texts)[torch.arange(len(texts)), ends]
-    features = F.normalize(features - features[1:].mean(dim=0), dim=-1)
-    order = (features[1:] @ features[0]).argsort(descending=True)
-    return [concepts[i] for i in order[:count].tolist()]
+def alike(name: str, most: int = 5) -> list[str]:
+    """What the embedded model knows whose names share a word with a name, or else are spelt almost like it.
+
+    Its text encoder could not say what is near in meaning: words that are in no name of a thing mean nothing to it.
+    """
+    known, words = (
+        [*read_prompts("emoji").domain, *styles()],
+        set(normalised(name).split()) - {"of", "with", "a", "and"},
+    )
+    shared = [each for each in known if words & set(normalised(each).split())]
+    return (shared or difflib.get_close_matches(normalised(name), known, most, 0.75))[:most]

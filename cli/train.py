@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,13 @@ import cpe
 import solve
 import token_space
 from cli import check, many, report
-from cli.common import CAPTIONS, bar, command, defaults_of, metadata_of, open_model, read_gates, same, slug, space_of
+from cli.common import bar, command, defaults_of, metadata_of, open_model, read_gates, same, slug, space_of
 from cli.options import recipe_fields
 from cli.runs import Trainer, digest, state_file, train
 from cli.targets import Target, split, target_of
 from loading.cache import cached_contexts
 from loading.files import UserError, check_writable, save_tensors
-from loading.prompts import PRESETS, Prompts, fill, normalised, prepare, read_prompts, to_solve, within
+from loading.prompts import PRESETS, Prompts, longer_names, prepare, read_prompts, to_solve
 from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
@@ -38,18 +37,16 @@ PAPER = ("literal", "published")  # options: the losses, or the prompts, word fo
 def run(args: argparse.Namespace) -> str | None:
     """`train`: one gate file a target. UserError for a target that cannot be erased, or a file that is in the way."""
     args.how = how(args)
-    jobs = jobs_of(args)
-    if args.target_file:
-        args.device, jobs = many.own_device(args.device), many.share(jobs)
+    jobs = many.share(jobs_of(args), args)
     for _, out in jobs:  # before a model is downloaded
         check_new(out)
-    if not jobs:  # torchrun has more processes than there are lines
+    if not jobs:  # torchrun has more processes than there are targets
         return None
     shop = Workshop(args)
-    for number, job in enumerate(jobs, 1):
+    for number, job in enumerate(bar(jobs, text="all targets", quiet=True), 1):
         finish(shop, *job, f"{number} of {len(jobs)}: " if len(jobs) > 1 else "")
-    captions = [fill(CAPTIONS[target.preset], target.names[0]) for target, _ in jobs[:4]]
-    return command("generate", *captions, *(out for _, out in jobs[:4]), "--before-after")
+    outs = [out for _, out in jobs[:4]]
+    return command("generate", *(read_gates(out).caption for out in outs), *outs, "--before-after")
 
 
 def how(args: argparse.Namespace) -> str:
@@ -83,6 +80,8 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
         raise UserError("--alias goes with one target: in a file for --targets, other names follow after commas.")
     if not alone and (folder.suffix == ".safetensors" or os.path.isfile(folder)):
         raise UserError(f"--out is a folder here, for many gate files: {folder} is not.")
+    if args.surrogate and not alone:
+        print(f"becomes {args.surrogate!r}: each of the {len(asked)} targets")
     jobs, lines = [], {}
     for line, names in asked.items():
         with many.naming("" if alone else line):
@@ -96,10 +95,7 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
 
 
 def check_new(out: Path) -> None:
-    """UserError unless a path can become a gate file, with its state in the same folder; before a model is downloaded.
-
-    One that is there is for `is_finished` to judge.
-    """
+    """UserError unless a path can become a gate file, with its state beside it; `is_finished` judges what is there."""
     if out.suffix != ".safetensors" or out.name.endswith(".state.safetensors"):
         raise UserError(f"--out: {out}: give a name that ends in .safetensors, and not in .state.safetensors.")
     if not os.path.isfile(out):
@@ -142,12 +138,8 @@ class Workshop:
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
-
-        def progress(parts: list) -> Iterable:
-            return bar(parts, len(parts), "encoding anchors") if len(parts) > 1 else parts
-
-        cached, prompts = partial(cached_contexts, self.model, progress=progress), self.prompts(target)
-        read = solve.READ if self.args.how == "solve" else None
+        prompts, read = self.prompts(target), solve.READ if self.args.how == "solve" else None
+        cached = partial(cached_contexts, self.model, progress=partial(bar, text="reading prompts"))
 
         def anchors(texts: list[str]) -> torch.Tensor:
             return solve.stretched(cached(texts, chunk=prompts.per_word, tokens=read), self.model.tokens)
@@ -181,9 +173,10 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     metadata |= {"prompts": target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
     save_tensors(out, cpe.to_tensors(gates), metadata)
     state.unlink(missing_ok=True)
-    names = ", ".join(target.names)
-    print(f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {names} from {shop.model.name}")
-    if also := [word for word in read_prompts(target.preset).domain if has_in_it(word, target.names)]:
+    print(
+        f"wrote   {out} ({out.stat().st_size / 1024:.0f} KB): erases {', '.join(target.names)} from {shop.model.name}"
+    )
+    if also := longer_names(target.preset, target.names):
         print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
     examine(shop, out)
 
@@ -195,12 +188,6 @@ def examine(shop: Workshop, out: Path) -> None:
     print(f"check   {found.in_a_line()}")
     if shop.args.report:
         report.write(file, shop.model, shop.space, found, out.with_suffix(".html"), shop.args.seed)
-
-
-def has_in_it(word: str, names: Sequence[str]) -> bool:
-    """Whether a word of the domain has one of the target's names in it, and is none of them."""
-    others = normalised(word) not in map(normalised, names)
-    return others and any(within(name, word) for name in names)
 
 
 def trainer_of(shop: Workshop, target: Target) -> Trainer:

@@ -121,6 +121,12 @@ def fill(line: str, name: str) -> str:
     return line.replace("{}", name)
 
 
+def written(line: str, name: str) -> str:
+    """`fill`, as people write it: "an owl" where a line has "a {}". (The embedded model has read both.)"""
+    vowel = re.match(r"[ai]|e(?!u|we)|o(?!ne\b)|u(?!n[iu]|s)|hour", name, re.IGNORECASE)
+    return fill(re.sub(r"\ba \{\}", "an {}", line) if vowel else line, name)
+
+
 # --- Names -------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +141,13 @@ def normalised(name: str) -> str:
 def within(part: str, whole: str) -> bool:
     """Whether the words of one name stand in another, side by side: "Obama" in "Barack Obama"."""
     return f" {normalised(part)} " in f" {normalised(whole)} "
+
+
+def longer_names(preset: str, names: Sequence[str]) -> list[str]:
+    """Other words of the domain that have one of a target's names in theirs: "hot dog" and "dog face" of "dog"."""
+    known = set(map(normalised, names))
+    words = (word for word in read_prompts(preset).domain if normalised(word) not in known)
+    return [word for word in words if any(within(name, word) for name in names)]
 
 
 def spellings(name: str) -> list[str]:

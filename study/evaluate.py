@@ -10,7 +10,7 @@ CMMD, Jayasumana et al. 2024 (2401.09603).
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,13 @@ def read_captions(table: Path) -> dict[str, str]:
 
 def drawn_with(path: Path) -> dict:
     """The settings that `generate` writes into its pictures, the prompt among them; {} where none can be right."""
-    with suppress(OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError), Image.open(path) as image:
+    nonsense = (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError)
+    with suppress(*nonsense), Image.open(path) as image:
         image.load()
         said = dict(json.loads(image.info.get("cpe", "{}")))
         (width, height), prompts = said.get("cell", image.size), said.get("prompts", [])
         fits = 0 < width <= image.width and 0 < height <= image.height
+        fits &= "steps" not in said or "prompts" in said  # an earlier version did not say what a sheet holds
         kinds = [type(each) for each in (width, height, prompts, *prompts)]
         return said if fits and kinds == [int, int, list, *[str] * len(prompts)] else {}
     return {}
@@ -166,13 +168,15 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, str]], names: Sequence[str],
-                 reference: Sequence[Path] = (), others: Sequence[str] = ()) -> dict:  # fmt: skip
+                 reference: Sequence[Path] = (), others: Sequence[str] = (),
+                 progress: Callable[[list], Iterable] = list) -> dict:  # fmt: skip
     """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt,
     and CMMD to the pictures of `reference`; what was not asked for is left out. CLIP may see one of `others` instead.
+    `progress` wraps the batches.
     """
 
     def features(paths: Sequence[Path]) -> Tensor:
-        batches = [paths[i : i + 16] for i in range(0, len(paths), 16)]
+        batches = progress([paths[i : i + 8] for i in range(0, len(paths), 8)])
         stacked = (torch.stack([read_image(path, clip.image_size) for path in batch]) for batch in batches)
         return torch.cat([image_features(clip, batch.to(clip.logit_scale.device)) for batch in stacked])
 

@@ -470,7 +470,7 @@ def nothing_heavy(tiny_original, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "solved", lambda *_: made.gates)
     monkeypatch.setattr(training, "train", lambda *_: None)
     monkeypatch.setattr(demo, "print_table", lambda *_: None)
-    monkeypatch.setattr(demo, "nearest", lambda *_: ["dog face", "cat", "fox", "crab"])
+    monkeypatch.setattr(demo, "nearest_words", lambda *_: ["dog face", "cat", "fox", "crab"])
     monkeypatch.setattr(drawing.sampler, "draw", lambda model, prompts, *_, **__: torch.zeros(len(prompts), 3, 8, 8))
     for module in (check, demo, targets, training):
         monkeypatch.setattr(module, "read_prompts", lambda preset: FEW)

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import contents, write_gates
+from tiny import ROOT, contents, write_gates
 
 import sampler
 import weights
-from cli import check, common, compare, demo, evaluate, generate, inspect, many, options, pictures, targets
+from cli import check, common, demo, evaluate, generate, inspect, many, options, pictures, targets
 from loading.files import UserError, load_tensors, save_tensors
 from loading.prompts import read_prompts
 from study.evaluate import drawn_with, read_folder, read_image
@@ -52,11 +52,21 @@ def test_pictures_are_named_after_their_prompt_labelled_and_numbered(run, gates)
         assert image.height > 2 * 16
 
 
-def test_how_far_a_picture_moved_is_a_word_and_a_number(run, gates):
-    said = run("generate", "a red heart", gates, "--before-after")[1]
-    (line,) = [line for line in said.splitlines() if line.startswith("change")]
-    assert any(word in line for word in ("unchanged", "changed", "another picture"))
-    assert " of 2)  a red heart" in line
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [
+        (0.004, "unchanged (0.004 of 2)"),
+        (0.04, "hardly changed (0.040 of 2)"),
+        (0.1, "somewhat changed (0.100 of 2)"),
+        (0.5, "another picture (0.500 of 2)"),
+        (2.0, "another picture (2.000 of 2)"),
+    ],
+)
+def test_how_far_a_picture_moved_is_a_word_and_a_number(run, gates, monkeypatch, moved, said):
+    before = torch.full((1, 3, 8, 8), -1.0)
+    monkeypatch.setattr(generate, "drawn", lambda *_: {"before": before, "after": before + moved})
+    lines = run("generate", "a red heart", gates, "--before-after")[1].splitlines()
+    assert [line for line in lines if line.startswith("change")] == [f"change  {said}  a red heart"]
 
 
 def test_gates_bring_their_models_way_of_drawing(run, gates, monkeypatch):
@@ -81,12 +91,13 @@ def test_how_long_it_takes_is_said_beforehand_from_measured_steps(monkeypatch, c
     assert capsys.readouterr().out == "time    long: about 10 min (90 steps)\n"
 
 
-def test_the_rest_of_a_comparison_takes_as_long_as_its_first_eraser_for_as_many_targets(monkeypatch, capsys):
-    clock = iter([0.0, 5.0, 5.0, 35.0, 35.0, 36.0, 36.0, 37.0, 37.0])  # 30 s for the second cell
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
-    cells = [("object", name, {"seconds": 20.0}, []) for name in ("none", "cpe", "uce", "rece")]
-    assert list(compare.timed(cells, [1, 1, 0, 10])) == cells  # uce is on disk; the last has ten targets
-    assert "cpe took 30 s, 20 s of it to erase; about 4 min more, if all others are like it" in capsys.readouterr().out
+def test_many_prompts_say_how_long_all_of_them_take(run, monkeypatch):
+    Path("lines").write_text("\n".join("abcdefgh"))
+    clock = iter(range(0, 10000, 20))
+    monkeypatch.setattr(generate, "write", lambda *_: True)  # all that takes time
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(clock)))
+    said = run("generate", "--prompts", "lines")[1]
+    assert "time    all prompts: about 53 s (8 steps)\n" in said  # three of them took 20 s
 
 
 def test_gates_of_a_model_that_is_gone_say_which(run, tiny_original):
@@ -117,10 +128,66 @@ def test_it_says_what_gates_do_in_prompts_that_name_their_target_the_failures_la
     assert [line.split()[0] for line in lines if " names " in line] == ["opens", "WEAK"]
 
 
+def test_what_is_next_after_a_failure_is_to_look_at_it(run, gates, monkeypatch):
+    found = {"a red heart": 0.9, "my red heart": 0.1, "old red heart": 0.1}
+    monkeypatch.setattr(inspect, "look", lambda file, prompt, *_: opening(0.9, found[prompt], prompt))
+    said = run("generate", *found, gates, "--steps", "1")[1]
+    assert said.endswith(f"next    python cpe.py inspect {gates} 'my red heart'\n")
+
+
+def test_what_the_model_itself_does_not_draw_is_no_failure_of_the_gate(run, gates, monkeypatch):
+    monkeypatch.setattr(inspect, "look", lambda file, prompt, *_: opening(0.9, 0.1, prompt, "red heart"))
+    asked = []
+    monkeypatch.setattr(inspect, "undrawn", lambda *named: asked.append(named[:2]) or ["a red heart"])
+    said = run("generate", "a red heart", "my red heart", "a cat", gates, "--steps", "1")[1]
+    assert asked == [("red heart", ["a red heart", "my red heart"])]
+    assert "undrawn 'a red heart' names 'red heart', but the model draws none there even without gates\n" in said
+    assert "WEAK    'my red heart' names" in said
+    assert said.endswith("'my red heart'\n")
+
+
+def test_clip_looks_at_two_pictures_without_gates(monkeypatch, tiny_original):
+    model = SimpleNamespace(name="emoji")
+    monkeypatch.setattr(sampler, "draw", lambda model, prompts, seeds, gates, *_, **__: [prompts, seeds, gates][0])
+    looks = iter(["red heart", "cat", "cat", "dog"])
+    monkeypatch.setattr(pictures, "eyes", lambda *_: lambda drawn: [next(looks) for _ in drawn])
+    assert pictures.undrawn("Red Heart", ["one in two", "none"], model) == ["none"]
+    assert pictures.undrawn("Brad Pitt", ["x"], model) == []  # CLIP cannot look for it
+    assert pictures.undrawn("red heart", ["x"], weights.load_model(tiny_original)) == []
+
+
+def test_a_name_that_the_model_does_not_read_is_not_said_to_be_kept_from_a_gate(run, gates):
+    behind = "so " * 80 + "red heart"
+    half = "so " * 74 + "red heart"  # of the name one word is read
+    for prompt in behind, half:
+        with pytest.warns(UserWarning, match="prompt cut at 75 tokens") as warned:
+            said = run("generate", prompt, gates, "--steps", "1")[1]
+        assert "names" not in said
+        assert len(warned) == 1
+        with pytest.warns(UserWarning, match="prompt cut at 75 tokens") as warned:
+            said = run("inspect", prompt, gates)[1]
+        assert ("does not name 'red heart'" in said, len(warned)) == (True, 1)
+    with pytest.warns(UserWarning, match="prompt cut") as warned:
+        said = run("inspect", "red heart " + "so " * 80, gates)[1]
+    assert (" names 'red heart'" in said, len(warned)) == (True, 1)
+
+
+def test_what_a_gate_file_says_of_drawing_is_blamed_on_the_file(run, gates):
+    tensors, metadata = load_tensors(gates)
+    for drawing in ({"sampler": "euler"}, {"steps": 0}, {"steps": 5000}):
+        save_tensors(gates, tensors, metadata | {"drawing": json.dumps(drawing)})
+        code, said = run("generate", "a cat", gates)
+        assert (code, f"cpe.py: {gates}: " in said, "--steps" in said) == (2, True, False), said
+
+
 @pytest.mark.parametrize(
     ("target", "prompt", "instead"),
     [
         ("Jay-Z", "a photo of Jay Z", "a photo of cloud"),
+        ("owl", "An owl and an  owl's nest", "a cloud and an  cloud nest"),
+        ("dog", "a hot dog, hot  dogs and a dog's bone", "a hot dog, hot  dogs and a cloud bone"),
+        ("dog", "two hot dogs", "two hot dogs"),
+        ("hot dog", "a hot dog for a dog", "a cloud for a dog"),
         ("Dr. Dre", "dr dre's music", "cloud music"),
         ("C++", "a book about c++", "a book about cloud"),
         ("red heart", "a red-heart, hearts", "a cloud, hearts"),
@@ -144,8 +211,7 @@ def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):
     assert Path("images/a-cat.png").read_bytes() != Path("images/b.png").read_bytes()
 
 
-def test_gates_of_another_text_encoder_are_used_with_a_warning(run, gates, tiny):
-    path = tiny / "text_encoder" / "model.safetensors"
+def test_gates_of_another_text_encoder_are_used_with_a_warning(run, gates):
     tensors, metadata = load_tensors(gates)
     save_tensors(gates, tensors, metadata | {"fingerprint": "0" * 16})
     with pytest.warns(UserWarning, match="trained for another model"):
@@ -154,7 +220,6 @@ def test_gates_of_another_text_encoder_are_used_with_a_warning(run, gates, tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run("generate", "a cat", gates, "--steps", "1")[0] == 0
-    assert path.exists()
 
 
 def test_what_is_said_to_be_next_runs(run, gates, tiny_original):
@@ -348,13 +413,36 @@ def test_pictures_of_one_file_are_judged_each_by_itself_and_of_before_and_after_
     assert (code, "clip_score" in said) == (2, False)
 
 
-def test_pictures_of_the_embedded_model_are_judged_by_its_own_clip(run, monkeypatch):
+def test_pictures_of_the_embedded_model_are_judged_by_its_own_clip(run, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(evaluate, "load_clip", lambda name, **_: asked.append(name) or pytest.fail("another judge"))
     assert run("generate", "a crab", "--steps", "1", "--guidance", "1", model="emoji")[0] == 0
     code, said = run("evaluate", "images", "--name", "crab", model="")
-    assert (code, asked, "judge   the CLIP of emoji, which the pictures are of" in said) == (0, [], True), said
+    assert (code, asked, "judge   the CLIP of emoji; the pictures are of emoji\n" in said) == (0, [], True), said
     assert "seen, crab" in said  # one name is enough, as it may see all else that the model knows
+    shutil.copytree(ROOT / "emoji", "copy", ignore=shutil.ignore_patterns("unet.safetensors", "*.py", "*.md"))
+    assert run("generate", "a crab", "--steps", "1", "--guidance", "1", model="copy")[0] == 0  # or one that is baked
+    code, said = run("evaluate", "images", model="")
+    assert (code, "judge   the CLIP of copy; the pictures are of copy and emoji\n" in said) == (0, True), said
+
+
+def test_who_judges_pictures_of_several_models_is_said_before_it_is_fetched(run, monkeypatch):
+    for number, model in enumerate(("emoji", "sd14")):
+        said = {"prompt": "a crab", "prompts": ["a crab"], "model": model}
+        pictures.save(pictures.sheet({"": torch.zeros(1, 3, 8, 8)}), Path(f"images/{number}.png"), said)
+    code, said = run("evaluate", "images", model="")
+    assert (code, "openai/clip-vit-large-patch14 is not in the Hugging Face cache" in said) == (2, True), said
+    assert "(--model emoji: its own CLIP); the pictures are of emoji and sd14\n" in said.split("cpe.py:")[0]
+
+
+def test_a_reference_without_pictures_to_compare_with_is_named(run, tiny_original):
+    image = torch.zeros(1, 3, 8, 8)
+    pictures.save(pictures.sheet({"": image}), Path("images/1.png"), {"prompt": "a cat", "prompts": ["a cat"]})
+    pictures.save(pictures.sheet({"a": image}, ["x"]), Path("sheets/1.png"), {"prompt": "a cat", "prompts": []})
+    Path("empty").mkdir()
+    for reference in ("sheets", "empty"):
+        code, said = run("evaluate", "images", "--reference", reference)
+        assert (code, f"cpe.py: {reference} holds no pictures to be judged" in said) == (2, True), said
 
 
 def test_a_picture_that_claims_to_be_huge_was_drawn_with_nothing(tmp_path):
@@ -380,13 +468,26 @@ def test_inspect_has_a_line_for_every_token_and_a_column_for_every_gate(run, gat
     assert [row.split()[0] for row in rows] == ["<start>", "a", "red", "heart", "<end>"]
     assert all(row[column : column + 2] in ("0.", "1.") for row in rows)
     with Image.open("openings.png") as image:
-        assert image.width > image.height
+        shown = image.convert("RGB")
+    values = [[float(row[start:].split()[0]) for row in rows] for start in (lines[0].index("red heart"), column)]
+    drawn = [[] for _ in values]
+    height, left = shown.height // 2, 1
+    for row, line in enumerate(drawn):  # the colour of every box, at its upper edge, where no letter stands
+        above = [shown.getpixel((x, row * height + 14)) for x in range(shown.width)]
+        for x in range(left, shown.width - 1):
+            if above[x] == above[x - 1] and (not line or abs(line[-1] - above[x][1]) > 2):
+                line.append(above[x][1])
+    shades = [[255, *(round(255 * (1 - value)) for value in line)] for line in values]
+    for line, expected in zip(drawn, shades, strict=True):
+        assert all(min(abs(shade - one) for one in line) <= 3 for shade in expected)
+    code, said = run("evaluate", ".", "--name", "cat", "--name", "red heart")
+    assert (code, "holds no pictures to be judged by their prompts" in said) == (2, True), said  # it is none
 
 
-def opening(value: float, share: float | None, prompt: str = "my cat") -> inspect.Opening:
+def opening(value: float, share: float | None, prompt: str = "my cat", target: str = "cat") -> inspect.Opening:
     """A gate that opens to a value at the third token; <start> does not count."""
     values = torch.tensor([1.0, 0.0, value, 0.0])
-    return inspect.Opening("cat", prompt, ["<start>", "my", "cat", "<end>"], values, share)
+    return inspect.Opening(target, prompt, ["<start>", "my", "cat", "<end>"], values, share)
 
 
 @pytest.mark.parametrize(
@@ -433,27 +534,31 @@ def test_check_knows_the_words_around_which_a_gate_stays_shut():
     assert found.shut_words() == ["my", "purple"]
 
 
-def test_sentences_in_which_the_model_itself_does_not_draw_it_are_not_held_against_the_gate(monkeypatch):
+def test_sentences_in_which_the_model_itself_does_not_draw_it_are_not_held_against_the_gate():
     sentences, reached = ["a cat", "my cat", "no cat", "that cat"], torch.tensor([0.1, 0.2, 0.3, 0.9])
     found = check.Found("cat", sentences, reached, ["a dog"], *torch.zeros(2, 1))
-    assert "it may stay in 3 of them, if the model draws it there" in found.in_a_line()
-    monkeypatch.setattr(sampler, "draw", lambda model, prompts, *more: prompts)
-    monkeypatch.setattr(
-        check, "eyes", lambda *_: lambda drawn: ["cat" if text == "my cat" else "dog" for text in drawn]
-    )
-    found.undrawn = check.undrawn(found, None)
-    assert found.undrawn == [0, 2]  # the last is erased well enough: nobody looks
+    assert "it may stay in 3 of them;" in found.in_a_line()
+    found.undrawn = [0, 2]
     assert found.order() == [1, 3]
     assert "it may stay in 1 of them; in 2 more the model itself does not draw it" in found.in_a_line()
     assert not {"    10%  a cat", "    30%  no cat"} & set(found.text().splitlines())
     assert found.shut_words() == ["my"]
 
 
-def test_check_looks_at_what_the_embedded_model_draws_without_gates(run, gates, monkeypatch):
-    monkeypatch.setattr(check, "is_emoji", lambda model: True)
+def test_check_looks_at_what_the_model_draws_without_gates(run, gates, monkeypatch):
+    asked = []
+
+    def undrawn(target, prompts, model):
+        asked.append((target, prompts))
+        return prompts[:1]
+
+    monkeypatch.setattr(check, "undrawn", undrawn)
     said = run("check", gates)[1]
-    assert "if the model draws it there" not in said
-    assert re.search("may stay in|the model itself does not draw it", said)
+    ((target, prompts),) = asked
+    assert target == "red heart"
+    assert set(prompts) <= {"my red heart", "look, a red heart"}
+    assert "; in 1 more the model itself does not draw it;" in said
+    assert prompts[0] not in said.split("in the worst sentences")[1].split("the widest openings")[0]
 
 
 def test_clip_sees_what_it_sees_in_the_comparison(tiny_original, all_things):
@@ -505,6 +610,7 @@ def test_the_demo_says_so_where_clip_saw_nothing_before(monkeypatch, capsys):
 
 def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
     monkeypatch.setattr(demo, "SEEDS", 1)
+    monkeypatch.setattr(inspect, "undrawn", lambda *_: [])
     code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")
     assert code == 0, said
     assert {path.name for path in Path("images").iterdir()} == {"demo-crab.png", "demo-crab.safetensors"}
@@ -518,12 +624,15 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
 
 
 def test_the_prompts_of_the_demo_are_filled_in(all_things):
-    cases = demo.pictures("red heart", "emoji")
+    cases = demo.pictures("red heart", weights.load_model("emoji"))
     assert len(cases) == 12
     beside = [prompt for group, prompt, _ in cases if group == "beside another"]
-    farthest = targets.nearest("red heart", "emoji", 1000)[-1]
-    assert all("red heart" in prompt and farthest in prompt for prompt in beside)
+    things = [thing for thing in read_prompts("emoji").domain if thing != "red heart"]
+    assert all("red heart" in prompt and any(thing in prompt for thing in things) for prompt in beside)
     assert not [prompt for _, prompt, _ in cases if "{" in prompt]
+    near = [thing for group, _, thing in cases if group == "neighbours"]
+    assert any("heart" in thing for thing in near)  # as the text encoder has it
+    assert "red heart" not in near
 
 
 def test_the_demo_erases_a_thing_that_the_model_knows(run):

@@ -10,7 +10,8 @@ from tiny import ROOT
 
 from cli import common, options, targets
 from loading import prompts
-from loading.files import UserError
+from loading.files import UserError, load_tensors, save_tensors
+from solve import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +113,32 @@ def test_an_accent_may_be_one_letter_or_two():
     assert len(names) == 1
 
 
-def test_what_is_offered_instead_is_near_in_meaning_not_in_spelling():
-    assert targets.nearest("red heart", "emoji", 4)[0] == "red heart"
-    assert any("heart" in name for name in targets.nearest("red heart", "emoji", 4)[1:])
-    with pytest.raises(UserError, match=r"cannot draw 'trophy'. Nearest in meaning: .*python cpe.py list") as refused:
-        target("trophy")
-    assert "top hat, tropical fish" not in str(refused.value)
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [
+        ("gold heart", {"red heart", "yellow heart", "green heart", "blue heart", "purple heart"}),
+        ("umbrela", {"umbrella"}),
+        ("Bewildered  Face!", {name for name in prompts.read_prompts("emoji").domain if "face" in name.split()}),
+        ("trophy", set()),  # spelt a little like "tropical fish", which is nothing like it
+        ("of a sputnik with a", set()),
+        ("日本", set()),
+    ],
+)
+def test_what_is_offered_instead_shares_a_word_or_its_spelling_and_nothing_is_made_up(name, offered):
+    found = targets.alike(name)
+    assert set(found) <= offered
+    assert len(found) == min(5, len(offered))
+    said = ", ".join(found) or "nothing with a name like it"
+    with pytest.raises(UserError, match=f"It knows {said}; all that it knows: python cpe.py list"):
+        target(name)
+
+
+@pytest.mark.parametrize(("name", "surrogate"), [("blob style", "cloud"), ("red heart", "noto style")])
+def test_a_style_becomes_a_style_and_a_thing_a_thing(name, surrogate):
+    with pytest.raises(UserError, match=f"--surrogate '{surrogate}' is nothing that '{name}' can become"):
+        target(name, surrogate=surrogate)
+    assert target("blob style", surrogate="fluent style").surrogate == "fluent style"
+    assert target("red heart", surrogate="umbrella").surrogate == "umbrella"
 
 
 @pytest.mark.parametrize("model", ["emoji", "copy"])
@@ -168,11 +189,18 @@ def test_no_two_names_make_one_file():
 
 
 def test_list_says_what_there_is(run, gates):
-    Path("gates").mkdir()
-    shutil.copy(gates, "gates")
+    Path("gates/many").mkdir(parents=True)
+    tensors, metadata = load_tensors(gates)
+    save_tensors("gates/many/red-heart.safetensors", tensors, metadata | {"surrogate": "cloud"})
     code, said = run("list")
     assert code == 0
-    for words in ("models  --model sd14", "preset  celebrity", "gates   gates/red-heart.safetensors: erases red heart"):
+    solved = Settings.of(prompts.PRESETS["emoji-style"], style=True)
+    for words in (
+        "models  --model sd14",
+        "preset  celebrity    becomes 'a person'; trained: eta 0.3, lambda 100000, rank 1\n",
+        f"becomes 'noto style'; solved: eta {solved.eta:g}, lambda {solved.lam:g}, rank {solved.k}\n",
+        f"gates   gates/many/red-heart.safetensors: erases red heart from {metadata['model']}, which becomes 'cloud'\n",
+    ):
         assert words in said
     assert "tropical fish" in said
     assert "blob style" in said

@@ -52,8 +52,9 @@ def test_it_writes_one_gate_file_that_knows_all_about_itself(run, tiny_original)
 def test_it_ends_with_a_check_in_one_line(run):
     said = run(*TRAIN)[1]
     (line,) = [line for line in said.splitlines() if line.startswith("check ")]
-    assert "of the change that erases it, over 2 sentences; it may stay in 2 of them, if the model" in line
-    assert "without it, prompts move by" in line
+    assert (
+        "of the change that erases it, over 2 sentences; it may stay in 2 of them; without it, prompts move by" in line
+    )
 
 
 def test_commands_take_from_the_gate_file_what_it_knows(run):
@@ -237,6 +238,7 @@ def test_a_file_of_targets_gives_the_files_of_one_by_one(run, monkeypatch):
         code, said = run("train", "--targets", "targets.txt", *SHORT, "--out", "all")
         assert code == 0, said
         assert "passed  1 comment line of targets.txt" in said
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for name, *aliases in (["red heart", "--alias", "love"], ["dog face"], ["two hearts"], ["#cat"]):
         assert run("train", name, *aliases, *SHORT, "--out", f"alone/{common.slug(name)}.safetensors")[0] == 0
     assert [name.split("-")[0] for name in contents("all")] == ["cat", "dog", "red", "two"]  # `#cat` is a target
@@ -250,12 +252,6 @@ def test_a_process_of_torchrun_without_a_line_has_nothing_to_do(run, gates, monk
     assert run("generate", "--prompts", "one.txt", gates, "--out", "drawn", "--steps", "1")[0] == 0
     assert not Path("all").exists()
     assert not Path("drawn").exists()
-
-
-def test_what_has_the_name_in_its_own_is_told_apart():
-    names = ["cat face", "Cat", "caterpillar", "grinning cat"]
-    assert [word for word in names if train.has_in_it(word, ["cat"])] == ["cat face", "grinning cat"]
-    assert not train.has_in_it("cat face", ["cat", "cat face"])  # an alias goes on purpose
 
 
 def test_options_that_are_gone_say_what_became_of_them(run):
@@ -275,6 +271,17 @@ def test_targets_side_by_side_get_a_file_each(run):
     prompts, files = "'a picture of a red heart' 'a picture of a dog face'", f"{GATES} gates/dog-face.safetensors"
     assert f"next    python cpe.py generate {prompts} {files} --before-after" in said
     assert list(contents("gates")) == ["dog-face.safetensors", "red-heart.safetensors"]
+    assert "becomes " not in said
+
+
+def test_one_surrogate_for_several_targets_is_said_aloud(run):
+    code, said = run("train", "red heart", "dog face", *SHORT, "--surrogate", "cat")
+    assert (code, "becomes 'cat': each of the 2 targets\n" in said) == (0, True), said
+
+
+def test_the_next_line_has_the_article_that_the_target_needs(run):
+    code, said = run("train", "owl", *SHORT, "--out", "owl.safetensors")
+    assert (code, "generate 'a picture of an owl' owl.safetensors" in said) == (0, True), said
 
 
 def test_a_clusters_own_variables_do_not_silence_a_single_command(run, monkeypatch):

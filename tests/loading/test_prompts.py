@@ -17,6 +17,7 @@ from loading.prompts import (
     fewer,
     fill,
     key_words,
+    longer_names,
     normalised,
     own_prompts,
     parse_prompts,
@@ -26,6 +27,7 @@ from loading.prompts import (
     spellings,
     to_solve,
     within,
+    written,
 )
 
 RECIPE = Recipe("a person", nearest=2)
@@ -72,6 +74,23 @@ def test_signs_are_part_of_a_name():
 def test_an_anchor_that_is_everything_leaves_none():
     with pytest.raises(ValueError, match="no anchor words are left"):
         anchor_words(Prompts(["{}"], ["A dog"], []), ["a dog"])
+
+
+@pytest.mark.parametrize("name", ["umbrella", "owl", "Elephant", "old man", "hourglass", "unhappy cat"])
+def test_before_a_vowel_that_one_hears_stands_an(name):
+    assert written("a photo of a {} on a beach", name) == f"a photo of an {name} on a beach"
+
+
+@pytest.mark.parametrize("name", ["cat", "unicorn", "one-eyed cat", "ewe", "euro", "house", "US flag"])
+def test_before_other_names_stands_a(name):
+    assert written("a photo of a {} on a beach", name) == f"a photo of a {name} on a beach"
+    assert written("my {}", "owl") == "my owl"
+
+
+def test_words_that_have_a_name_in_theirs_are_told_apart():
+    assert longer_names("emoji", ["dog"]) == ["dog face", "hot dog"]
+    assert longer_names("emoji", ["dog", "Dog Face"]) == ["hot dog"]  # an alias goes on purpose
+    assert longer_names("emoji", ["ca"]) == []
 
 
 @pytest.mark.parametrize(

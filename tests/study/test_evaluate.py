@@ -238,7 +238,8 @@ def test_a_file_of_one_picture_has_the_prompt_of_the_table_and_sheets_of_several
 @pytest.mark.parametrize(
     "said",
     [{"cell": cell} for cell in (5, None, "32", [32], [0, 32], [-8, 8], [8.0, 8], [True, 8], [99, 8])]
-    + [{"prompts": prompts} for prompts in (5, None, "a", {"a": 1}, [1])],
+    + [{"prompts": prompts} for prompts in (5, None, "a", {"a": 1}, [1])]
+    + [{"steps": 20}],  # of an earlier version, which did not say what it holds
 )
 def test_metadata_that_generate_cannot_have_written_is_passed_over(tmp_path, said):
     info = PngInfo()
@@ -246,6 +247,13 @@ def test_metadata_that_generate_cannot_have_written_is_passed_over(tmp_path, sai
     Image.new("RGB", (32, 40)).save(tmp_path / "x.png", pnginfo=info)
     assert evaluate.drawn_with(tmp_path / "x.png") == {}
     assert single(tmp_path / "x.png", "a dog", tmp_path) == [(tmp_path / "x.png", "a dog")]
+
+
+def test_nonsense_of_any_depth_is_passed_over(tmp_path):
+    info = PngInfo()
+    info.add_itxt("cpe", "[" * 100_000)
+    Image.new("RGB", (32, 40)).save(tmp_path / "x.png", pnginfo=info)
+    assert evaluate.drawn_with(tmp_path / "x.png") == {}
 
 
 def test_a_sheet_without_prompts_of_its_own_has_that_of_the_folder(tmp_path):
