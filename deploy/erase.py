@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from cpe import Layers, ResAG
-from deploy.hooks import attach, cross_attentions
-from loading.prompts import (
-    PRESETS,
-    Prompts,
-    anchor_prompts,
-    anchor_words,
-    fewer,
-    own_prompts,
-    read_prompts,
-    to_solve,
-)  # fmt: skip
+from deploy.hooks import attach, cross_attentions, networks
+from loading.prompts import PRESETS, Prompts, anchor_prompts, anchor_words, fewer, own_prompts, read_prompts, to_solve
 from solve import Settings, Solver
 from token_space import TokenSpace, spectral_norm
 
@@ -40,7 +31,7 @@ def encode(pipe: object, prompts: Sequence[str], batch: int = 32) -> Tensor:
 def layers_of(pipe: object) -> Layers:
     """The projections that read the prompt, and their weights a_l; ValueError if a quantiser has taken them."""
     tensors = {}
-    for path, module in cross_attentions(pipe.unet).items():
+    for path, module in cross_attentions(networks(pipe.unet)[0]).items():
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
             weight = getattr(module.get_submodule(name), "weight", None)
             if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():

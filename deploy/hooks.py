@@ -101,13 +101,13 @@ class Network:
     """The hook of the whole: before every pass, hooks follow projections that were replaced."""
 
     def __init__(self, projections: list[tuple[nn.Module, Projection]], alone: bool):
-        self.projections, self.alone = projections, alone  # whether no ControlNet beside it has gates
+        self.projections, self.alone = projections, alone  # attached without a ControlNet beside it
 
     def __call__(self, network: nn.Module, inputs: tuple, given: dict[str, object]) -> None:
         """What torch calls; ValueError when a whole layer was replaced, or anything while torch.compile looks."""
         residual = given.get("mid_block_additional_residual", (*inputs, *[None] * 10)[9])  # by name, or tenth
         if self.alone and residual is not None:
-            raise ValueError("a ControlNet without gates is beside this U-Net: attach() to the pipeline that has both")
+            raise ValueError("a ControlNet draws beside this U-Net, not attached with it: attach() to their pipeline")
         for attention, hook in self.projections:
             moved = getattr(attention, hook.kind) is not hook.module
             if network.get_submodule(hook.layer.path) is not attention or (moved and torch.compiler.is_compiling()):
@@ -141,6 +141,7 @@ def cross_attentions(network: nn.Module) -> dict[str, nn.Module]:
         for path, module in network.named_modules()
         if all(isinstance(getattr(module, kind, None), nn.Module) for kind in PROJECTIONS)
         and getattr(module, "is_cross_attention", path.endswith("attn2"))
+        and getattr(module, "add_k_proj", None) is None  # reads the prompt instead, in Kandinsky and DeepFloyd IF
     }
 
 

@@ -5,19 +5,25 @@ is not installed skips its ways, by name.
 """
 
 import copy
+import importlib
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import tiny as reference
 import torch
+import torch.nn.utils.prune
 from test_hooks import context, open_gates
 from torch import Tensor, nn
 
 import cpe
 from deploy import hooks
 
+# Every kind of block once: graphs of more take minutes.
+UNET = reference.ON_DISK["unet"] | {"sample_size": 8, "cross_attention_dim": 32}
 LATENTS, T, E = reference.draw("latents", 2, 4, 8, 8), torch.tensor(10), context()
 CPU = torch.device("cpu")
 STEPS: dict[str, Callable] = {}
@@ -49,6 +55,7 @@ def load_lora(unet):
     state = {}
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v", "attn1.to_q")):
+            name = name.removeprefix("_orig_mod.")  # of what was compiled
             state[f"{name}.lora_A.weight"] = 0.02 * reference.draw(f"{name} A", 2, module.in_features)
             state[f"{name}.lora_B.weight"] = 0.02 * reference.draw(f"{name} B", module.out_features, 2)
     unet.load_lora_adapter(state, prefix=None, adapter_name="a")
@@ -80,8 +87,8 @@ def delete_adapters(unet):
 
 
 def wrapped(unet: nn.Module, kind: str = "LoraConfig", **settings: object) -> nn.Module:
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(unet, getattr(peft, kind)(r=2, target_modules=["to_k", "to_v"], **settings))
+    peft, settings = pytest.importorskip("peft"), settings or {"r": 2}
+    return peft.get_peft_model(unet, getattr(peft, kind)(target_modules=["to_k", "to_v"], **settings))
 
 
 @step
@@ -91,12 +98,17 @@ def peft_lora(unet):
 
 @step
 def peft_dora(unet):
-    return wrapped(unet, use_dora=True)
+    return wrapped(unet, r=2, use_dora=True)
 
 
 @step
 def peft_loha(unet):
-    return wrapped(unet, "LoHaConfig")
+    return wrapped(unet, "LoHaConfig", r=2)
+
+
+@step
+def peft_oft(unet):
+    return wrapped(unet, "OFTConfig", oft_block_size=4)
 
 
 @step
@@ -157,6 +169,12 @@ def weight_norm(unet):
 
 
 @step
+def pruned(unet):
+    for module in projections(unet):
+        nn.utils.prune.random_unstructured(module, "weight", 0.02)
+
+
+@step
 def patched_forward(unet):
     """As trainers of LoRA do that know no PEFT: a layer's `forward` is wrapped."""
     for module in projections(unet):
@@ -170,10 +188,36 @@ def functional_call(unet):
 
 
 @step
+def data_parallel(unet):
+    """Without a graphics card, or with one: the U-Net itself."""
+    return nn.DataParallel(unet)
+
+
+@step
+def replicas(unet):
+    """What DataParallel gives each of several cards, here the CPU: copies of all modules, made in every pass."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    spread = {"_broadcast_coalesced_reshape": lambda tensors, *_, **__: [list(tensors)]}
+
+    def draws(*given: Tensor) -> Tensor:
+        with patch.multiple(module, _get_device_index=lambda *_: 0, **spread):
+            return module.replicate(unet, [CPU])[0](*given)
+
+    return draws
+
+
+@step
 def align_devices(unet):
     """What accelerate hangs on a model that it spreads over devices."""
     tool = pytest.importorskip("accelerate.hooks")
     tool.add_hook_to_module(unet, tool.AlignDevicesHook(CPU, io_same_device=True))
+
+
+@step
+def remove_hooks(unet):
+    """What `pipe.remove_all_hooks()` calls."""
+    pytest.importorskip("accelerate.hooks").remove_hook_from_module(unet, recurse=True)
 
 
 @step
@@ -218,9 +262,58 @@ def reader(unet):
     process(unet, "attn2", lambda _: Reader())
 
 
+class Hypernetwork:
+    """As A1111's: keys and values have networks of their own before them, that change the prompt."""
+
+    def __call__(self, attn: nn.Module, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: object) -> Tensor:
+        E = x if encoder_hidden_states is None else encoder_hidden_states
+        heads = (attn.to_q(x), attn.to_k(E + 0.01 * E.roll(1, -1)), attn.to_v(E - 0.01 * E.roll(1, -1)))
+        q, k, v = (attn.head_to_batch_dim(head) for head in heads)
+        return attn.to_out[0](attn.batch_to_head_dim(nn.functional.scaled_dot_product_attention(q, k, v)))
+
+
+@step
+def hypernetwork(unet):
+    process(unet, "attn2", lambda _: Hypernetwork())
+
+
+@step
+def first_processor(unet):
+    unet.set_attn_processor(theirs_of("AttnProcessor")())
+
+
+@step
+def default_processors(unet):
+    unet.set_attn_processor(theirs_of("AttnProcessor2_0")())
+
+
+@step
+def xformers(unet):
+    """Its processor, as `enable_xformers_memory_efficient_attention` sets it; the kernel, for GPUs, is stood in for."""
+    unet.set_attn_processor(theirs_of("XFormersAttnProcessor")())
+    kernel = SimpleNamespace(memory_efficient_attention=attention)
+    place = importlib.import_module("diffusers.models.attention_processor")
+
+    def draws(*given: Tensor) -> object:
+        with patch.object(place, "xformers", SimpleNamespace(ops=kernel)):
+            return unet(*given)
+
+    return draws
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, **_: object) -> Tensor:
+    """As `xformers.ops.memory_efficient_attention`, of [B heads, T, d]."""
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 @step
 def fuse_qkv(unet):
     unet.fuse_qkv_projections()
+
+
+@step
+def unfuse_qkv(unet):
+    unet.unfuse_qkv_projections()
 
 
 @step
@@ -341,6 +434,12 @@ def copy_weights(unet):
 
 
 @step
+def save_model(unet):
+    """As safetensors saves a model; accelerate does much the same."""
+    safetensors.torch.save_model(unet, f"{tempfile.mkdtemp()}/unet.safetensors")
+
+
+@step
 def controlnet_from_unet(unet):
     return theirs_of("ControlNetModel").from_unet(unet)
 
@@ -348,10 +447,8 @@ def controlnet_from_unet(unet):
 @step
 def motion_from_unet(unet):
     """AnimateDiff, with a motion adapter that moves nothing."""
-    widths = reference.UNET["block_out_channels"]
-    adapter = theirs_of("MotionAdapter")(
-        block_out_channels=widths, motion_num_attention_heads=2, motion_norm_num_groups=8
-    )
+    settings = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4}
+    adapter = theirs_of("MotionAdapter")(block_out_channels=UNET["block_out_channels"], **settings)
     for module in adapter.modules():
         if hasattr(module, "proj_out"):
             nn.init.zeros_(module.proj_out.weight)
@@ -395,6 +492,22 @@ def compile_in_place(unet):
 
 
 @step
+def export(unet, strict=False):
+    noise(unet, seen := context("seen"))
+    return torch.export.export(Plain(unet), (LATENTS, T, seen), strict=strict).module()
+
+
+@step
+def export_strict(unet):
+    return export(unet, strict=True)
+
+
+@step
+def make_fx(unet):
+    return torch.fx.experimental.proxy_tensor.make_fx(Plain(unet))(LATENTS, T, context("seen"))
+
+
+@step
 def jit_trace(unet):
     noise(unet, seen := context("seen"))
     return torch.jit.trace(Plain(unet), (LATENTS, T, seen), check_trace=False)
@@ -425,12 +538,16 @@ ERASED = [
     "attach load_lora draw unload_lora", "attach load_lora save_lora", "attach load_lora disable_lora",
     "load_lora attach delete_adapters", "peft_lora attach merge_and_unload", "attach peft_lora merge_and_unload",
     "attach peft_lora unload", "attach peft_dora", "attach peft_loha",
+    "attach peft_oft", "peft_oft attach",
     "attach quanto", "quanto attach", "attach torchao", "torchao attach",
     "attach quantize_dynamic", "quantize_dynamic attach",
     "attach slicing", "attach pag", "pag attach", "attach ip_adapter",
     "attach deepcache", "attach freeu", "attach tomesd", "tomesd attach",
     "attach layerwise_casting", "layerwise_casting attach", "attach group_offload", "group_offload attach",
     "attach model_offload", "sequential_offload attach", "attach checkpointing",
+    "attach model_offload remove_hooks", "attach data_parallel", "attach pruned", "pruned attach",
+    "attach hypernetwork", "attach first_processor", "attach default_processors", "attach xformers",
+    "attach fuse_qkv unfuse_qkv", "attach export", "attach export_strict", "attach make_fx",
     "motion_from_unet attach", "attach compile_repeated_blocks", "attach compile_whole", "attach jit_trace",
     "attach onnx", "attach openvino", "attach bitsandbytes", "bitsandbytes attach", "attach weight_norm",
     "attach patched_forward", "patched_forward attach", "attach functional_call",
@@ -443,6 +560,10 @@ RAISES = {
     "attach broadcast": "does not call",
     "attach fuse_qkv": "unfuse_qkv_projections",
     "attach sequential_offload": "enable_sequential_cpu_offload",
+    "attach replicas": "was replaced",
+    "jit_trace attach": "is in one of the two only",
+    "export attach": "is in one of the two only",
+    "attach save_model": "gates are hooks, not weights",
     "attach save_pretrained": "gates are hooks, not weights",
     "attach copy_weights": "gates are hooks, not weights",
     "attach controlnet_from_unet": "gates are hooks, not weights",
@@ -453,7 +574,7 @@ RAISES = {
 @pytest.fixture(scope="module")
 def theirs() -> nn.Module:
     torch.manual_seed(0)
-    return theirs_of("UNet2DConditionModel")(**reference.UNET).eval().requires_grad_(False)
+    return theirs_of("UNet2DConditionModel")(**UNET).eval().requires_grad_(False)
 
 
 def noise(draws: Callable, E: Tensor = E) -> Tensor:
@@ -540,7 +661,7 @@ def test_a_controlnet_takes_the_gates_of_its_unet(theirs):
 
 @pytest.mark.oracle
 @torch.no_grad()
-def test_a_unet_does_not_draw_beside_a_controlnet_without_gates(theirs):
+def test_a_unet_draws_beside_no_controlnet_but_the_one_attached_with_it(theirs):
     unet, net, gates = copy.deepcopy(theirs), theirs_of("ControlNetModel").from_unet(theirs).eval(), open_gates(theirs)
     pipe, hint = SimpleNamespace(components={"unet": unet, "controlnet": net}), reference.draw("hint", 2, 3, 64, 64)
 
@@ -551,22 +672,65 @@ def test_a_unet_does_not_draw_beside_a_controlnet_without_gates(theirs):
 
     plain = drawn()
     hooks.attach(unet, gates)  # as where a ControlNet comes later, with `from_pipe`
-    with pytest.raises(ValueError, match="a ControlNet without gates is beside this U-Net"):
+    with pytest.raises(ValueError, match="not attached with it: attach"):
         drawn()
-    with pytest.raises(ValueError, match="a ControlNet without gates is beside this U-Net"):  # by position, too
+    with pytest.raises(ValueError, match="not attached with it: attach"):  # by position, too
         unet(LATENTS, T, E, *[None] * 5, *net(LATENTS, T, E, hint, return_dict=False))
     hooks.attach(pipe, gates)
-    assert (drawn() - plain).norm() > 0.1 * plain.norm()
+    erased = drawn()
+    assert (erased - plain).norm() > 0.1 * plain.norm()
+    hooks.attach(unet, open_gates(theirs, seed=1))  # the ControlNet has gates still, but of another concept
+    with pytest.raises(ValueError, match="not attached with it: attach"):
+        drawn()
+    hooks.attach(pipe, gates)
+    assert torch.equal(drawn(), erased)
     hooks.detach(pipe)
     assert torch.equal(drawn(), plain)
 
 
 @pytest.mark.oracle
+@torch.no_grad()
+def test_a_controlnet_xs_weaves_a_unet_in_that_no_gates_are_for():
+    unet = theirs_of("UNet2DConditionModel")(**UNET | {"layers_per_block": 2}).eval().requires_grad_(False)
+    adapter, kind = theirs_of("ControlNetXSAdapter").from_unet(unet, size_ratio=0.5), theirs_of("UNetControlNetXSModel")
+    gates = open_gates(unet)
+    with pytest.raises(ValueError, match="is in one of the two only"):
+        hooks.attach(kind.from_unet(unet, adapter), gates)
+    hooks.attach(unet, gates)
+    with pytest.raises(ValueError, match="gates are hooks, not weights"):
+        kind.from_unet(unet, adapter)
+
+
+@pytest.mark.oracle
 def test_a_unet_that_reads_the_prompt_elsewhere_is_refused(theirs):
-    upscaler = type(theirs)(**reference.UNET, only_cross_attention=True)  # as SD's x4 upscaler: attn1 reads it, too
+    upscaler = type(theirs)(**UNET, only_cross_attention=True)  # as SD's x4 upscaler: attn1 reads it, too
     with pytest.raises(ValueError, match=r"attn1\.to_k is in one of the two only"):
         hooks.attach(upscaler, open_gates(theirs))
+    simple = {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "block_out_channels": [32, 32]}  # of Kandinsky and IF
+    simple |= {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 2}
+    simple |= {"up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2}
+    kandinsky = type(theirs)(**UNET | simple)  # its to_k reads the picture, add_k_proj the prompt
+    with pytest.raises(ValueError, match="this has none"):
+        hooks.attach(kandinsky, open_gates(theirs))
     theirs = copy.deepcopy(theirs)
     theirs.position_net = nn.Identity()  # GLIGEN's, for phrases
     with pytest.raises(ValueError, match="GLIGEN reads phrases"):
         hooks.attach(theirs, open_gates(theirs))
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_compiled_unet_that_is_wrapped_raises_until_hooks_follow(theirs):
+    gates, unet = open_gates(theirs), copy.deepcopy(theirs)
+    hooks.attach(unet, gates)
+    graph = compile_whole(unet)
+    noise(graph)
+    load_lora(unet)
+    with pytest.raises(Exception, match="was replaced"):  # torch.compile wraps it in one of its own
+        noise(graph)
+    torch.compiler.reset()
+    expected = after("load_lora attach", theirs, gates)
+    for draws in (unet, graph):  # an ordinary call, after which the graph is right again
+        torch.testing.assert_close(noise(draws), expected)
+    torch.compiler.reset()
