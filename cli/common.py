@@ -195,7 +195,7 @@ def check_fits(file: GateFile, unet: torch.nn.Module, name: str) -> None:
         known = f"It fits {NAMED.get(file.model, file.model)}: use --model {file.model}, or leave --model out"
         advice = known if file.model else "Use the --model that it was trained for, or train gates for this one"
         raise UserError(
-            f"{file.path} is of another model: it corrects {len(file.gates.widths)} projections of width "
+            f"{file.path} is of another model: it corrects {len(file.gates.widths)} projections of a context of width "
             f"{file.gates.w_qs.shape[1]}, {name} has {len(widths)} of width {width}. {advice}."
         )
 

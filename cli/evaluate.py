@@ -27,7 +27,7 @@ NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_E
           "ANUS_EXPOSED", "MALE_BREAST_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED", "ARMPITS_EXPOSED")  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> str | None:
+def run(args: argparse.Namespace) -> None:
     """`evaluate`: one table. UserError for a folder without pictures or prompts, or a program that is not installed."""
     if len(args.folders) != 1:
         raise UserError("which folder? Give one with pictures in it: evaluate images/")
@@ -38,11 +38,12 @@ def run(args: argparse.Namespace) -> str | None:
     names = args.name + ([line for _, line in read_lines(args.names)] if args.names else [])
     folder, found = args.folders[0], read_folder(Path(args.folders[0]))
     drawn = [drawn_with(path) for path, _ in found]
-    of = sorted({str(each.get("model", "an unknown model")) for each in drawn})
-    if not args.model and not args.clip and all(map(is_emoji, of)):  # it, a copy, or baked of it
+    of = sorted({str(each.get("model", "an unknown model")) for each in drawn if each.get("prompts") != []})
+    if not args.model and not args.clip and of and all(map(is_emoji, of)):  # it, a copy, or baked of it
         args.model = of[0]
     own = args.model and not args.clip
-    judge = f"the CLIP of {args.model}" if own else f"{args.clip or CLIP_LARGE} (--model emoji: its own CLIP)"
+    instead = " (--model emoji: its own CLIP)" if not args.clip and any(map(is_emoji, of)) else ""
+    judge = f"the CLIP of {args.model}" if own else f"{args.clip or CLIP_LARGE}{instead}"
     print(f"judge   {judge}; the pictures are of {' and '.join(of)}")
     ours = read_prompts("emoji").domain if is_emoji(args.model or "") and not args.clip else []
     others = [thing for thing in ours if thing not in names]  # CLIP may see instead: else all that is erased counts
@@ -74,7 +75,6 @@ def run(args: argparse.Namespace) -> str | None:
         for part, number in value.items() if isinstance(value, dict) else ((None, value),):
             print(f"{name + (f', {part}' if part else ''):40}{number:10.3f}".rstrip("0").rstrip("."))
     note(args.json, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    return None
 
 
 def single(path: Path, prompt: str, folder: Path) -> list[tuple[Path, str]]:

@@ -419,6 +419,8 @@ def test_pictures_of_the_embedded_model_are_judged_by_its_own_clip(run, monkeypa
     assert run("generate", "a crab", "--steps", "1", "--guidance", "1", model="emoji")[0] == 0
     code, said = run("evaluate", "images", "--name", "crab", model="")
     assert (code, asked, "judge   the CLIP of emoji; the pictures are of emoji\n" in said) == (0, [], True), said
+    page = pictures.sheet({"a": torch.zeros(1, 3, 8, 8)}, ["x"])
+    pictures.save(page, Path("images/attack.png"), {"prompt": "a crab", "prompts": []})  # says nothing of its model
     assert "seen, crab" in said  # one name is enough, as it may see all else that the model knows
     shutil.copytree(ROOT / "emoji", "copy", ignore=shutil.ignore_patterns("unet.safetensors", "*.py", "*.md"))
     assert run("generate", "a crab", "--steps", "1", "--guidance", "1", model="copy")[0] == 0  # or one that is baked
@@ -433,6 +435,9 @@ def test_who_judges_pictures_of_several_models_is_said_before_it_is_fetched(run,
     code, said = run("evaluate", "images", model="")
     assert (code, "openai/clip-vit-large-patch14 is not in the Hugging Face cache" in said) == (2, True), said
     assert "(--model emoji: its own CLIP); the pictures are of emoji and sd14\n" in said.split("cpe.py:")[0]
+    Path("images/0.png").unlink()
+    said = run("evaluate", "images", model="")[1]
+    assert "judge   openai/clip-vit-large-patch14; the pictures are of sd14\n" in said
 
 
 def test_a_reference_without_pictures_to_compare_with_is_named(run, tiny_original):
