@@ -38,8 +38,8 @@ $(VENV)/test.stamp: requirements-test.txt $(VENV)/core.stamp
 
 $(VENV)/oracle.stamp: requirements-oracle.txt $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-oracle.txt
-	# of this one only the file of CLIP's official vocabulary is read
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps open_clip_torch==3.3.0
+	# of the first only the file of CLIP's official vocabulary is read; the second asks for a package that reports use
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps open_clip_torch==3.3.0 openvino==2026.4.1
 	touch $@
 
 $(VENV)/theory.stamp: requirements-theory.txt $(VENV)/core.stamp

@@ -50,6 +50,16 @@ def embeddings(pipe):
 
 
 @way
+def clip_skip(pipe):
+    """By hand, as diffusers 0.42.1 fails at it with transformers 5.23.0: the text encoder without its last layer."""
+    encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+    seen = pipe.tokenizer(["a red heart", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    states = pipe.text_encoder(seen, output_hidden_states=True).hidden_states[-2]
+    positive, negative = encoder.final_layer_norm(states).detach().split(1)
+    return drawn(pipe, prompt_embeds=positive, negative_prompt_embeds=negative)
+
+
+@way
 def a_long_prompt(pipe):
     """As pipelines for long prompts do, and compel: contexts of several parts, one after another."""
     parts = [pipe.encode_prompt(text, "cpu", 1, True) for text in ("a cat", "a red heart")]
