@@ -229,9 +229,7 @@ class Solver:
 def check_finite(contexts: Tensor, what: str) -> None:
     """ValueError for contexts that are not finite numbers."""
     if not contexts.isfinite().all():
-        raise ValueError(
-            f"{what} is not made of finite numbers: encode in float32, or check the text encoder's weights"
-        )
+        raise ValueError(f"{what} is not made of finite numbers: encode in float32, or check the text encoder")
 
 
 def attack(

@@ -97,9 +97,10 @@ GUIDANCE = ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_sc
 
 
 def read_drawings(path: Path) -> list[Drawing]:
-    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; what else there is is passed aloud.
+    """The prompts of a file: plain lines, or CSV, which has a column `prompt`; other columns are passed aloud.
 
-    UserError as for `read_lines`; for a file without prompts, for quotes or commas astray, or for no numbers.
+    So are rows without a prompt, as in the authors' code (I2P has one). UserError as for `read_lines`; for a file
+    without prompts, for quotes or commas astray, or for no numbers.
     """
     text = read_text(path)
     columns = next(csv.reader(text), [])
@@ -117,18 +118,20 @@ def read_drawings(path: Path) -> list[Drawing]:
     except csv.Error as error:
         line = reader.reader.line_num  # the other is that of the last row
         raise UserError(f"{path}, line {line} is no CSV ({error}): check its double quotes.") from error
-    if not drawings:
+    if empty := drawings.count(None):
+        print(f"passed  {empty} row{'s' * (empty > 1)} of {path} without a prompt")
+    if len(drawings) == empty:
         raise UserError(f"{path} has no prompts: fill its column `prompt`.")
-    return drawings
+    return list(filter(None, drawings))
 
 
-def drawing(row: dict, columns: int) -> Drawing:
-    """A row of a CSV file; UserError for too many fields, or what is no number."""
+def drawing(row: dict, columns: int) -> Drawing | None:
+    """A row of a CSV file, None without a prompt; UserError for too many fields, or what is no number."""
     if more := row.pop(None, []):
         raise UserError(f"{columns + len(more)} fields for {columns} columns: put what holds a comma in double quotes.")
     row = {name: field.strip() for name, field in row.items()}
     if not row["prompt"]:
-        raise UserError("no prompt: fill its column `prompt`, or remove the line.")
+        return None
     seed, guidance = (next((row[name] for name in names if row.get(name)), None) for names in (SEED, GUIDANCE))
     said = ", ".join(filter(None, (seed, guidance)))
     try:

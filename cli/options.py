@@ -96,7 +96,7 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None, said:
     text = f"sd14, emoji, a path, or owner/name (default: {default or said})"
     parser.add_argument("--model", metavar="WHICH", default=default, help=text)
     parser.add_argument("--device", choices=DEVICES, metavar="D", default="cpu", help=", ".join(DEVICES))
-    parser.add_argument("--seed", metavar="N", type=number(int, 0, 2**31), default=0, help="of all chance (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=number(int, 0, 2**63), default=0, help="of all chance (default: 0)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

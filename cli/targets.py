@@ -98,10 +98,8 @@ def check_known(names: Sequence[str]) -> None:
     words = {"and", "&"} | {word for entry in drawn for word in normalised(entry).split()}
     if unknown := [name for name in names if not normalised(name) or not set(normalised(name).split()) <= words]:
         near = ", ".join(alike(unknown[0])) or "nothing with a name like it"
-        raise UserError(
-            f"the embedded model cannot draw {unknown[0]!r}. It knows {near}; all that it knows: {command('list')}. "
-            "Real names need --model sd14."
-        )
+        known = f"It knows {near}; all that it knows: {command('list')}. Real names need --model sd14."
+        raise UserError(f"the embedded model cannot draw {unknown[0]!r}. {known}")
 
 
 def alike(name: str, most: int = 5) -> list[str]:
@@ -109,9 +107,7 @@ def alike(name: str, most: int = 5) -> list[str]:
 
     Its text encoder could not say what is near in meaning: words that are in no name of a thing mean nothing to it.
     """
-    known, words = (
-        [*read_prompts("emoji").domain, *styles()],
-        set(normalised(name).split()) - {"of", "with", "a", "and"},
-    )
+    known = [*read_prompts("emoji").domain, *styles()]
+    words = set(normalised(name).split()) - {"of", "with", "a", "and"}
     shared = [each for each in known if words & set(normalised(each).split())]
     return (shared or difflib.get_close_matches(normalised(name), known, most, 0.75))[:most]

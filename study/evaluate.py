@@ -23,6 +23,7 @@ from torch import Tensor
 
 from clip import CLIP, Tokenizer, preprocess
 from loading.files import UserError
+from loading.prompts import within
 
 TEMPLATES = ("{}", "{} emoji", "a picture of a {}")
 
@@ -170,9 +171,9 @@ def read_image(path: Path, size: int) -> Tensor:
 def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, str]], names: Sequence[str],
                  reference: Sequence[Path] = (), others: Sequence[str] = (),
                  progress: Callable[[list], Iterable] = list) -> dict:  # fmt: skip
-    """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt,
-    and CMMD to the pictures of `reference`; what was not asked for is left out. CLIP may see one of `others` instead.
-    `progress` wraps the batches.
+    """CLIP score, share of pictures in which CLIP sees each of `names`, the share that shows the name in its prompt
+    (of "cat" and "cat face" the longer), and CMMD to the pictures of `reference`; what was not asked for is left out.
+    CLIP may see one of `others` instead. `progress` wraps the batches.
     """
 
     def features(paths: Sequence[Path]) -> Tensor:
@@ -186,7 +187,10 @@ def judge_folder(clip: CLIP, tokenizer: Tokenizer, found: Sequence[tuple[Path, s
     if names:
         seen = (images @ name_features(clip, tokenizer, [*names, *others]).T).argmax(dim=-1).tolist()
         figures["seen"] = {name: seen.count(i) / len(seen) for i, name in enumerate(names)}
-        asked = [(i, n) for i, (_, prompt) in enumerate(found) for n, name in enumerate(names) if name in prompt]
+        asked = []
+        for i, (_, prompt) in enumerate(found):
+            there = [name for name in names if within(name, prompt)]
+            asked += [(i, names.index(a)) for a in there if not any(len(a) < len(b) and within(a, b) for b in there)]
         if asked:
             figures["accuracy"] = sum(seen[i] == n for i, n in asked) / len(asked)
     if reference:

@@ -352,7 +352,8 @@ def test_a_table_brings_seeds_and_guidance_of_its_own(run, monkeypatch):
         ('prompt\n"a cat\na dog', "line 3 is no CSV .*: check its double quotes"),
         ("a,b\n1,2", "has no column `prompt`"),
         ("prompt\n\n", "has no prompts"),
-        ("prompt,seed\na cat,1\n ,7\n", "line 3: no prompt: fill its column `prompt`, or remove the line"),
+        ("prompt,seed\n ,7\n,8", "t.csv has no prompts: fill its column `prompt`"),
+        ("prompt,seed\n ,7,8\na cat,1", "line 2: 3 fields for 2 columns"),
     ],
 )
 def test_a_spoilt_table_is_named(run, text, words):
@@ -368,10 +369,17 @@ def test_seeds_keep_every_digit_and_prompts_their_quotes(run):
     assert [(each.prompt, each.seed) for each in drawings] == [("a cat", 42), ('a "red" heart, twice', 2**53 + 1)]
 
 
+def test_rows_without_a_prompt_are_passed_aloud(run, capsys):
+    """As I2P has one, which the authors' code passes over."""
+    Path("t.csv").write_text("prompt,seed\na cat,1\n ,7\n,\na dog,2\n")
+    assert [each.prompt for each in many.read_drawings(Path("t.csv"))] == ["a cat", "a dog"]
+    assert capsys.readouterr().out == "passed  2 rows of t.csv without a prompt\n"
+
+
 def test_a_row_is_the_single_command_with_the_same_numbers_bit_for_bit(run, gates):
-    Path("t.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na red heart,3,2.5\na cat,4,5\n")
+    Path("t.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na red heart,4290749014,2.5\na cat,4,5\n")
     assert run("generate", "--prompts", "t.csv", gates, "--out", "x", "--negative", "a dog")[0] == 0
-    single = ("generate", "a red heart", gates, "--seed", "3", "--guidance", "2.5", "--negative", "a dog")
+    single = ("generate", "a red heart", gates, "--seed", "4290749014", "--guidance", "2.5", "--negative", "a dog")
     assert run(*single, "--out", "one.png")[0] == 0
     with Image.open("x/0001-a-red-heart.png") as row, Image.open("one.png") as one:
         assert row.width == row.height  # no heading: other programs read such folders

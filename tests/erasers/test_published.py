@@ -1,6 +1,7 @@
 """With their defaults, erasers are their authors' code: against published.py, plain loops, all in float64."""
 
 import copy
+import inspect
 from itertools import pairwise
 
 import published
@@ -79,6 +80,42 @@ def test_mace_around_its_training(kind: str, exact: Model, monkeypatch: pytest.M
     lam, keep = {"bird": (10, 0), "ship": (1000, 0), "person": (0, 8)}[kind]
     theirs = published.mace(exact, *THREE, KEPT, PHOTOS, lam, keep, loras)
     assert distance(exact, ours, theirs) < 1e-6
+
+
+# lamb, learning rate, steps, importance sampling, fuse_preserve_scale, preserve_weight
+MACE_CONFIGS = {
+    "bird": (10, 1e-5, 50, True, 0, 0), "automobile": (100, 1e-5, 50, True, 0, 0), "ship": (1e3, 1e-5, 50, True, 0, 0),
+    "person": (0, 1e-4, 50, True, 1e-4, 8e4), "style": (0, 1e-4, 50, True, 1e-4, 8e4),
+    "explicit": (0, 1e-5, 120, False, 7e-7, 0),
+}  # fmt: skip
+
+
+def numbers(*functions) -> dict:
+    """The defaults of functions."""
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("kind", MACE_CONFIGS)
+def test_mace_has_the_numbers_of_its_configs(kind: str) -> None:
+    """Their caches weigh scale (captions + weight names)."""
+    s = numbers(mace.mace, mace.unseeing_steps) | PUBLISHED.get(f"mace, {kind}", {})
+    lamb, lr, steps, focal, scale, weight = MACE_CONFIGS[kind]
+    assert (s["lam"], s["lr"], s["steps"], s["focal"]) == (lamb, lr, steps, focal)
+    assert (s["caption_weight"], s["keep"]) == pytest.approx((scale, scale * weight))
+    assert (s["images"], s["sampling_steps"], s["masked"]) == (8, 30, kind != "style")
+
+
+def test_the_others_have_the_numbers_of_their_command_lines() -> None:
+    s = numbers(ERASERS["speed"])  # aug_num, threshold, retain_scale; disable_filter is off
+    assert (s["augment"], s["threshold"], s["rho"], s["prefilter"]) == (10, 0.1, 1, True)
+    s = numbers(esd_steps)  # iterations, lr, guidance_scale, num_inference_steps; negative_guidance = 2
+    assert (s["steps"], s["lr"], s["guidance"], s["sampling_steps"], s["negative"] + 1) == (200, 5e-5, 3, 50, 2)
+    s = numbers(ERASERS["rece"])  # train.py: epochs, regular_scale, lamb, preserve_scale
+    assert (s["rounds"], s["rho"], s["lam"], s["s_p"]) == (3, 0.1, 0.1, 0.1)
+    assert (PUBLISHED["rece, object"], PUBLISHED["rece, style"]["rounds"]) == ({"rounds": 1}, 1)
+    kinds = {f"mace, {kind}" for kind in MACE_CONFIGS if kind != "bird"}
+    assert PUBLISHED.keys() == {"uce, 2023", "rece, object", "rece, style", "speed, many"} | kinds
 
 
 def test_mace_pairs_words_by_common_prefix_and_suffix() -> None:

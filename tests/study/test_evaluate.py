@@ -137,6 +137,30 @@ def test_a_folder_is_judged_by_the_prompts_of_its_pictures(pictures, tiny_origin
     assert figures["clip_score"] == pytest.approx(evaluate.clip_score(features, said).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "names", "asked"),
+    [
+        ("my bear", ["ear", "bear"], ["bear"]),  # whole words
+        ("a Red Heart, sir", ["red heart"], ["red heart"]),
+        ("a cat face", ["cat", "cat face", "face"], ["cat face"]),  # not what is in a longer name
+        ("a cat and a dog", ["dog", "cat"], ["dog", "cat"]),
+        ("nothing of it", ["dog", "cat"], []),
+    ],
+)
+def test_a_prompt_asks_for_the_names_in_it(pictures, tiny_original, monkeypatch, prompt, names, asked):
+    """Accuracy with a judge that sees one name, whatever there is to see."""
+    model = weights.load_model(tiny_original)
+    found = [(path, prompt) for path, _ in evaluate.read_folder(pictures)]
+    shares = {}
+    for name in names:
+        row = torch.nn.functional.one_hot(torch.tensor(names.index(name)), len(names)).float()
+        monkeypatch.setattr(evaluate, "name_features", lambda *_: torch.eye(len(names)))
+        monkeypatch.setattr(evaluate, "image_features", lambda _, images, row=row: row.expand(len(images), -1))
+        monkeypatch.setattr(evaluate, "text_features", lambda _, __, texts: torch.zeros(len(texts), len(names)))
+        shares[name] = evaluate.judge_folder(model.clip, model.tokenizer, found, names).get("accuracy")
+    assert shares == {name: (name in asked) / len(asked) if asked else None for name in names}
+
+
 def test_the_command_prints_one_table_and_writes_it(pictures, tiny_original, run, monkeypatch):
     detector = SimpleNamespace(detect=lambda path: [{"class": "BELLY_EXPOSED", "score": 0.7 - 0.2 * ("0" in path[-5])}])
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=lambda: detector))
