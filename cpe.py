@@ -31,13 +31,13 @@ from torch import Tensor, nn
 class ResAG(nn.Module):
     """Residual Attention Gates of N concepts, over projections of the `widths` {name of l: d_l}.
 
-        Q = E w_qs                     [T, r]     queries and keys in one; w_qs learns their size: no 1/sqrt(r)
+        Q = E w_qs                     [T, r]     queries and keys in one; the scale is learnt: no 1/sqrt(r)
         H = softmax(Q Q^T) E           [T, d]     every token looks at every other: no mask
         g = sigmoid(H v)               [T]        how far the gate is open at each token, in (0, 1)
         R_l(E) = s g * (H D_l) U_l     [T, d_l]   low-rank residual of projection l; s = alpha / k, as in LoRA
 
-    w_qs and v, the `scaler`, are shared by all projections: a gate opens once per prompt, not once per layer. D_l and
-    U_l, `lora_down[l]` and `lora_up[l]`, belong to one. At first attention is even, a gate half open, a residual 0.
+    w_qs and v, the `scaler`, are shared by all projections: g is computed once per prompt, not once per layer. D_l and
+    U_l, `lora_down[l]` and `lora_up[l]`, belong to one. Untrained, attention is even, g = 1/2 and every residual 0.
     """
 
     def __init__(self, widths: dict[str, int], d: int, r: int = 16, k: int = 1, N: int = 1, alpha: float = 1.0, *,
@@ -97,7 +97,7 @@ def merge(gates: Sequence[ResAG]) -> ResAG:
 
 @dataclass
 class Layers:
-    """What the losses know of the U-Net: the frozen projections W_l [d_l, d], and how much an error there matters."""
+    """What the losses know of the U-Net: frozen projections W_l [d_l, d], the paper's weights a_l of errors there."""
 
     W: dict[str, Tensor]
     a: dict[str, float]
@@ -106,8 +106,8 @@ class Layers:
     def of(cross_attention: dict[str, Tensor], norm: Callable | None = None, tokens: int = 77) -> "Layers":
         """From a U-Net's `...attn2.{to_q,to_k,to_v,to_out.0}.weight`, by key; KeyError if one is missing.
 
-        a_l = |W_o|                   how far at most an error of 1 in the values moves attention's output (spectral)
-        a_l = |W_o W_v| |W_q| / 77    the same of the keys, for even attention: its softmax has slope 1/77 (theory/3)
+        a_l = |W_o|                   of to_v: how far an error of 1 in a value can move attention's output (spectral)
+        a_l = |W_o W_v| |W_q| / 77    of to_k: the same of a key, if all 77 tokens are attended to alike (theory/3)
         """
         norm = norm or (lambda matrix: torch.linalg.matrix_norm(matrix, 2))
         W, a = {}, {}
@@ -159,7 +159,7 @@ class Losses:
         return self.error(gates, self.data.targets[i], self.shift(i))
 
     def adversarial(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """So must the target under attack, in the first of the templates: E_tar + delta_j seen as E_tar + x, too."""
+        """The target under attack must become its surrogate, too: E_tar + delta_j seen as E_tar + x; template i[0]."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, self.shift(i[:1]) - deltas)
 
     def anchor(self, gates: ResAG, anchors: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Losses:
         return self.error(gates, anchors, torch.zeros_like(anchors))
 
     def attack(self, gates: ResAG, i: Tensor, deltas: Tensor) -> Tensor:
-        """The attacker's, who wants the target back: E_tar + delta seen as E_tar was, so x = -delta. The gates stay."""
+        """The attacker's loss, small if a delta brings the target back: E_tar + delta seen as E_tar was, x = -delta."""
         return self.error(gates, self.data.targets[i[:1]] + deltas, -deltas)
 
     def erasing(self, gates: ResAG, i: Tensor, anchors: Tensor, deltas: Tensor | None) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ class Recipe:
 
     surrogate: str = "a person"  # what the target becomes
     eta: float = 0.3  # how far beyond it
-    lam: float = 1e5  # lambda, the weight of the anchors; 300 on the embedded model (why: loading/prompts.py)
+    lam: float = 1e5  # lambda, the weight of the anchors; 300 to train on the embedded model (why: loading/prompts.py)
     r: int = 16  # width of the gate's attention
     k: int = 1  # rank of a residual
     stages: int = 5  # rounds of erasing; between two of them, a round of attack
@@ -201,9 +201,9 @@ class Recipe:
     attack_lr: float = 1e-2
     warmup: int = 5
     attack_warmup: int = 5
-    delta_start: float = 0.0  # of a delta's elements, as a share of the target's norm; 0: norm about 1e-6
-    templates: int = 1  # per step. More than one is ours, and so is
-    rise: float = 0.0  # the share of the first stage in which lambda grows, as the square of the steps
+    delta_start: float = 0.0  # of a delta's elements at first, as a share of the target's norm; 0: their norm is 1e-6
+    templates: int = 1  # per step; more than one is ours
+    rise: float = 0.0  # ours: in this share of the first stage lambda grows, as the square of the steps
 
 
 PRESETS = {
@@ -248,7 +248,7 @@ class Trainer:
             self.phase, self.step = self.phase + 1, 0
 
     def begin(self) -> None:
-        """Enter a phase: a fresh optimiser of the gates, or of fresh deltas against gates that stay as they are."""
+        """A fresh optimiser of the gates, or of deltas, which are drawn as an attack begins; the gates then stay."""
         attack, E = self.phase % 2 == 1, self.losses.data.targets
         if attack and self.step == 0:
             empty = E.new_empty(self.recipe.deltas, *E.shape[1:])

@@ -6,7 +6,7 @@ import time
 import torch
 
 import sampler
-from cli.common import CAPTIONS, command, merge_gates, open_model, settle, spoken
+from cli.common import CAPTIONS, command, duration, merge_gates, open_model, settle
 from cli.pictures import check_picture, eyes, save, sheet
 from cli.targets import known_as, styles
 from loading.files import UserError
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> str | None:
     begun, row = time.perf_counter(), 2 * SEEDS * args.steps  # predictions for a row of pictures
     rows = {"before": sampler.draw(model, plain, seeds, None, *drawing)}
     left = (sum(ROWS[name] for name in names) + (1 + len(names)) * row) / row * (time.perf_counter() - begun)
-    print(f"time    attacks and pictures: about {spoken(left)}", flush=True)
+    print(f"time    attacks and pictures: about {duration(left)}", flush=True)
     rows["erased"] = sampler.draw(model, plain, seeds, gates, *drawing)
     for name in names:
         found = ATTACKS[name](victim, target, (template,), args.seed)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cpe
-from cli.common import GateFile, command, merge_gates, open_model, settle, slug, space_of, spoken
+from cli.common import GateFile, command, duration, merge_gates, open_model, settle, slug, space_of
 from cli.runs import digest, state_file, train
 from deploy.bake import HELD_OUT, Baker, Recipe, token_figures
 from deploy.export import export
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> str | None:
         for _ in range(2):  # the first warms up
             begun = time.perf_counter()
             model.encode(texts[0][:16])
-        reading = spoken((time.perf_counter() - begun) / 16 * count)
+        reading = duration((time.perf_counter() - begun) / 16 * count)
         print(f"time    reading {count:,} prompts: about {reading}; then come {recipe.steps:,} steps", flush=True)
         baker = Baker(model.text_encoder, context_gate(space, gates), space, targets, others, recipe, args.seed)
     except ValueError as error:

@@ -168,7 +168,7 @@ def read_gates(path: Path) -> GateFile:
 
 
 def likeliest_preset(gates: cpe.ResAG, target: str, model: str | None) -> str:
-    """By the size of gates, or a name among the artists, as of the authors' own files; else the model's."""
+    """By the size of gates, or an artist's name, all that the authors' own files tell; else the model's."""
     if (gates.w_qs.shape[2], gates.k) == (PRESETS["explicit"].r, PRESETS["explicit"].k):
         return "explicit"
     default = defaults_of(model or "sd14")["preset"]
@@ -256,10 +256,10 @@ def bar(steps: Iterable, total: int = 0, text: str = "", done: int = 0, quiet: b
             if number == 0:  # it warms up, and is not measured
                 begun = time.perf_counter()
             elif number == 3 and (seconds := (time.perf_counter() - begun) / 3 * (total - done)) >= 10:
-                tqdm.write(f"time    {text}: about {spoken(seconds)} ({total - done:,} steps)", file=sys.stdout)
+                tqdm.write(f"time    {text}: about {duration(seconds)} ({total - done:,} steps)", file=sys.stdout)
             yield step
 
 
-def spoken(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time as people say it; 1 s at least."""
     return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

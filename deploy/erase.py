@@ -66,7 +66,7 @@ def erase(
 
     Templates, sentences and anchors are those of the preset, or `prompts`. Gates attached before are replaced: to erase
     several, `attach(pipe, cpe.merge([...]))`. ValueError for a pipeline whose prompt no `attn2` reads, or whose U-Net
-    is quantised or offloaded; if the gates reach less than half of their aim; as of `Solver`: all stays as it was.
+    is quantised or offloaded; if the gates reach less than half of their aim; and those of `Solver`. All then stays.
     """
     if not (hasattr(pipe, "encode_prompt") and hasattr(pipe, "unet")):
         raise ValueError(f"erase takes a pipeline with a U-Net and encode_prompt: {type(pipe).__name__} has none")

@@ -149,7 +149,7 @@ def render(icon: dict, scale: float, dx: float, dy: float) -> np.ndarray:
 def make_data() -> None:
     """Render every concept in every style and placement into build/icons.safetensors.
 
-    ValueError for a concept that is no CLDR short name; errors as of `package_file`.
+    ValueError for a concept that is no CLDR short name; else the errors of `package_file`.
     """
     known = {entry["name"].lower() for entry in package_file(NAMES, "data-by-emoji.json").values()}
     names, chance = concepts(), random.Random(0)
@@ -168,7 +168,7 @@ def make_data() -> None:
 
 
 class Pictures:
-    """The rendered icons; calling it composes them over backgrounds. UserError as of `found`."""
+    """The rendered icons; calling it composes them over backgrounds. UserError as in `found`."""
 
     def __init__(self):
         self.icons = load_file(found(BUILD / "icons.safetensors", "data"))["icons"]
@@ -658,7 +658,7 @@ def any_scene(
 ) -> Scene:
     """A sentence or a caption (how often: `captions`) about one thing, a sentence about several; all else at random.
 
-    Style and background are each said as often as `say`.
+    `say` is how often style and background are said, each.
     """
     names = concepts()
     style, colour = chance.randrange(len(STYLES)), chance.randrange(len(COLOURS))
@@ -1053,7 +1053,7 @@ def train_unet(recipe: Recipe) -> None:
 def trained(name: str, network: nn.Module) -> nn.Module:
     """A network with the averaged weights of its last checkpoint, or where there is none, of the exported file.
 
-    UserError as of `found`.
+    UserError as in `found`.
     """
     checkpoint = BUILD / f"{name}.safetensors"
     if checkpoint.exists():
@@ -1204,7 +1204,7 @@ def sentence_accuracy(model: clip.CLIP, pictures: Pictures, file: str) -> float:
 
 
 def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_model") -> nn.Module:
-    """A part of the model from its exported files, in float32. UserError as of `found`."""
+    """A part of the model from its exported files, in float32. UserError as in `found`."""
     step = "unet" if folder == "unet" else "export"
     config, tensors = (found(OUT / folder / name, step) for name in ("config.json", f"{file}.safetensors"))
     network = kind(json.loads(config.read_text()))

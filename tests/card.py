@@ -68,7 +68,7 @@ def check(func: Any, args: tuple, tensors: list[Tensor], result_there: bool) -> 
 
 
 def compute(func: Any, args: tuple, kwargs: dict) -> Any:
-    """One operation of torch, on what the tensors hold; RuntimeError as of `check`."""
+    """One operation of torch, on what the tensors hold; RuntimeError as in `check`."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     asked = kwargs.get("device")
     there = any(isinstance(x, OnCard) for x in tensors) if asked is None else torch.device(asked).type == "card"

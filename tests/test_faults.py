@@ -102,7 +102,7 @@ def die_at(folder: Path, changes, last: int) -> None:
 def run_command(arguments: list[str], cache: Path, changes=None, last: int = 0, checkpoint_seconds: float = -1) -> None:
     """A process that runs one command and saves the state of training or baking after every step, or less often.
 
-    With `changes`, a shared integer, it dies as of `die_at`: a change of the cache, or of what is beside it.
+    With `changes`, a shared integer, it dies as in `die_at`: a change of the cache, or of what is beside it.
     """
     silent()
     os.environ["CPE_CACHE"] = str(cache)
@@ -113,7 +113,7 @@ def run_command(arguments: list[str], cache: Path, changes=None, last: int = 0, 
 
 
 def run_generate_twice(model: Path, folder: Path, changes, last: int) -> None:
-    """A process that draws two pictures of one name, and dies as of `die_at`."""
+    """A process that draws two pictures of one name, and dies as in `die_at`."""
     silent()
     die_at(folder, changes, last)
     for seed in range(2):
@@ -249,7 +249,7 @@ def test_a_download_killed_at_any_answer_keeps_only_whole_files(server, folder_o
     """The client dies before an answer: between two files, or in the middle of one, when it asks for the rest."""
     server.folder, answer, cache, killed = folder_of(name), Handler.answer, tmp_path / "hub", threading.Event()
 
-    def told(self, status: int, **headers: object) -> None:
+    def kill_and_answer(self, status: int, **headers: object) -> None:
         if 0 < server.last == len(server.requests) and not killed.is_set():
             server.client.get(timeout=PATIENCE).kill()
             killed.set()
@@ -263,7 +263,7 @@ def test_a_download_killed_at_any_answer_keeps_only_whole_files(server, folder_o
         server.client.put(process)
         return ended(process)
 
-    monkeypatch.setattr(Handler, "answer", told)
+    monkeypatch.setattr(Handler, "answer", kill_and_answer)
     assert download(0) == 0
     original, (rest,) = weights.load_model(server.folder), [i for i, r in enumerate(server.requests, 1) if r[2]]
     for last in sorted({*spread(len(server.requests), kills), rest}):

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_no_module_imports_itself_by_way_of_others():
     graph = {module: imported(TREES[name]) for module, name in MODULES.items()}
     assert circles(graph) == set()
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}  # the test can see one
+
+
+def test_functions_are_named_in_the_words_of_the_field():
+    nodes = (node for tree in TREES.values() for node in ast.walk(tree))
+    names = Counter(node.name for node in nodes if isinstance(node, ast.FunctionDef))
+    assert not names.keys() & {"misfit", "spoken", "told", "deaf", "kept", "beside", "appear"}
+    # each of these once meant several things
+    assert all(names[name] <= 1 for name in ("draw", "separate", "share", "product", "products"))
 
 
 def test_all_of_it_is_at_most_7871_lines():

@@ -409,7 +409,8 @@ def test_pictures_of_one_file_are_judged_each_by_itself_and_of_before_and_after_
     found = list(evaluate.cut(sheet[0], drawn_with(sheet[0]), Path()))[::-1]
     assert [prompt for _, prompt in found] == [prompt for _, prompt in alone] == list(prompts)
     for (cut, _), (whole, _) in zip(found, alone, strict=True):
-        assert torch.equal(read_image(cut, 16), read_image(whole, 16))
+        # one level of 255: a batch of three is not computed as three of one are
+        torch.testing.assert_close(read_image(cut, 16), read_image(whole, 16), rtol=0, atol=1.01 / 127.5)
     assert "cell" not in drawn_with(alone[0][0])  # it stands alone already
     monkeypatch.setitem(sys.modules, "cleanfid.fid", SimpleNamespace())
     for folder, reference in (("drawn", "alone"), ("alone", "drawn")):

@@ -200,7 +200,7 @@ def test_a_browser_shows_the_report(page):
     shot = page.with_suffix(".png")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1600"]
     done = subprocess.run(
-        [*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=120
+        [*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     first = io.BytesIO(base64.b64decode(re.search('base64,([^"]*)', page.read_text(encoding="utf-8"))[1]))
