@@ -146,8 +146,8 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def printable(text: str) -> str:
-    """Text without what would move a cursor: no terminal obeys what a file says."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Text without what would move a cursor: no terminal obeys what a file says. Joiners of letters or signs stay."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in text)
 
 
 def read_gates(path: Path) -> GateFile:

@@ -218,6 +218,13 @@ def test_list_finds_gates_where_demo_puts_them_and_nothing_else(run, gates, tiny
     assert "gates   none here, in gates/, or in images/" in run("list")[1]
 
 
+@pytest.mark.parametrize("name", ["👩\u200d🚀", "می\u200cخواهم"])
+def test_a_name_with_joiners_is_read_from_its_file_as_it_was_written(gates, name):
+    tensors, metadata = load_tensors(gates)
+    save_tensors("joined.safetensors", tensors, metadata | {"target": name})
+    assert common.read_gates(Path("joined.safetensors")).target == name
+
+
 def test_what_a_listed_file_says_cannot_write_to_the_terminal(run, gates):
     tensors, metadata = load_tensors(gates)
     save_tensors("odd.safetensors", tensors, metadata | {"target": "red\x1b[2Jheart"})
