@@ -145,13 +145,17 @@ def metadata_of(path: Path) -> dict[str, str]:
         return {}
 
 
+def printable(text: str) -> str:
+    """Text without what would move a cursor: no terminal obeys what a file says. Joiners of letters or signs stay."""
+    return "".join(c if c.isprintable() or c in "\u200c\u200d" else "?" for c in text)
+
+
 def read_gates(path: Path) -> GateFile:
     """A gate file, checked; UserError where there is none, or nonsense in it."""
     if not os.path.exists(path):
         raise UserError(f"the gate file {path} does not exist: check its name, or train it first.")
     tensors, said = load_tensors(path)
-    # No terminal obeys what a file says.
-    metadata = {key: "".join(c if c.isprintable() else "?" for c in text) for key, text in said.items()}
+    metadata = {key: printable(text) for key, text in said.items()}
     try:
         gates = cpe.from_tensors(tensors).requires_grad_(False)
         fits = (name for name in NAMED if sizes_of(expected_unet(name)) == (gates.w_qs.shape[1], gates.widths))

@@ -2,17 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 
 import torch
 
 from cli.common import bar, command, note, open_model, slug
 from cli.pictures import check_picture, save, sheet
+from cli.targets import styles, target_of
 from loading.files import UserError, check_writable
-from loading.prompts import PRESETS, read_prompts
+from loading.prompts import read_prompts
 from study import compare as table
 from study.erased import METHODS, NONE, PUBLISHED_ROWS, QUICK_ROWS, Method
-from study.world import LONG, QUICK, SCENARIOS, STYLES, Budget, Scenario, World
+from study.world import LONG, QUICK, SCENARIOS, Budget, Scenario, World
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -56,7 +56,7 @@ def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:
     names = [name for name in dict.fromkeys(args.eraser or rows) if name != NONE.name]  # it has a row in any case
     if args.preset == "style" or (args.preset != "emoji" and not args.targets):
         raise UserError("--preset goes with targets, and styles are judged on the embedded model alone: emoji-style.")
-    scenarios = of_targets(args.targets, args.preset) if args.targets else SCENARIOS
+    scenarios = of_targets(args) if args.targets else SCENARIOS
     for what, known, said in ("eraser", METHODS, names), ("scenario", scenarios, args.scenario):
         if unknown := [name for name in said if name not in known]:
             choices = ", ".join(f'"{name}"' for name in known)
@@ -65,11 +65,11 @@ def asked(args: argparse.Namespace) -> tuple[dict[str, Scenario], list[Method]]:
     return {name: scenarios[name] for name in chosen[: 1 if args.quick else None]}, [METHODS[name] for name in names]
 
 
-def of_targets(targets: Sequence[str], preset: str) -> dict[str, Scenario]:
-    """A scenario of the targets that were given; UserError for one that CLIP cannot look for."""
-    known = [f"{style} style" for style in STYLES] if preset.endswith("style") else read_prompts(preset).domain
+def of_targets(args: argparse.Namespace) -> dict[str, Scenario]:
+    """A scenario of the targets, read as `train` reads them; UserError for one that CLIP cannot look for."""
+    found = [target_of([name], args) for name in args.targets]
+    targets, preset = tuple(dict.fromkeys(each.names[0] for each in found)), found[0].preset
+    known = styles() if preset.endswith("style") else read_prompts(preset).domain
     if unknown := [name for name in targets if name not in known]:
         raise UserError(f"{unknown[0]!r} is not in prompts/{preset}.txt: CLIP could not look for it.")
-    if (surrogate := PRESETS[preset].surrogate) in targets:
-        raise UserError(f"{surrogate!r} is what targets of --preset {preset} become: choose another target.")
-    return {", ".join(targets): Scenario(tuple(dict.fromkeys(targets)), preset)}
+    return {", ".join(targets): Scenario(targets, preset)}

@@ -10,7 +10,7 @@ from deploy.export import export
 from loading.files import UserError, check_writable
 
 
-def run(args: argparse.Namespace) -> str | None:
+def run(args: argparse.Namespace) -> None:
     """`export`. UserError where gates are given, or --out is no name of a new safetensors file."""
     if gates := [path for path in args.gates if metadata_of(path).keys() & {"target", "prompts"}]:
         how = command("bake", *gates, "--out", args.out or "erased.safetensors")
@@ -27,4 +27,3 @@ def run(args: argparse.Namespace) -> str | None:
     export(open_model(args, ("text_encoder", "unet", "vae")), out, dtype)
     size = f"{out.stat().st_size / 2**20:.0f} MB, {str(dtype).removeprefix('torch.')}"
     print(f"wrote   {out} ({size}): text encoder, U-Net and autoencoder")
-    return None

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from cli.common import NAMED, command, metadata_of
+from cli.common import NAMED, command, metadata_of, printable
 from cli.targets import styles
 from loading.hub import SD14
 from loading.prompts import PRESETS, read_prompts
@@ -20,13 +20,14 @@ def run(args: argparse.Namespace) -> str | None:
         numbers = f"eta {of.eta:g}, lambda {of.lam:g}, rank {of.k}"
         print(f"preset  {name:12} becomes {recipe.surrogate!r}; {'solved' if solved else 'trained'}: {numbers}")
     print()
-    gates = sorted(Path("gates").rglob("*.safetensors"))
-    for path, said in ((path, metadata_of(path)) for path in gates):
+    found = [path for where in ("./", "gates/**/", "images/") for path in Path().glob(f"{where}*.safetensors")]
+    gates = {path: said for path in sorted(found) if (said := metadata_of(path)).keys() & {"target", "prompts", "run"}}
+    for path, said in gates.items():
         becomes = f", which becomes {said['surrogate']!r}" if "surrogate" in said else ""
-        erases = f"erases {said.get('target', path.stem)} from {said.get('model', 'its model')}{becomes}"
-        print(f"gates   {path}: {'an unfinished run' if 'run' in said else erases}")
+        erases = f"erases {said.get('target', said.get('prompts'))} from {said.get('model', 'its model')}{becomes}"
+        print(f"gates   {path}: {'an unfinished run' if 'run' in said else printable(erases)}")
     if not gates:
-        print("gates   none in gates/")
+        print("gates   none here, in gates/, or in images/ (where `demo` puts them)")
     prompts = read_prompts("emoji")
     for name, words in ("things", prompts.domain), ("styles", styles()):
         print(f"\nThe embedded model's {len(words)} {name}:")

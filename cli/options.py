@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         top.error(f"{odd[0][:80]!r} is not text: it holds bytes that are no letters")
     command = top.parse_args(arguments[:1] or ["--help"]).command
     parser = Parser(prog=f"cpe.py {command}", description=f"{COMMANDS[command].__doc__}", allow_abbrev=False)
-    parser.set_defaults(command=command, gates=[])
+    parser.set_defaults(command=command, gates=[], surrogate=None)
     COMMANDS[command](parser)
     (about,) = [action.metavar for action in parser._get_positional_actions()] or [""]
     parser.usage = f"%(prog)s{about and f' [{about} ...]'} [options]"

@@ -56,12 +56,11 @@ def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
     names = list(dict.fromkeys(map(spaced, names)))
     preset = asked = args.preset or defaults_of(args.model)["preset"]
     if is_emoji(args.model):
-        known = known_as(names[0]) or names[0]
-        style = known in styles()  # these have a preset of their own, whichever was asked for
+        style = known_as(names[0]) in styles()  # these have a preset of their own, whichever was asked for
         preset = "emoji-style" if style else "emoji" if preset == "emoji-style" else preset
         if preset != asked:
             print(f"preset  {preset}, as {names[0]!r} is {'a' if style else 'no'} style")
-        names[0] = known
+        names[0] = known_as(names[0]) or names[0]
     surrogate = spaced(PRESETS[preset].surrogate if args.surrogate is None else args.surrogate)
     if not surrogate:
         raise UserError("the surrogate is empty: say what the target becomes, or leave --surrogate out.")
@@ -69,7 +68,7 @@ def target_of(names: Sequence[str], args: argparse.Namespace) -> Target:
         if not name:
             raise UserError('the target is empty: say what to erase, for example train "Brad Pitt".')
         if same(name) == same(surrogate):
-            raise UserError(f"{name!r} is both target and surrogate: choose another --surrogate.")
+            raise UserError(f"{name!r} is both target and surrogate: choose another target, or --surrogate.")
     if is_emoji(args.model):
         if args.surrogate is None and preset not in ("emoji", "emoji-style"):
             raise UserError(f"--preset {preset} is for Stable Diffusion: give --surrogate, or --preset emoji.")

@@ -173,8 +173,8 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     metadata |= {"prompts": target.names[0], "rank": str(gates.k), "alpha": f"{gates.scale[0].item() * gates.k:g}"}
     save_tensors(out, cpe.to_tensors(gates), metadata)
     state.unlink(missing_ok=True)
-    size, names = out.stat().st_size / 1024, ", ".join(target.names)
-    print(f"wrote   {out} ({size:.0f} KB): erases {names} from {shop.model.name}")
+    size, names = f"{out.stat().st_size / 1024:.0f} KB", ", ".join(target.names)
+    print(f"wrote   {out} ({size}): erases {names} from {shop.model.name}")
     if also := longer_names(target.preset, target.names):
         print(f"also    {', '.join(also[:8])}{', ...' * (len(also) > 8)} have its name in theirs, and may go too")
     examine(shop, out)

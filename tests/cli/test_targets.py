@@ -1,6 +1,7 @@
 """Which targets a person meant, what files are called after them, and what the embedded model knows."""
 
 import json
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT
 
-from cli import common, options, targets
+from cli import common, compare, options, targets
 from loading import prompts
 from loading.files import UserError, load_tensors, save_tensors
 from solve import Settings
@@ -204,3 +205,50 @@ def test_list_says_what_there_is(run, gates):
         assert words in said
     assert "tropical fish" in said
     assert "blob style" in said
+
+
+def test_list_finds_gates_where_demo_puts_them_and_nothing_else(run, gates, tiny_original):
+    assert f"gates   {gates}: erases red heart from" in run("list")[1]  # in the folder itself
+    Path("images").mkdir()
+    gates.rename("images/demo-red-heart.safetensors")
+    save_tensors("model.safetensors", load_tensors("images/demo-red-heart.safetensors")[0])  # says of no target
+    found = [line for line in run("list")[1].splitlines() if line.startswith("gates ")]
+    assert [line.split(":")[0] for line in found] == ["gates   images/demo-red-heart.safetensors"]
+    Path("images/demo-red-heart.safetensors").unlink()
+    assert "gates   none here, in gates/, or in images/" in run("list")[1]
+
+
+@pytest.mark.parametrize("name", ["👩\u200d🚀", "می\u200cخواهم"])
+def test_a_name_with_joiners_is_read_from_its_file_as_it_was_written(gates, name):
+    tensors, metadata = load_tensors(gates)
+    save_tensors("joined.safetensors", tensors, metadata | {"target": name})
+    assert common.read_gates(Path("joined.safetensors")).target == name
+
+
+def test_what_a_listed_file_says_cannot_write_to_the_terminal(run, gates):
+    tensors, metadata = load_tensors(gates)
+    save_tensors("odd.safetensors", tensors, metadata | {"target": "red\x1b[2Jheart"})
+    assert "gates   odd.safetensors: erases red?[2Jheart from" in run("list")[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant", "preset"),
+    [
+        (["Umbrella", "umbrella"], ("umbrella",), "emoji"),
+        (["red-heart", "Dog Face"], ("red heart", "dog face"), "emoji"),
+        (["Blob"], ("blob style",), "emoji-style"),
+    ],
+)
+def test_targets_of_a_comparison_are_read_as_those_of_train(given, meant, preset):
+    (scenario,) = compare.of_targets(options.parse(["compare", *given])).values()
+    assert (scenario.targets, scenario.preset) == (meant, preset)
+
+
+def test_what_cannot_be_compared_is_said_with_what_can():
+    for given, words in (
+        (["Brad Pitt"], "the embedded model cannot draw 'Brad Pitt'. It knows"),
+        (["cloud"], "is both target and surrogate: choose another target"),
+        (["umbrella", "blob style"], "'blob style' is not in prompts/emoji.txt"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            compare.of_targets(options.parse(["compare", *given]))
