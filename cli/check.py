@@ -76,7 +76,7 @@ class Found:
         shut = sum(self.reached[i].item() < SHUT for i in self.order())
         stays = f"; it may stay in {shut} of them" if shut else ""
         if self.undrawn:
-            stays += f"; in {len(self.undrawn)} more the model itself does not draw it"
+            stays += f"; in {len(self.undrawn)} {'more' if shut else 'of them'} the model itself does not draw it"
         return (
             f"{self.target}: {self.reached.mean():.0%} of the change that erases it, over {len(self.sentences)} "
             f"sentences{stays}; without it, prompts move by {self.moved.mean():.1%}, at most {self.moved.max():.0%}"

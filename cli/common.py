@@ -250,12 +250,13 @@ def command(*words: object) -> str:
 def bar(steps: Iterable, total: int = 0, text: str = "", done: int = 0, quiet: bool = False) -> Iterator:
     """Steps behind a progress bar (`quiet`: without it), `done` of the `total`, those of a list, made before.
 
-    After the first few it is said how long all of them take, unless that is short. One bar for all of torchrun's.
+    After the first few it is said how long all of them take, unless that is short. One bar for all of torchrun's, none
+    for a single step or for nothing.
     """
     often = 0.1 if sys.stderr is None or sys.stderr.isatty() else 5.0  # a log is not to be filled with it
     other = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") != "0"
-    quiet, total = quiet or other or sys.stderr is None or total == 1, total or len(steps)
-    with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=quiet) as progress:
+    quiet, total = quiet or other or sys.stderr is None, total or len(steps)
+    with tqdm(steps, text, total, False, initial=done, mininterval=often, disable=quiet or total <= 1) as progress:
         for number, step in enumerate(progress):
             if number == 0:  # it warms up, and is not measured
                 begun = time.perf_counter()

@@ -557,6 +557,8 @@ def test_sentences_in_which_the_model_itself_does_not_draw_it_are_not_held_again
     assert "it may stay in 1 of them; in 2 more the model itself does not draw it" in found.in_a_line()
     assert not {"    10%  a cat", "    30%  no cat"} & set(found.text().splitlines())
     assert found.shut_words() == ["my"]
+    found.undrawn = [0, 1, 2]
+    assert "over 4 sentences; in 3 of them the model itself does not draw it;" in found.in_a_line()
 
 
 def test_check_looks_at_what_the_model_draws_without_gates(run, gates, monkeypatch):
@@ -571,7 +573,7 @@ def test_check_looks_at_what_the_model_draws_without_gates(run, gates, monkeypat
     ((target, prompts),) = asked
     assert target == "red heart"
     assert set(prompts) <= {"my red heart", "look, a red heart"}
-    assert "; in 1 more the model itself does not draw it;" in said
+    assert f"in 1 {'more' if len(prompts) > 1 else 'of them'} the model itself does not draw it;" in said
     assert prompts[0] not in said.split("in the worst sentences")[1].split("the widest openings")[0]
 
 
