@@ -141,11 +141,11 @@ class Workshop:
         prompts, read = self.prompts(target), solve.READ if self.args.how == "solve" else None
         cached = partial(cached_contexts, self.model, progress=partial(bar, text="reading prompts"))
 
-        def anchors(texts: list[str]) -> torch.Tensor:
-            return solve.stretched(cached(texts, chunk=prompts.per_word, tokens=read), self.model.tokens)
+        def anchors(texts: list[str], chunk: int = prompts.per_word) -> torch.Tensor:
+            return solve.stretched(cached(texts, chunk=chunk, tokens=read), self.model.tokens)
 
         def own(texts: list[str]) -> torch.Tensor:
-            return anchors(texts).to(self.model.device, self.model.dtype)
+            return anchors(texts, 64).to(self.model.device, self.model.dtype)
 
         # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
         return prepare(recipe, prompts, target.names, own, anchors, partial(cached, tokens=16))
