@@ -13,6 +13,7 @@ stands beside it (`train --how solve`). theory/6 states and proves what is solve
     gates = solver.solve(targets, surrogates)             # a ResAG of one concept, in seconds
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import cpe
 from token_space import ContextGate, TokenSpace
 
-READ = 40  # tokens of a prompt that are encoded, twice as many as hold words: `stretched` makes 77 of them
+READ = 40  # tokens of a prompt that are encoded where names are short (`tokens_read`): `stretched` makes 77 of them
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def places(tokens: int, words: int = 20, stride: int = 4) -> tuple[Tensor, Tenso
     """
     chosen = torch.tensor([*range(min(words, tokens)), *range(words, tokens, stride)])
     return chosen, chosen.diff(append=torch.tensor([tokens])).float()
+
+
+def tokens_read(lengths: Iterable[int]) -> int | None:
+    """READ where names have so few tokens that paddings follow them in every line; None, all of them, elsewhere."""
+    return READ if max(lengths) <= 10 else None
 
 
 def stretched(E: Tensor, tokens: int) -> Tensor:

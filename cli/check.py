@@ -19,7 +19,7 @@ from cli.pictures import undrawn
 from loading.cache import cached_contexts
 from loading.files import UserError
 from loading.prompts import anchor_words, normalised, read_prompts, sentences, spellings, to_solve, within, written
-from solve import READ, stretched
+from solve import stretched, tokens_read
 from token_space import TokenSpace
 from weights import Model
 
@@ -102,7 +102,8 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     sentences = [written(line, name) for name in concept.names for line in lines]
     others = without(concept.names, file.preset, lines)
     parts = [sentences[i : i + 16] for i in range(0, len(sentences), 16)]
-    read = None if own else READ  # what people write may be longer
+    lengths = [len(model.tokenizer.ids(name)) for name in (*concept.names, concept.surrogate)]
+    read = None if own else tokens_read(lengths)  # what people write may be longer
 
     def encode(texts: list[str], encoder: Callable) -> Tensor:
         return stretched(encoder(texts, tokens=read), model.tokens)

@@ -138,7 +138,9 @@ class Workshop:
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
-        prompts, read = self.prompts(target), solve.READ if self.args.how == "solve" else None
+        prompts, names = self.prompts(target), [*target.names, target.surrogate]
+        lengths = [len(self.model.tokenizer.ids(name)) for name in names]
+        read = solve.tokens_read(lengths) if self.args.how == "solve" else None
         cached = partial(cached_contexts, self.model, progress=partial(bar, text="reading prompts"))
 
         def anchors(texts: list[str], chunk: int = prompts.per_word) -> torch.Tensor:

@@ -35,6 +35,7 @@ def replace_all(name: str, table: Mapping[str, str]) -> str:
 
 
 def unet_name(name: str, config: dict[str, Any]) -> str:
+    """The original layout's name of a U-Net tensor, from diffusers' name and the U-Net's config.json."""
     if ".resnets." in name:
         name = replace_all(name, NAMES["resnet"])
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)

@@ -183,6 +183,15 @@ def test_what_cannot_be_solved_is_said(words, solver, wrong, said):
         wrong(words, solver)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_name_of_ten_tokens_ends_before_the_last_token_that_is_read_in_every_line(preset):
+    """Its spellings add two at most; a longer one, as other scripts have, is read to the end."""
+    assert (solve.tokens_read([2, 10]), solve.tokens_read([2, 11])) == (solve.READ, None)
+    tokenizer, start = load_model("emoji").tokenizer, 1
+    longest = max(len(tokenizer.ids(line.replace("{}", ""))) for line in read_prompts(preset).lines)
+    assert start + longest + 10 + 2 < solve.READ
+
+
 def test_a_padding_stands_for_those_that_follow_it():
     E = torch.arange(6.0).reshape(1, 3, 2)
     assert solve.stretched(E, 5)[0, :, 0].tolist() == [0, 2, 4, 4, 4]
