@@ -261,15 +261,15 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(learners, weight_decay=0.01, fused=True)
 
     def draw_losses(self) -> dict[str, Tensor]:
-        """The losses of a step, of templates and anchors drawn anew; total = erase + adversarial + lambda anchor."""
-        recipe, P, chance = self.recipe, len(self.losses.data.targets), self.generator
-        i = torch.randint(P, (recipe.templates,), generator=chance, device=chance.device)
+        """The losses of a step, of templates and anchors drawn anew; total = erase + lambda_s anchor + adversarial."""
+        recipe, chance, S = self.recipe, self.generator, self.steps[0]
+        i = torch.randint(len(self.losses.data.targets), (recipe.templates,), generator=chance, device=chance.device)
         if self.phase % 2:
             return {"total": self.losses.attack(self.gates, i, self.deltas)}
         losses = self.losses.erasing(self.gates, i, self.draw_anchors(), self.deltas)
-        risen = min(1, (self.step + 1) / (recipe.rise * self.steps[0])) ** 2 if recipe.rise and not self.phase else 1
-        weights = {"erase": 1, "adversarial": 1, "anchor": recipe.lam * risen}
-        return losses | {"total": sum(weights[name] * loss for name, loss in losses.items())}
+        # lambda_s = lambda min(1, s / (rise S))^2 at step s = 1, 2, ... of the first stage's S; in later stages lambda
+        lam = recipe.lam * (min(1, (self.step + 1) / max(1, recipe.rise * S)) ** 2 if self.phase == 0 else 1)
+        return losses | {"total": losses["erase"] + lam * losses["anchor"] + losses.get("adversarial", 0)}
 
     def update(self, loss: Tensor) -> None:
         """One step of AdamW; the public code rounds its moments to 8 bits, which is not done here."""
