@@ -131,6 +131,12 @@ def test_the_fast_losses_are_the_papers_and_the_papers_are_their_definition(r, k
         assert_same(fast[name], paper[name], learners)
 
 
+def test_that_is_the_first_test_of_all(request):
+    the_losses = test_the_fast_losses_are_the_papers_and_the_papers_are_their_definition
+    order = [item.function is the_losses for item in request.session.items]
+    assert order == sorted(order, reverse=True)
+
+
 def test_layers_weigh_what_an_error_there_can_move():
     tensors = attention()
     norm = lambda M: torch.linalg.svdvals(M)[0].item()  # noqa: E731
