@@ -1,20 +1,30 @@
 """README.md: every command of it runs, here on the embedded model and cut short; every file it names is there."""
 
+import importlib
 import re
 import shlex
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from textwrap import dedent
 
+import numpy as np
 import pytest
-from tiny import ROOT
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT, difference, reference, write_gates
 
 import cpe
+import sampler
 from cli import bake, main
 from cli.options import COMMANDS as KNOWN
+from weights import load_model, save_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS if re.match(r"(python|make) ", line)]
+PYTHON = dedent(re.search(r"^(?: {4}.*\n|\n)+", README.split("## With diffusers\n")[1])[0])
 OURS = [shlex.split(line.split("cpe.py ")[1]) for line in COMMANDS if "cpe.py " in line]
 
 
@@ -41,14 +51,30 @@ def test_the_commands_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "models" / "erased" / "text_encoder").is_dir()
 
 
-def test_the_python_of_the_readme_is_ours():
-    """What the block for diffusers imports and calls is there."""
-    from deploy.hooks import attach
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_for_diffusers_draw_what_we_draw(tiny_original, tmp_path, monkeypatch):
+    """As they stand, but for a seed; the tiny model is in the place of the embedded one."""
+    reference("diffusers")
+    monkeypatch.chdir(tmp_path)
+    model, prompt = load_model(tiny_original), re.search(r'pipe\("(.+?)"', PYTHON)[1]
+    save_model(model.with_unet({}), Path("emoji"))
+    gates = cpe.from_tensors(load_file(write_gates(tiny_original, Path("gates/red-heart.safetensors"))))
+    exec(PYTHON.replace("pipe(", "torch.manual_seed(0)\npipe("), {})
+    with Image.open("erased.png") as image:
+        theirs = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    ours, plain = (sampler.draw(model, [prompt], [0], each, 20, 4.0, "ddim") for each in (gates, None))
+    assert difference(ours, theirs) < 2 / 255  # pixels are bytes
+    assert difference(ours, plain) > 5 / 255
 
-    assert callable(attach)
-    assert callable(cpe.from_tensors)
-    assert callable(cpe.merge)
-    assert '.images[0].save("' in README  # a reader wants to see it
+
+def test_what_else_it_takes_from_our_modules_is_there():
+    lines = [line for line in PYTHON.splitlines() if re.match(r"(import|from) (cpe|deploy)", line)]
+    assert len(lines) == 2
+    exec("\n".join(lines), {})
+    called = re.findall(r"`((?:cpe|deploy)\.[\w.]+)\.(\w+)\(", README) + re.findall(r"`(cpe)\.(\w+)\(", README)
+    assert {name for _, name in called} == {"erase", "merge"}
+    assert all(callable(getattr(importlib.import_module(module), name)) for module, name in called)
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "emoji/README.md"])
