@@ -126,7 +126,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Make a gate that erases a concept."""
     positions(parser, "TARGET", "targets", "what to erase: one gate file each")
     parser.add_argument("--target", nargs="+", action="extend", dest="targets", metavar="A", help="the same")
-    many = "one target a line, its other names after commas"
+    many = 'one target a line, its other names after commas ("A, B": one name)'
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
     parser.add_argument("--alias", metavar="B", action="append", default=[], help="another name of it (repeatable)")
     parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")

@@ -201,9 +201,8 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
 
 def fewer(prompts: Prompts, most: int = 210) -> Prompts:
     """The prompts with at most `most` words of the domain, evenly spaced: for whoever encodes them all."""
-    if (count := len(prompts.domain)) <= most:
-        return prompts
-    return replace(prompts, domain=[prompts.domain[i * count // most] for i in range(most)])
+    count = min(most, len(prompts.domain))
+    return replace(prompts, domain=[prompts.domain[i * len(prompts.domain) // count] for i in range(count)])
 
 
 def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
@@ -260,8 +259,7 @@ def nearest_words(
 
 def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tensor:
     """The rows of those words that are kept; `contexts` has one row a word, or as many for each."""
-    rows = {word: i for i, word in enumerate(words)}
-    return contexts.unflatten(0, (len(words), -1))[[rows[word] for word in kept]].flatten(0, 1)
+    return contexts.unflatten(0, (len(words), -1))[[words.index(word) for word in kept]].flatten(0, 1)
 
 
 def own_prompts(names: Sequence[str], prompts: Prompts, surrogate: str) -> list[tuple[str, str]]:
