@@ -165,9 +165,8 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     if shop.args.how == "solve":
         gates = solved(shop, target)
     else:
-        name = json.dumps(settings, sort_keys=True)
         trainer = trainer_of(shop, target)
-        train(trainer, state, name, f"{where}training {target.names[0]}")
+        train(trainer, state, json.dumps(settings, sort_keys=True), f"{where}training {target.names[0]}")
         gates = trainer.gates
     drawing = {name: defaults_of(shop.args.model)[name] for name in ("steps", "guidance", "sampler")}
     metadata = settings | {"model": shop.args.model, "drawing": json.dumps(drawing)}
