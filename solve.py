@@ -71,6 +71,7 @@ def roots(S: Tensor) -> tuple[Tensor, Tensor]:
 
     In float64 on the CPU: Apple's graphics cards have none.
     """
+    check_finite(S, "what gates are solved from")
     values, V = torch.linalg.eigh(S.cpu().double())
     values = values.clamp(min=values[-1] * 1e-10)
     return (V * values.sqrt()) @ V.T, (V / values.sqrt()) @ V.T
@@ -233,8 +234,8 @@ class Solver:
 
 
 def check_finite(contexts: Tensor, what: str) -> None:
-    """ValueError for contexts that are not finite numbers."""
-    if not contexts.isfinite().all():
+    """ValueError for contexts that are not finite numbers, or so large that their squares are not."""
+    if not torch.linalg.vector_norm(contexts, dtype=torch.promote_types(contexts.dtype, torch.float32)).isfinite():
         raise ValueError(f"{what} is not made of finite numbers: encode in float32, or check the text encoder")
 
 

@@ -58,30 +58,6 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return entries
 
 
-FIELD = re.compile(r'\s*(?:"([^"]*)"|([^,]*?))\s*,')
-ENDING = re.compile(r"(jr|sr|ph\.?\s?d|m\.?d|esq|ii|iii|iv)\.?", re.IGNORECASE)  # of a person's name, after a comma
-
-
-def names_in(line: str) -> list[str]:
-    """The names in a line of a targets file: commas part them, but not in double quotes around a whole name.
-
-    UserError where something else may be meant: asked before an hour of training, not after.
-    """
-    names = [quoted or plain for quoted, plain in FIELD.findall(line + ",")]
-    if not all(name.strip() for name in names):
-        raise UserError("a name is missing before or after a comma.")
-    if any(name.count('"') % 2 for name in names):
-        raise UserError("a double quote is not closed.")
-    if len(names) > 1 and (numbers := [name for name in names if re.fullmatch(r"[\d.]+", name)]):
-        raise UserError(f"{numbers[0]!r} would be erased as a name: leave a column of numbers out of the file.")
-    if re.match(r"\d+[.)]\s|[-*•]\s", line):
-        raise UserError("it begins as in a list: leave that out. (If it belongs to the name: train it as an argument.)")
-    if ending := next((i for i, name in enumerate(names) if i and ENDING.fullmatch(name)), 0):
-        whole = ", ".join(names[ending - 1 : ending + 1])
-        raise UserError(f'{names[ending]!r} would be erased as a name. If it belongs to the one before: "{whole}".')
-    return names
-
-
 class Drawing(NamedTuple):
     """One picture that a file asks for; None where it leaves that open."""
 
@@ -91,8 +67,7 @@ class Drawing(NamedTuple):
     case: str | None = None  # its name in a benchmark
 
 
-# As the benchmarks call them.
-SEED = ("evaluation_seed", "seed", "sd_seed")
+SEED = ("evaluation_seed", "seed", "sd_seed")  # as the benchmarks call them
 GUIDANCE = ("evaluation_guidance", "guidance_scale", "guidance", "sd_guidance_scale")
 
 

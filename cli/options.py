@@ -126,7 +126,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     """Make a gate that erases a concept."""
     positions(parser, "TARGET", "targets", "what to erase: one gate file each")
     parser.add_argument("--target", nargs="+", action="extend", dest="targets", metavar="A", help="the same")
-    many = "one target a line, its other names after commas"
+    many = 'one target a line, its other names after commas ("A, B": one name)'
     parser.add_argument("--targets", type=Path, dest="target_file", metavar="FILE", help=many)
     parser.add_argument("--alias", metavar="B", action="append", default=[], help="another name of it (repeatable)")
     parser.add_argument("--one-name", action="store_true", help="a comma or `and` in TARGET belongs to its name")
@@ -134,7 +134,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, metavar="P", help="see `list` (default: the model's)")
     parser.add_argument("--how", choices=("train", "solve"), help="by steps, or by formula (default: the model's)")
     parser.add_argument("--literal", action="store_true", help="with the losses as the paper writes them (slow)")
-    parser.add_argument("--published", action="store_true", help="in the paper's templates alone")
+    parser.add_argument("--published", action="store_true", help="in the paper's templates alone, anchors in all")
     parser.add_argument("--steps-scale", metavar="X", type=number(float, 1e-4, 100), default=1.0, help="of all steps")
     parser.add_argument("--out", metavar="FILE", type=Path, help="(default: gates/<target>.safetensors), or a folder")
     parser.add_argument("--report", action="store_true", help="also a page with pictures: <out>.html")

@@ -16,6 +16,17 @@ from loading.files import UserError
 from loading.prompts import PRESETS, normalised, read_prompts
 
 SEVERAL = re.compile(r"\s*(?:[,;&+]|\band\b)\s*")
+FIELD = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^,]*?))\s*,')  # of a line in a file: in double quotes, or without
+SIGNS = {  # what a field without quotes looks like that is no name, or not one alone
+    r"(\d+[.)]\s*\D|[-*•]\s).*|[\d.]+": "has the number or mark of a list: leave that out",
+    r"((name|target|concept|artist|celebrity|aliase?|surrogate|prompt|id)s?[ _]?)+": "may head a column: leave it out",
+    r".*[\t|].*": "has more than one column: leave names alone, with commas between them",
+    r".*\s#(\s|[^\W\d]).*": "ends in a comment: give that a line of its own",
+    r"(jr|sr|junior|senior|ph\.?\s?d|m\.?d|esq|ii|iii|iv)\.?": "may be the end of the name before: quote both as one",
+    r"['‘’“”„«].*": 'begins with a quote that is not a plain ": write that one',
+    r'[^"]*"([^"]*"[^"]*")*[^"]*': "has a double quote that is not closed",
+    rf".*\w{SEVERAL.pattern}\w.*": "may be several names: give each a line",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,22 @@ def split(texts: Sequence[str], model: str, one_name: bool = False) -> list[str]
             several = " ".join(shlex.quote(part) for part in parts)
             raise UserError(f"{text!r}: one name? Add --one-name. {len(parts)} of them? Write {several} instead.")
     return list({same(name): spaced(name) for name in reversed(names)}.values())[::-1]
+
+
+def names_in(line: str, preset: str) -> list[str]:
+    """The names in a line of a targets file, between commas. In double quotes (there, "" is one) all is a name.
+
+    UserError where something else may be meant, and it is no name of the preset: asked before an hour of training.
+    """
+    names = []
+    for quoted, plain in FIELD.findall(line + ","):
+        doubt = next((said for sign, said in SIGNS.items() if re.fullmatch(sign, plain, re.IGNORECASE)), "")
+        if doubt and spaced(plain) not in read_prompts(preset).domain:
+            raise UserError('{!r} {}. If all of it is a name: "{}".'.format(plain, doubt, plain.replace('"', '""')))
+        names.append(quoted.replace('""', '"') or plain)
+    if not all(map(str.strip, names)):
+        raise UserError("a name is missing before or after a comma.")
+    return names
 
 
 def spaced(name: str) -> str:

@@ -21,7 +21,7 @@ from cli import check, many, report
 from cli.common import bar, command, defaults_of, metadata_of, open_model, read_gates, same, slug, space_of
 from cli.options import recipe_fields
 from cli.runs import Trainer, digest, state_file, train
-from cli.targets import Target, split, target_of
+from cli.targets import Target, names_in, split, target_of
 from loading.cache import cached_contexts
 from loading.files import UserError, check_writable, save_tensors
 from loading.prompts import PRESETS, Prompts, longer_names, prepare, read_prompts, to_solve
@@ -69,9 +69,10 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
     """Targets and their gate files to be; UserError for what cannot be erased, or is there twice."""
     asked: dict[str, list[str]] = {}
     for number, text in many.read_lines(args.target_file) if args.target_file else ():
-        line = f"{args.target_file}, line {number}"
-        with many.naming(line):
-            asked[line] = many.names_in(text)
+        with many.naming(line := f"{args.target_file}, line {number}"):
+            asked[line] = names_in(text, args.preset or defaults_of(args.model)["preset"])
+        if asked[line][1:]:
+            print(f"erases  {asked[line][0]}, also called {', '.join(asked[line][1:])}")
     asked |= {repr(name): [name, *args.alias] for name in split(args.targets, args.model, args.one_name)}
     if not asked:
         raise UserError('what is to be erased? Give one target or more: train "red heart", or --targets FILE.')
@@ -82,16 +83,15 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[Target, Path]]:
         raise UserError(f"--out is a folder here, for many gate files: {folder} is not.")
     if args.surrogate and not alone:
         print(f"becomes {args.surrogate!r}: each of the {len(asked)} targets")
-    jobs, lines = [], {}
+    jobs: dict[Path, tuple[Target, str]] = {}
     for line, names in asked.items():
         with many.naming("" if alone else line):
             target = target_of(names, args)
             out = args.out if alone and args.out else folder / f"{slug(target.names[0])}.safetensors"
-            if out in lines:
-                raise UserError(f"{names[0]!r} is the same target as {lines[out]}: remove one.")
-            jobs.append((target, out))
-            lines[out] = line
-    return jobs
+            if out in jobs:
+                raise UserError(f"{names[0]!r} is the same target as {jobs[out][1]}: remove one.")
+            jobs[out] = target, line
+    return [(target, out) for out, (target, _) in jobs.items()]
 
 
 def check_new(out: Path) -> None:
@@ -165,9 +165,8 @@ def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
     if shop.args.how == "solve":
         gates = solved(shop, target)
     else:
-        name = json.dumps(settings, sort_keys=True)
         trainer = trainer_of(shop, target)
-        train(trainer, state, name, f"{where}training {target.names[0]}")
+        train(trainer, state, json.dumps(settings, sort_keys=True), f"{where}training {target.names[0]}")
         gates = trainer.gates
     drawing = {name: defaults_of(shop.args.model)[name] for name in ("steps", "guidance", "sampler")}
     metadata = settings | {"model": shop.args.model, "drawing": json.dumps(drawing)}

@@ -61,7 +61,7 @@ class Prompts:
     # Whether parts of a target's name mean other things and must stay: "red" does, but not an artist's surname, nor the
     # "naked" of "naked person": what has that in it ("naked man") is to go as well.
     parts: bool = True
-    per_word: int = 4  # prompts of every anchor word
+    per_word: int = 4  # prompts of every anchor word; encoding all lines would take longer than training
     spelt: int = 12  # in how many lines a name stands in each of its other spellings
 
     @property
@@ -70,8 +70,8 @@ class Prompts:
         return [*self.templates, *self.frames]
 
     def as_published(self) -> "Prompts":
-        """Templates alone, as in the public code: frames, spellings and parts of names are ours."""
-        return replace(self, frames=[], parts=False, spelt=0)
+        """As in the public code: templates alone, every anchor in all of them; what else there is here, is ours."""
+        return replace(self, frames=[], parts=False, spelt=0, per_word=len(self.templates))
 
 
 def read_prompts(preset: str) -> Prompts:
@@ -201,9 +201,8 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
 
 def fewer(prompts: Prompts, most: int = 210) -> Prompts:
     """The prompts with at most `most` words of the domain, evenly spaced: for whoever encodes them all."""
-    if (count := len(prompts.domain)) <= most:
-        return prompts
-    return replace(prompts, domain=[prompts.domain[i * count // most] for i in range(most)])
+    count = min(most, len(prompts.domain))
+    return replace(prompts, domain=[prompts.domain[i * len(prompts.domain) // count] for i in range(count)])
 
 
 def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
@@ -260,8 +259,7 @@ def nearest_words(
 
 def rows_of(contexts: Tensor, words: Sequence[str], kept: Sequence[str]) -> Tensor:
     """The rows of those words that are kept; `contexts` has one row a word, or as many for each."""
-    rows = {word: i for i, word in enumerate(words)}
-    return contexts.unflatten(0, (len(words), -1))[[rows[word] for word in kept]].flatten(0, 1)
+    return contexts.unflatten(0, (len(words), -1))[[words.index(word) for word in kept]].flatten(0, 1)
 
 
 def own_prompts(names: Sequence[str], prompts: Prompts, surrogate: str) -> list[tuple[str, str]]:
@@ -296,8 +294,8 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         return Data(targets, surrogates, anchors.half().to(targets.device), encode([""]))
     rows = []
     if words.general:
-        general = encode_anchors(anchor_prompts(prompts.general, lines, prompts.per_word))
-        rows.append(rows_of(general, prompts.general, words.general))
+        every = anchor_prompts(prompts.general, lines, prompts.per_word)
+        rows.append(rows_of(encode_anchors(every), prompts.general, words.general))
     if words.domain:
         chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
         rows.append(encode_anchors(anchor_prompts(chosen, lines, prompts.per_word)))

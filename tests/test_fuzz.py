@@ -388,6 +388,15 @@ def test_any_target(text, model):
             assert 0 < len(common.slug(name).encode()) <= 80
 
 
+@cases(0.10)
+@given(TEXT | st.sampled_from(['"a, b', 'a, "b" c', '""', "1,", "- a"]))
+def test_any_line_of_a_targets_file_in_double_quotes_is_one_name(text):
+    with ends_well(UserError):
+        targets.names_in(text, "emoji")
+    quoted = '"{}"'.format(text.replace('"', '""'))
+    assert not text.strip() or targets.names_in(quoted, "emoji") == [text]
+
+
 PATHS = st.sampled_from(["x", "", ".", "..", "../..", "~", "~nobody/x", "a/b", "x" * 300, "x/" * 3000, "tiny", "\0"])
 OPTIONS = {
     "train": (

@@ -155,11 +155,53 @@ def test_the_same_twice_is_the_same_to_the_bit(words, solver):
 
 
 def test_half_precision_contexts_are_enough(words, solver):
-    E, surrogate = words([0] * 20, 3), words([1] * 20, 3)
+    E, surrogate, anchors = words([0] * 20, 3), words([1] * 20, 3), words(list(range(2, 50)))
     x = 1.3 * (surrogate - E)
-    half = solver.solve(E.half(), surrogate.half())
-    exact = solver.solve(E, surrogate)
+    exact = Solver(solver.space, solver.one, anchors, solver.settings).solve(E, surrogate)
+    half = Solver(solver.space, solver.one, anchors.half(), solver.settings).solve(E.half(), surrogate.half())
+    assert half.scaler.dtype == torch.float32
     assert abs(solver.space.reached(half, E, x).mean() - solver.space.reached(exact, E, x).mean()) < 0.02
+
+
+def in_few_directions(directions: int, one: Tensor, *contexts: Tensor) -> list[Tensor]:
+    """Contexts [B, T, d] projected onto a plane of so many directions that holds their mean, and where E one = 1."""
+    tokens = torch.cat([E.flatten(0, 1) for E in contexts]).double()
+    u, mean = one.double() / one.double().norm(), tokens.mean(dim=0)
+    around = tokens - mean
+    V = torch.linalg.svd(around - torch.outer(around @ u, u), full_matrices=False)[2][:directions].T
+    return [(mean + (E.double() - mean) @ V @ V.T).float() for E in contexts]
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("directions", [2, 4, 8])
+def test_contexts_of_fewer_directions_than_the_model_has_are_solved(words, solver, directions, rounds):
+    """G is singular then, as is what the attention is made of: of 24 directions (its width is 16) there are a few."""
+    given = words(list(range(2, 50))), words([0] * 40, 3), words([1] * 40, 3)
+    anchors, E, surrogate = in_few_directions(directions, solver.one, *given)
+    flat = torch.cat([anchors, E, surrogate]).flatten(0, 1)
+    assert torch.linalg.matrix_rank(flat - flat.mean(dim=0), rtol=1e-4) == directions
+    gates = Solver(solver.space, solver.one, anchors, replace(Settings(), rounds=rounds)).solve(E, surrogate)
+    assert all(parameter.isfinite().all() for parameter in gates.parameters())
+    x = 1.3 * (surrogate - E)
+    assert solver.space.reached(gates, E, x).mean() > 0.8
+    moved = solver.space.error(gates, anchors, torch.zeros_like(anchors)).sum(dim=1)
+    assert moved.max() < 1e-3 * solver.space.energy(x).sum(dim=1).mean()
+
+
+def test_one_prompt_again_and_again_is_anchors_enough(words, solver):
+    """And layers that look at six of 24 directions: M is singular as well."""
+    E, surrogate = words([0] * 40, 3), words([1] * 40, 3)
+    thin = TokenSpace(cpe.Layers({name: W[:3] for name, W in layers().W.items()}, layers().a))
+    gates = Solver(thin, solver.one, words([2]).expand(12, -1, -1), Settings()).solve(E, surrogate)
+    assert all(parameter.isfinite().all() for parameter in gates.parameters())
+    assert thin.reached(gates, E, 1.3 * (surrogate - E)).mean() > 0.9
+
+
+def test_a_target_among_the_anchors_is_kept_and_gates_stay_finite(words, solver):
+    E, surrogate = words([0] * 40, 3), words([1] * 40, 3)
+    gates = Solver(solver.space, solver.one, torch.cat([words([*range(2, 50)]), E]), Settings()).solve(E, surrogate)
+    assert all(parameter.isfinite().all() for parameter in gates.parameters())
+    assert solver.space.reached(gates, E, 1.3 * (surrogate - E)).mean() < 0.2
 
 
 def test_places_count_every_token_once():
@@ -173,7 +215,15 @@ def test_places_count_every_token_once():
     ("wrong", "said"),
     [
         (lambda w, s: Solver(s.space, s.one, w([2, 3]), s.settings), "2 anchors are too few"),
-        (lambda w, s: Solver(s.space, s.one, w([2] * 12) * torch.nan, s.settings), "finite"),
+        (lambda w, s: Solver(s.space, s.one, w([2] * 12) * torch.nan, s.settings), "an anchor is not made of finite"),
+        (lambda w, s: Solver(s.space, s.one, w([2] * 12) * 1e20, s.settings), "an anchor is not made of finite"),
+        (lambda w, s: Solver(s.space, s.one, w([2] * 12).half() * 1e6, s.settings), "an anchor is not made of finite"),
+        (lambda w, s: s.solve(w([0]) * torch.nan, w([1])), "a context of the target or its surrogate is not made of"),
+        # every token of every prompt is the same: there is nothing to attend to
+        (
+            lambda w, s: Solver(s.space, s.one, w([2])[:, :1].expand(12, T, -1), s.settings).solve(w([0]), w([1])),
+            "what gates are solved from is not made of finite numbers",
+        ),
         (lambda w, s: s.solve(w([0]), w([1]) * torch.inf), "finite"),
         (lambda w, s: s.solve(w([0]), w([0])), "the same to this text encoder"),
     ],

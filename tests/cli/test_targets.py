@@ -252,3 +252,80 @@ def test_what_cannot_be_compared_is_said_with_what_can():
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             compare.of_targets(options.parse(["compare", *given]))
+
+
+# --- Lines of a file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("Brad Pitt", ["Brad Pitt"]),
+        ("Brad Pitt, William Bradley Pitt", ["Brad Pitt", "William Bradley Pitt"]),
+        ("50 Cent", ["50 Cent"]),
+        ("2Pac, Tupac Shakur", ["2Pac", "Tupac Shakur"]),
+        ("#1 dad mug", ["#1 dad mug"]),
+        ("Anderson Cooper", ["Anderson Cooper"]),  # neither this nor the next has the word "and"
+        ("Ferdinand", ["Ferdinand"]),
+        ("Salt-N-Pepa", ["Salt-N-Pepa"]),
+        ("C++", ["C++"]),
+        ('Dwayne "The Rock" Johnson', ['Dwayne "The Rock" Johnson']),
+        ('"Weird Al" Yankovic, Al Yankovic', ['"Weird Al" Yankovic', "Al Yankovic"]),
+        ('"Sammy Davis, Jr."', ["Sammy Davis, Jr."]),
+        ('"Martin Luther King, Jr." ,MLK', ["Martin Luther King, Jr.", "MLK"]),
+    ],
+)
+def test_a_line_is_a_name_and_after_commas_other_names_of_it(line, names):
+    assert targets.names_in(line, "celebrity") == names
+
+
+@pytest.mark.parametrize(
+    ("line", "odd", "question"),
+    [
+        ("1,Brad Pitt", "1", "has the number or mark of a list"),
+        ("1. Brad Pitt", "1. Brad Pitt", "has the number or mark of a list"),
+        ("2) Brad Pitt", "2) Brad Pitt", "has the number or mark of a list"),
+        ("- Brad Pitt", "- Brad Pitt", "has the number or mark of a list"),
+        ("1984", "1984", "has the number or mark of a list"),
+        ("name", "name", "may head a column"),
+        ("Target_Names,aliases", "Target_Names", "may head a column"),
+        ("1\tBrad Pitt", "1\tBrad Pitt", "has more than one column"),
+        ("| Brad Pitt | actor |", "| Brad Pitt | actor |", "has more than one column"),
+        ("1;Brad Pitt", "1;Brad Pitt", "may be several names"),
+        ("Brad Pitt and Angelina Jolie", "Brad Pitt and Angelina Jolie", "may be several names"),
+        ("Simon And Garfunkel", "Simon And Garfunkel", "may be several names"),
+        ("AT&T", "AT&T", "may be several names"),
+        ("Brad Pitt # an actor", "Brad Pitt # an actor", "ends in a comment"),
+        ("Brad Pitt #actor", "Brad Pitt #actor", "ends in a comment"),
+        ("Martin Luther King, Jr.", "Jr.", "may be the end of the name before: quote both as one"),
+        ("Prince, Junior", "Junior", "may be the end of the name before: quote both as one"),
+        ("Brad Pitt, 'Brad'", "'Brad'", 'begins with a quote that is not a plain "'),
+        ("“Sammy Davis, Jr.”", "“Sammy Davis", 'begins with a quote that is not a plain "'),
+        ('"Sammy Davis', '"Sammy Davis', "has a double quote that is not closed"),
+        ('5" floppy disk', '5" floppy disk', "has a double quote that is not closed"),
+    ],
+)
+def test_what_may_be_no_name_is_asked_about_and_the_question_says_how_to_answer(line, odd, question):
+    with pytest.raises(UserError) as asked:
+        targets.names_in(line, "celebrity")
+    assert str(asked.value).startswith(f"{odd!r} {question}")
+    answer = str(asked.value).split(" If all of it is a name: ")[1].removesuffix(".")
+    assert targets.names_in(answer, "celebrity") == [odd]
+
+
+def test_a_name_that_the_preset_lists_raises_no_question():
+    assert targets.names_in("Anna and Elena Balbusso", "style") == ["Anna and Elena Balbusso"]
+    with pytest.raises(UserError, match="may be several names"):
+        targets.names_in("Anna and Elena Balbusso", "celebrity")
+
+
+@pytest.mark.parametrize("line", ["Brad Pitt,", ", Brad Pitt", 'Brad Pitt, ""', "Brad Pitt,, William"])
+def test_a_name_is_missing_where_there_is_nothing_between_commas(line):
+    with pytest.raises(UserError, match="a name is missing before or after a comma"):
+        targets.names_in(line, "celebrity")
+
+
+@pytest.mark.parametrize("preset", prompts.PRESETS)
+def test_no_name_that_a_preset_lists_is_asked_about_in_a_file(preset):
+    for name in prompts.read_prompts(preset).domain:
+        assert targets.names_in(name, preset) == [name]

@@ -245,13 +245,17 @@ def test_every_name_goes_into_every_line_and_its_spellings_into_some():
     assert {instead for _, instead in pairs} == {f"{i} cloud" for i in range(30)}
 
 
-def test_as_published_there_are_templates_alone():
-    """The public code has no sentences, no other spellings and no parts of names."""
-    prompts, encode = replace(read_prompts("celebrity"), domain=[]).as_published(), Encoder()
-    data = prepare(RECIPE, prompts, ["Brad Pitt"], encode, encode)
-    assert encode.calls[0] == [fill(template, "Brad Pitt") for template in read_prompts("celebrity").templates]
-    assert len(data.anchors) == 4 * len(prompts.general)
-    assert {*encode.prompts_of(data.anchors)} <= {fill(t, w) for t in prompts.templates for w in prompts.general}
+def test_as_published_there_are_templates_alone_and_every_anchor_in_all_of_them():
+    """The public code has no sentences, no other spellings and no parts of names, and leaves no template out."""
+    domain = ["Angelina Jolie", "Brad Pitt", "Frida Kahlo", "Tom Hanks"]
+    prompts, encode = replace(read_prompts("celebrity"), domain=domain).as_published(), Encoder()
+    data = prepare(replace(RECIPE, nearest=2), prompts, ["Brad Pitt"], encode, encode)
+    templates = read_prompts("celebrity").templates
+    assert encode.calls[0] == [fill(template, "Brad Pitt") for template in templates]
+    anchors = encode.prompts_of(data.anchors)
+    near = {word for word in domain if word in anchors}  # one of the templates is the bare word
+    assert len(near) == 2
+    assert sorted(anchors) == sorted(fill(t, w) for t in templates for w in [*prompts.general, *near])
 
 
 def test_names_that_share_a_word_with_the_target_must_stay():
