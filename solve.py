@@ -13,7 +13,6 @@ stands beside it (`train --how solve`). theory/6 states and proves what is solve
     gates = solver.solve(targets, surrogates)             # a ResAG of one concept, in seconds
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 
 import cpe
 from token_space import ContextGate, TokenSpace
-
-READ = 40  # tokens of a prompt that are encoded where names are short (`tokens_read`): `stretched` makes 77 of them
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,6 @@ def places(tokens: int, words: int = 20, stride: int = 4) -> tuple[Tensor, Tenso
     return chosen, chosen.diff(append=torch.tensor([tokens])).float()
 
 
-def tokens_read(lengths: Iterable[int]) -> int | None:
-    """READ where names have so few tokens that paddings follow them in every line; None, all of them, elsewhere."""
-    return READ if max(lengths) <= 10 else None
-
-
-def stretched(E: Tensor, tokens: int) -> Tensor:
-    """Contexts [B, T, d] of T `tokens` from the first [B, t, d]: the last, a padding, stands for those that follow."""
-    return torch.cat([E, E[:, -1:].expand(-1, max(0, tokens - E.shape[1]), -1)], dim=1)
-
-
 class Solver:
     """Solves for the gates of any number of targets of one model; what they share is computed once.
 
@@ -111,23 +98,34 @@ class Solver:
         self.chosen, counts = places(anchors.shape[1])
         self.counts = counts.to(one) / counts.sum()
         self.M_half, self.M_inverse = roots(space.M)
-        tokens = anchors[:, self.chosen].to(one).flatten(0, 1)
-        mean = tokens.mean(dim=0)
-        tokens -= mean  # in place: of the paper's lists this is 40 MB
-        covariance = tokens.T @ tokens / len(tokens)
-        sizes, directions = (part.to(tokens) for part in torch.linalg.eigh(covariance.cpu()))
-        # Q = (E - mean) directions: without a bias, as E one = 1 at every token
-        w_qs = settings.temperature * directions[:, -settings.r :] / sizes[-settings.r :].clamp(min=0).sqrt().mean()
-        self.w_qs = w_qs - torch.outer(one, mean @ w_qs)
+        self.w_qs = self.attention(anchors)
         # H of the anchors' tokens [n, d], and what each counts for [n], 1 in all
-        attended = [self.attended(part.to(one))[:, self.chosen] for part in anchors.split(64)]
-        self.spared = torch.cat(attended).flatten(0, 1)
+        spared = torch.cat([self.attended(part.to(one))[:, self.chosen] for part in anchors.split(64)]).flatten(0, 1)
         self.counted = self.counts.repeat(len(anchors)) / len(anchors)
-        self.mean, deviation = self.spared.mean(dim=0), self.spared.std(dim=0)
+        self.mean, deviation = spared.mean(dim=0), spared.std(dim=0)
         self.deviation = deviation.clamp(min=1e-3 * deviation.mean().item() + 1e-12)  # features that hardly vary
-        self.standardised = (self.spared - self.mean) / self.deviation
+        self.standardised = spared.sub_(self.mean).div_(self.deviation)  # in place: of the paper's lists 100 MB
         # mean_a h_a h_a^T: what a linear map would have to leave alone
-        self.moment = (self.counted[:, None] * self.spared).T @ self.spared
+        self.moment = self.moment_of(self.counted)
+
+    def moment_of(self, weights: Tensor) -> Tensor:
+        """sum_t weights_t h_t h_t^T [d, d] over the anchors' tokens, weights [n]; in parts, as all is much memory."""
+        total = torch.zeros_like(self.space.M)
+        for z, w in zip(self.standardised.split(4096), weights.split(4096), strict=True):
+            h = z[w > 0] * self.deviation + self.mean
+            total += (w[w > 0, None] * h).T @ h
+        return total
+
+    def attention(self, anchors: Tensor) -> Tensor:
+        """w_qs [d, r] of Q = (E - mean) V_r temperature / mean_i s_i: r principal directions of contexts, sizes s_i."""
+        tokens, s = anchors[:, self.chosen].to(self.one).flatten(0, 1), self.settings
+        mean = tokens.mean(dim=0)
+        tokens -= mean
+        covariance = tokens.T @ tokens / len(tokens)
+        sizes, V = (part.to(tokens) for part in torch.linalg.eigh(covariance.cpu()))
+        w_qs = s.temperature * V[:, -s.r :] / sizes[-s.r :].clamp(min=0).sqrt().mean()
+        # the mean without a bias, as E one = 1 at every token
+        return w_qs - torch.outer(self.one, mean @ w_qs)
 
     def attended(self, E: Tensor) -> Tensor:
         """H = softmax(Q Q^T) E, [B, T, d] -> [B, T, d]."""
@@ -206,15 +204,14 @@ class Solver:
 
         G = sum_t w_t g_t^2 h_t h_t^T + lambda mean_a max(g_a, floor)^2 h_a h_a^T,     C = sum_t w_t g_t h_t x_t^T
         """
-        s, g_a = self.settings, torch.sigmoid(self.spared @ scaler)
+        s, g_a = self.settings, torch.sigmoid(self.standardised @ (self.deviation * scaler) + self.mean @ scaler)
         # prompts weigh alike, however long their shifts
         weights = (sizes.mean() / sizes / len(x))[:, None, None] * self.counts[:, None]
         wanted = torch.sigmoid(H @ scaler)[..., None] * H
         C = (weights * wanted).flatten(0, 1).T @ x.flatten(0, 1)
         # the anchors' part: floor^2 of the moment that all targets share, and more where this gate is open
         more = self.counted * (g_a.clamp(min=s.floor) ** 2 - s.floor**2)
-        opened = self.spared[more > 0]
-        spared = s.floor**2 * self.moment + (more[more > 0, None] * opened).T @ opened
+        spared = s.floor**2 * self.moment + self.moment_of(more)
         G = (weights * wanted).flatten(0, 1).T @ wanted.flatten(0, 1) + s.lam * spared
         return G + 1e-6 * G.trace() / len(G) * torch.eye(len(G)).to(G), C
 

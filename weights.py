@@ -32,6 +32,7 @@ from unet import UNet
 from vae import VAE
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
+PADDINGS = 8  # that are computed where prompts are read `briefly`; benchmarks/README.md says what that costs
 
 # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -114,16 +115,26 @@ class Model:
         return Schedule(check_schedule(config, path))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int = 32, tokens: int | None = None) -> Tensor:
-        """Context E [B, 77, d] of B prompts; [B, t, d] of their first `tokens`, which no later one changes.
+    def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
+        """Context E [B, 77, d] of B prompts.
 
-        UserError when the tokenizer is of another model, ValueError for a prompt that is not Unicode text.
+        `briefly`: of the paddings behind a prompt, which differ little, only PADDINGS are computed; the last stands for
+        the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
-        ids = self.tokenizer(prompts, self.tokens)[:, :tokens]
+        ids = self.tokenizer(prompts, self.tokens)
         if (ids >= known).any():
             raise UserError(f"{self.tokenizer_folder} is of another model: its text encoder knows {known} tokens")
-        return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
+        if not briefly or not prompts:
+            return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
+        # of each prompt, the place of the last token that is computed; argmax finds its first EOS
+        last = ((ids == self.tokenizer.eos).int().argmax(dim=1) + PADDINGS).clamp(max=self.tokens - 1)
+        order, found = last.argsort(stable=True), []
+        for rows in order.split(batch_size):
+            E = tower(ids[rows, : last[rows].amax() + 1].to(self.device))
+            places = torch.arange(self.tokens).minimum(last[rows, None])
+            found.append(E[torch.arange(len(rows))[:, None], places])
+        return torch.cat(found)[order.argsort()]
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
         """The same model with tensors of its U-Net replaced; arguments and errors as for `edited`."""

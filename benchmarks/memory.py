@@ -6,7 +6,7 @@
 
 Runs of the same command, each in a process of its own:
 
-    encodes       the text encoder is used: the target's prompts and 64 anchors are not in the cache
+    encodes       the text encoder is used: 64 of the target's prompts are not in the cache
     warm          everything is in the cache, as for a target that is trained again, or goes on
     cold, whole   with --whole: nothing is in the cache, and the whole recipe is trained, not a hundredth of it
     warm, whole   the same command for another target, after that
@@ -30,7 +30,7 @@ import cpe
 import weights
 from cli import main as run
 from loading import cache
-from loading.prompts import prepare, read_prompts
+from loading.prompts import read_prompts
 
 TRAIN = ["train", "--preset", "celebrity"]
 SHORT, WHOLE = ["Brad Pitt", "--steps-scale", "0.01"], ["Brad Pitt"]
@@ -65,9 +65,8 @@ def child(folder: str, begun: float, more: list[str]) -> None:
 def fill_cache(folder: Path) -> list[Path]:
     """Random contexts for everything that `prepare` asks of the cache; returns the files, the newest last."""
     model = weights.load_model(folder, parts=("text_encoder",))
-    model.encode = lambda prompts: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
-    prompts = read_prompts("celebrity")
-    prepare(cpe.PRESETS["celebrity"], prompts, ["x"], model.encode, lambda asked: cache.cached_contexts(model, asked))
+    model.encode = lambda prompts, **_: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
+    cache.encoded(model, cpe.PRESETS["celebrity"], read_prompts("celebrity"), SHORT[:1])
     return sorted(cache.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
 
 
@@ -99,7 +98,7 @@ def main() -> None:
             row("cold, whole", args.folder, [*WHOLE, *options])
             row("warm, whole", args.folder, ["Angelina Jolie", *options])
             return None
-        files[-1].unlink()  # a chunk of 64 anchors
+        files[-1].unlink()  # a chunk of 64 prompts
         row("encodes", args.folder, [*SHORT, *options])
         row("warm", args.folder, [*SHORT, *options])
     return None

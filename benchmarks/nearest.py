@@ -27,8 +27,8 @@ FIRST = ("red heart", "grinning face", "cat face", "rose", "red apple", "soccer 
 
 
 def cosines(contexts: Tensor) -> Tensor:
-    """Those of flattened contexts [n, t, d] with one another, [n, n], as `nearest_words` compares them."""
-    flat = contexts.float().flatten(1)
+    """Those of flattened contexts [n, T, d] with one another, [n, n], as `nearest_words` compares them."""
+    flat = contexts[:, :16].float().flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True)
     return flat @ flat.T
 
@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument("--preset", default="emoji")
     args = parser.parse_args()
     model, prompts = load_model(args.model, parts=("text_encoder",)), read_prompts(args.preset)
-    names, encode = prompts.domain, partial(cached_contexts, model, tokens=16)
+    names, encode = prompts.domain, partial(cached_contexts, model, briefly=True)
     for target in args.targets:
         near = dict(zip(names, cosines(encode([target, *names]))[0, 1:].tolist(), strict=True))
-        chosen = nearest_words(PRESETS[args.preset], prompts, [target], encode, encode)
+        chosen = nearest_words(PRESETS[args.preset], prompts, [target], encode)
         means = (sum(near[word] for word in words) / len(words) for words in (chosen, names))
         print("\n{}: mean cosine of the nearest {:.2f}, of all {:.2f}".format(target, *means))
         print(", ".join(f"{word} {near[word]:.2f}" for word in chosen))

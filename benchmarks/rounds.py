@@ -13,18 +13,16 @@ import argparse
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cpe
 import solve
-from loading.cache import cached_contexts
-from loading.prompts import PRESETS, fill, prepare, sentences, to_solve
+from loading.cache import encoded
+from loading.prompts import PRESETS, fill, sentences, to_solve
 from study.world import Scenario, World
 from weights import load_model
 
@@ -34,15 +32,7 @@ RECIPE = PRESETS["emoji"]
 
 def data_of(world: World, target: str) -> cpe.Data:
     """What gates of a target are solved from, as in the comparison's row `cpe, solved`."""
-    model, prompts = world.model, to_solve(world.listed(Scenario((target,))))
-
-    def encode(texts: list[str]) -> Tensor:
-        return solve.stretched(model.encode(texts, tokens=solve.READ), model.tokens)
-
-    def anchors(texts: list[str]) -> Tensor:
-        return solve.stretched(cached_contexts(model, texts, chunk=prompts.per_word, tokens=solve.READ), model.tokens)
-
-    return prepare(RECIPE, prompts, [target], encode, anchors, partial(cached_contexts, model, tokens=16))
+    return encoded(world.model, RECIPE, to_solve(world.listed(Scenario((target,)))), [target], briefly=True)
 
 
 def figures(world: World, solver: solve.Solver, data: cpe.Data, target: str) -> list[float]:

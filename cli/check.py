@@ -6,7 +6,7 @@ measured by the same shift. Those in which the embedded model shows no target an
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,7 +19,6 @@ from cli.pictures import undrawn
 from loading.cache import cached_contexts
 from loading.files import UserError
 from loading.prompts import anchor_words, normalised, read_prompts, sentences, spellings, to_solve, within, written
-from solve import stretched, tokens_read
 from token_space import TokenSpace
 from weights import Model
 
@@ -101,21 +100,14 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     concept, lines = file.concept, list(own or held_out(file.preset))
     sentences = [written(line, name) for name in concept.names for line in lines]
     others = without(concept.names, file.preset, lines)
-    parts = [sentences[i : i + 16] for i in range(0, len(sentences), 16)]
-    lengths = [len(model.tokenizer.ids(name)) for name in (*concept.names, concept.surrogate)]
-    read = None if own else tokens_read(lengths)  # what people write may be longer
-
-    def encode(texts: list[str], encoder: Callable) -> Tensor:
-        return stretched(encoder(texts, tokens=read), model.tokens)
-
-    E = torch.cat([encode(part, model.encode) for part in bar(parts, text="reading sentences")])
-    cached = partial(cached_contexts, model)
-    instead = encode([written(line, concept.surrogate) for line in lines], cached).to(E)
+    encode = partial(cached_contexts, model, briefly=True, progress=partial(bar, text="reading sentences"))
+    E = encode(sentences).to(model.device, model.dtype)
+    instead = encode([written(line, concept.surrogate) for line in lines]).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
     reached = torch.cat([space.reached(gates, *parts) for parts in zip(E.split(16), x.split(16), strict=True)])
 
-    F = encode(others, cached).to(E).split(16)
+    F = encode(others).to(E).split(16)
     opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
     energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
     asked = space.energy(x).sum(dim=1).mean().clamp(min=1e-12)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> str | None:
 def pictures(target: str, model: Model) -> list[tuple[str, str, str]]:
     """Twelve (group, prompt, the thing in it that is looked for)."""
     every = replace(PRESETS["emoji"], nearest=1000)
-    things = nearest_words(every, read_prompts("emoji"), [target], model.encode, partial(cached_contexts, model))
+    things = nearest_words(every, read_prompts("emoji"), [target], partial(cached_contexts, model))
     beside = [written(line, target).replace("{other}", "{}") for line in sentences("emoji", "beside")[:2]]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],

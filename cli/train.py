@@ -22,14 +22,14 @@ from cli.common import bar, command, defaults_of, metadata_of, open_model, read_
 from cli.options import recipe_fields
 from cli.runs import Trainer, digest, state_file, train
 from cli.targets import Target, names_in, split, target_of
-from loading.cache import cached_contexts
+from loading.cache import encoded
 from loading.files import UserError, check_writable, save_tensors
-from loading.prompts import PRESETS, Prompts, longer_names, prepare, read_prompts, to_solve
+from loading.prompts import PRESETS, Prompts, longer_names, read_prompts, to_solve
 from weights import Model
 
 # Raise it when the same settings come to give other gates, or states that go on differently: gates of any version can
 # be used, only those of this one count as finished.
-VERSIONS = {"train": 4, "solve": 4}
+VERSIONS = {"train": 4, "solve": 5}
 STEPS = ("first_steps", "later_steps", "attack_steps")
 PAPER = ("literal", "published")  # options: the losses, or the prompts, word for word
 
@@ -138,19 +138,8 @@ class Workshop:
     def data(self, target: Target) -> cpe.Data:
         """Contexts to train on, from the cache where an earlier run left them."""
         recipe = replace(PRESETS[target.preset], surrogate=target.surrogate)
-        prompts, names = self.prompts(target), [*target.names, target.surrogate]
-        lengths = [len(self.model.tokenizer.ids(name)) for name in names]
-        read = solve.tokens_read(lengths) if self.args.how == "solve" else None
-        cached = partial(cached_contexts, self.model, progress=partial(bar, text="reading prompts"))
-
-        def anchors(texts: list[str], chunk: int = prompts.per_word) -> torch.Tensor:
-            return solve.stretched(cached(texts, chunk=chunk, tokens=read), self.model.tokens)
-
-        def own(texts: list[str]) -> torch.Tensor:
-            return anchors(texts, 64).to(self.model.device, self.model.dtype)
-
-        # To compare: names are shorter than 16 tokens, and what follows them only repeats them.
-        return prepare(recipe, prompts, target.names, own, anchors, partial(cached, tokens=16))
+        progress, solving = partial(bar, text="reading prompts"), self.args.how == "solve"
+        return encoded(self.model, recipe, self.prompts(target), target.names, solving, progress)
 
 
 def finish(shop: Workshop, target: Target, out: Path, where: str) -> None:
@@ -207,8 +196,8 @@ def solved(shop: Workshop, target: Target) -> cpe.ResAG:
         raise UserError(f"{shop.model.name}: its text encoder's final LayerNorm has no bias: give --how train.")
     data = shop.data(target)
     try:
-        every = torch.cat([data.anchors, data.empty.to(data.anchors)])
-        solver = solve.Solver(shop.space, one, every, shop.recipe(target))
+        data = replace(data, anchors=torch.cat([data.anchors, data.empty.to(data.anchors)]))
+        solver = solve.Solver(shop.space, one, data.anchors, shop.recipe(target))
         return solver.solve(data.targets, data.surrogates, shop.args.seed)
     except ValueError as error:
         raise UserError(f"{error}.") from error

@@ -7,13 +7,16 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from cpe import Data, Recipe
 from loading.files import UserError, load_tensors, save_tensors
+from loading.prompts import Prompts, prepare
 
 if TYPE_CHECKING:
     from weights import Model
@@ -25,31 +28,52 @@ def cache_folder() -> Path:
 
 
 def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[list], Any] = list, chunk: int = 64,
-                    tokens: int | None = None) -> Tensor:  # fmt: skip
-    """Contexts [A, 77, d] of prompts in half precision, or of their first `tokens`. UserError as for `Model.encode`.
+                    briefly: bool = False) -> Tensor:  # fmt: skip
+    """Contexts [A, 77, d] of prompts in half precision. `briefly`, and UserError, as for `Model.encode`.
 
     They are stored in chunks. What is missing is encoded together, batch by batch, and stored as it comes: an
     interrupted encoding goes on where it stopped. `progress` wraps the batches.
     """
     parts = [list(prompts[i : i + chunk]) for i in range(0, len(prompts), chunk)]
-    paths = [path_of(model, part, tokens) for part in parts]
+    paths = [path_of(model, part, briefly) for part in parts]
     found = {path: contexts for path in paths if (contexts := stored(path)) is not None}
     missing = [each for each in zip(parts, paths, strict=True) if each[1] not in found]
     at_once = max(1, 64 // chunk)
     batches = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
     for batch in progress(batches):
-        contexts = model.encode([text for part, _ in batch for text in part], tokens=tokens).half().cpu()
+        contexts = model.encode([text for part, _ in batch for text in part], briefly=briefly).half().cpu()
         for (_, path), rows in zip(batch, contexts.split([len(part) for part, _ in batch]), strict=True):
-            found[path] = rows
+            found[path] = trimmed(rows)
             with suppress(UserError):  # a folder that cannot be written costs time, and nothing else
-                save_tensors(path, {"contexts": rows})
-    return torch.cat([found[path] for path in paths]) if paths else model.encode([]).half().cpu()
+                save_tensors(path, {"contexts": found[path]})
+    if not paths:
+        return model.encode([]).half().cpu()
+    every = torch.arange(model.tokens)
+    return torch.cat([found[path][:, every.clamp(max=found[path].shape[1] - 1)] for path in paths])
 
 
-def path_of(model: "Model", prompts: list[str], tokens: int | None) -> Path:
+def encoded(model: "Model", recipe: Recipe, prompts: Prompts, names: Sequence[str], briefly: bool = False,
+            progress: Callable[[list], Any] = list) -> Data:  # fmt: skip
+    """`prepare` with contexts of a model, from the cache where an earlier run left them; errors as there."""
+    cached = partial(cached_contexts, model, progress=progress)
+    return prepare(
+        recipe, prompts, names,
+        lambda texts: cached(texts, briefly=briefly).to(model.device, model.dtype),
+        partial(cached, chunk=prompts.per_word, briefly=briefly),
+        partial(cached, briefly=True),
+    )  # fmt: skip
+
+
+def trimmed(E: Tensor) -> Tensor:
+    """Contexts [B, t, d] without the tokens at the end of [B, T, d] that repeat the one before."""
+    changes = (E[:, 1:] != E[:, :-1]).any(dim=2).any(dim=0).nonzero()
+    return E[:, : changes.amax() + 2].clone()
+
+
+def path_of(model: "Model", prompts: list[str], briefly: bool) -> Path:
     """The file of the contexts of some prompts."""
-    ids = model.tokenizer(prompts, model.tokens)[:, :tokens]
-    key = hashlib.sha256(f"{model.fingerprint} {ids.tolist()}".encode()).hexdigest()[:32]
+    ids, how = model.tokenizer(prompts, model.tokens).tolist(), "briefly " if briefly else ""
+    key = hashlib.sha256(f"{model.fingerprint} {how}{ids}".encode()).hexdigest()[:32]
     return cache_folder() / f"contexts-{key}.safetensors"
 
 

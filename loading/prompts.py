@@ -243,17 +243,12 @@ def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> li
     return [each for each in spelt if not any(within(name, each) for name in whole)]
 
 
-def nearest_words(
-    recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode, encode_anchors: Encode
-) -> list[str]:
+def nearest_words(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode) -> list[str]:
     """The `recipe.nearest` domain words that are anchors of a target, the nearest first (cosine of bare contexts)."""
     words = anchor_words(prompts, names).domain
-    if not words:
-        return []
-    # All of them are asked for, whatever the target, so that a cache serves every one.
-    bare, target = encode_anchors(prompts.domain), encode([names[0]])
-    candidates = rows_of(bare, prompts.domain, words).flatten(1).float()
-    near = F.cosine_similarity(candidates, target.flatten()[None].float().to(bare.device))
+    # All are asked for, so that a cache serves every target; what follows 16 tokens only repeats them.
+    bare, target = (encode(list(each))[:, :16].float() for each in (prompts.domain, names[:1]))
+    near = F.cosine_similarity(rows_of(bare, prompts.domain, words).flatten(1), target.flatten(1))
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
 
 
@@ -297,7 +292,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
         every = anchor_prompts(prompts.general, lines, prompts.per_word)
         rows.append(rows_of(encode_anchors(every), prompts.general, words.general))
     if words.domain:
-        chosen = nearest_words(recipe, prompts, names, encode_bare or encode, encode_bare or encode_anchors)
+        chosen = nearest_words(recipe, prompts, names, encode_bare or encode_anchors)
         rows.append(encode_anchors(anchor_prompts(chosen, lines, prompts.per_word)))
     # as many prompts of these either way: fewer of each of more names
     if prompts.parts and (near := relatives(names, [*words.domain, *words.general], 32 // prompts.per_word)):

@@ -32,7 +32,7 @@ from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
 
 FULL = Budget()
-VERSION = 9  # of all measurements: raise it when a change of the code makes stored figures wrong
+VERSION = 10  # of all measurements: raise it when a change of the code makes stored figures wrong
 
 # --- One cell ----------------------------------------------------------------------------------------------------
 

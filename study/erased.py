@@ -18,9 +18,9 @@ import erasers
 import solve
 import token_space
 from erasers import beyond
-from loading.cache import cached_contexts
+from loading.cache import cached_contexts, encoded
 from loading.files import shipped
-from loading.prompts import PRESETS, anchor_prompts, nearest_words, prepare, to_solve
+from loading.prompts import PRESETS, anchor_prompts, nearest_words, to_solve
 from study.attacks import Victim
 from study.world import Scenario, World
 
@@ -59,7 +59,7 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     """The anchor prompts that CPE's gates of a scenario's targets train on, together."""
     prompts, recipe, words = world.listed(scenario), PRESETS[scenario.preset], []
     for target in scenario.targets:
-        words += nearest_words(recipe, prompts, [target], world.model.encode, partial(cached_contexts, world.model))
+        words += nearest_words(recipe, prompts, [target], partial(cached_contexts, world.model))
     return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
 
 
@@ -71,18 +71,10 @@ def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, styl
         preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
         prompts = prompts.as_published() if published else prompts
         recipe = replace(PRESETS[preset], **{key: x for key, x in settings.items() if key in ("surrogate", "nearest")})
-        read, model = solve.READ if make is solved else None, world.model
-
-        def encode(texts: list[str]) -> torch.Tensor:
-            return solve.stretched(model.encode(texts, tokens=read), model.tokens)
-
-        def anchors(texts: list[str]) -> torch.Tensor:
-            return solve.stretched(cached_contexts(model, texts, chunk=prompts.per_word, tokens=read), model.tokens)
-
         for target in scenario.targets:
             # what the other gates erase, this one shall leave to them
             known = replace(prompts, general=[*prompts.general, *(name for name in scenario.targets if name != target)])
-            data = prepare(recipe, known, [target], encode, anchors, partial(cached_contexts, model, tokens=16))
+            data = encoded(world.model, recipe, known, [target], briefly=make is solved)
             gates.append(make(world, data, preset, seed, **settings))
         return Victim(world.model, world.model, cpe.merge(gates))
 

@@ -1,6 +1,5 @@
 """solve.py: the closed forms are the optimum they claim to be, and the gates do what gates are for."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -51,6 +50,11 @@ def words() -> Words:
     return Words()
 
 
+def spared_of(solver: Solver) -> Tensor:
+    """H [n, d] of the anchors' tokens."""
+    return solver.standardised * solver.deviation + solver.mean
+
+
 @pytest.fixture(scope="module")
 def solver(words: Words) -> Solver:
     anchors = torch.cat([words(list(range(2, 50)), seed) for seed in (1, 2)])
@@ -99,7 +103,7 @@ def test_the_scaler_is_the_minimum_of_its_convex_problem(words, solver):
     shares = torch.rand(len(H), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shares /= shares.sum()
     v, b = (each.double() for each in solver.regression(H.float(), shares.float()))
-    z, z_a = ((x.double() - solver.mean.double()) / solver.deviation.double() for x in (H, solver.spared))
+    z, z_a = ((x.double() - solver.mean.double()) / solver.deviation.double() for x in (H, spared_of(solver)))
     w, rho, counted = solver.settings.weight, solver.settings.rho, solver.counted.double()
     opened = counted * torch.sigmoid(z_a @ v + b)
     missed = shares * torch.sigmoid(-(z @ v + b))
@@ -117,7 +121,7 @@ def test_the_correction_is_the_least_squares_of_its_rank(words, solver, k):
     x = 1.3 * (words([1] * 30, 3) - E)
     gates = solver.gates(E, x)
     M, s, scaler = solver.space.M.double(), solver.settings, gates.scaler[0, :, 0].double()
-    H, H_a = solver.attended(E)[:, solver.chosen].double(), solver.spared.double()
+    H, H_a = solver.attended(E)[:, solver.chosen].double(), spared_of(solver).double()
     sizes = solver.space.energy(x).mean(dim=1).double()
     weights = ((sizes.mean() / sizes / len(x))[:, None] * solver.counts.double()).sqrt()[..., None]
     g, g_a = torch.sigmoid(H @ scaler)[..., None], torch.sigmoid(H_a @ scaler).clamp(min=s.floor)[:, None]
@@ -233,34 +237,16 @@ def test_what_cannot_be_solved_is_said(words, solver, wrong, said):
         wrong(words, solver)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_name_of_ten_tokens_ends_before_the_last_token_that_is_read_in_every_line(preset):
-    """Its spellings add two at most; a longer one, as other scripts have, is read to the end."""
-    assert (solve.tokens_read([2, 10]), solve.tokens_read([2, 11])) == (solve.READ, None)
-    tokenizer, start = load_model("emoji").tokenizer, 1
-    longest = max(len(tokenizer.ids(line.replace("{}", ""))) for line in read_prompts(preset).lines)
-    assert start + longest + 10 + 2 < solve.READ
-
-
-def test_a_padding_stands_for_those_that_follow_it():
-    E = torch.arange(6.0).reshape(1, 3, 2)
-    assert solve.stretched(E, 5)[0, :, 0].tolist() == [0, 2, 4, 4, 4]
-    assert torch.equal(solve.stretched(E, 3), E)
-
-
 # --- A style of the embedded model -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_style_goes_from_things_that_no_gate_was_solved_on_and_other_styles_and_the_things_stay():
-    """In sentences of no other file, about things on no list: solved with 40 of 77 tokens, it acts on all."""
+    """In sentences of no other file, about things on no list: solved with a few paddings, it acts on all."""
     world, preset = World(load_model("emoji")), "emoji-style"
     model, space, recipe = world.model, world.space, PRESETS[preset]
 
-    def short(texts: list[str], encoder: Callable) -> Tensor:
-        return solve.stretched(encoder(texts, tokens=solve.READ), model.tokens)
-
-    encoders = partial(short, encoder=model.encode), partial(short, encoder=partial(cached_contexts, model))
+    encoders = partial(model.encode, briefly=True), partial(cached_contexts, model, briefly=True)
     data = prepare(recipe, read_prompts(preset), ["blob style"], *encoders)
     one = solve.constant_direction(model.text_encoder.text_model.final_layer_norm)
     anchors, settings = torch.cat([data.anchors.to(data.empty), data.empty]), Settings.of(recipe, style=True)

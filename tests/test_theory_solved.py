@@ -99,3 +99,18 @@ def test_the_price_of_rank(seed, k):
     alone = sum(th.rank_gains(G, C, W)[:k].sum() for W in layers)
     assert alone >= gains[:k].sum() - 1e-9
     assert close(sum(th.rank_gains(G, C, W).sum().item() for W in layers), gains.sum().item())
+
+
+@cases
+@given(seeds)
+def test_mixtures_of_anchors_weigh_no_more_than_anchors(seed):
+    h, c = draw(seed, (7, 4), (7,))
+    c = c.abs() / c.abs().sum()
+    # every pair, and Simpson's rule, which is exact for the square of a mixture
+    mixed = torch.zeros(4, 4, dtype=h.dtype)
+    for alpha, weight in ((0, 1 / 6), (0.5, 4 / 6), (1, 1 / 6)):
+        m = alpha * h[:, None] + (1 - alpha) * h
+        mixed += weight * torch.einsum("i,j,ijd,ije->de", c, c, m, m)
+    found = th.mixture_moment(h, c)
+    assert torch.allclose(found, mixed)
+    assert torch.linalg.eigvalsh((c[:, None] * h).T @ h - found)[0] > -1e-12

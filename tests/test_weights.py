@@ -18,7 +18,7 @@ import weights
 from loading import files
 from loading.files import UserError
 from loading.tokens import TOKENIZER
-from weights import load_model
+from weights import PADDINGS, load_model
 
 
 def state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -123,6 +123,20 @@ def test_training_reads_cross_attention_and_nothing_else(tiny, monkeypatch):
     monkeypatch.setattr("loading.parts.opened", spy)
     assert list(model.cross_attention()) == read == list(tensors)
     assert "unet" not in model.__dict__
+
+
+def test_a_few_paddings_stand_for_all_where_a_prompt_is_read_briefly(tiny):
+    """Up to them it is what `encode` gives, whatever else is in the batch; a prompt that fills all tokens is whole."""
+    model = load_model(tiny)
+    prompts = ["a cat", "dog", "cat " * 100, "a cat and a dog and a cat"]
+    with pytest.warns(UserWarning, match="prompt cut"):
+        briefly, whole = model.encode(prompts, batch_size=3, briefly=True), model.encode(prompts)
+    for i, prompt in enumerate(prompts):
+        last = min(1 + len(model.tokenizer.ids(prompt)) + PADDINGS, model.tokens - 1)
+        torch.testing.assert_close(briefly[i, : last + 1], whole[i, : last + 1])
+        assert torch.equal(briefly[i, last:], briefly[i, last].expand(model.tokens - last, -1))
+    assert not torch.allclose(briefly[0], whole[0])
+    assert model.encode([], briefly=True).shape == (0, *whole.shape[1:])
 
 
 def test_fingerprints_tell_text_encoders_apart(tiny):

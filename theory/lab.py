@@ -113,7 +113,7 @@ class Lab:
     def listed(self) -> list[str]:
         """The concepts that are anchors: of those that are not hidden, the nearest to the target."""
         prompts, encode = self.shop.prompts(self.erased), lambda names: self.contexts(names)
-        return nearest_words(self.recipe, prompts, self.erased.names, encode, encode)
+        return nearest_words(self.recipe, prompts, self.erased.names, encode)
 
     def contexts(self, names: Sequence[str]) -> Tensor:
         """Contexts [B, T, d] of prompts, those of bare names from the memory."""

@@ -381,6 +381,15 @@ def ridge_gain(B: Tensor, G: Tensor, C: Tensor, M: Tensor) -> Tensor:
     return 2 * ((B.T @ C) * M.T).sum() - ((B.T @ G @ B) * M.T).sum()
 
 
+def mixture_moment(h: Tensor, c: Tensor) -> Tensor:
+    """E m^T m [d, d] of mixtures m = alpha a + (1 - alpha) b: rows a, b of h [n, d] by their weights c [n], 1 in all.
+
+    alpha is uniform in [0, 1]:  2/3 S + 1/3 mu^T mu,    S = sum_a c_a h_a^T h_a,    mu = sum_a c_a h_a
+    """
+    mu = c @ h
+    return 2 / 3 * (c[:, None] * h).T @ h + torch.outer(mu, mu) / 3
+
+
 def rank_gains(G: Tensor, C: Tensor, W: Tensor) -> Tensor:
     """s_1^2 >= s_2^2 >= ... of G^-1/2 C W^T: the most that B W^T of rank k can gain in |.| W is the sum of the first k.
 

@@ -7,7 +7,7 @@ import torch
 from tiny import change
 
 from loading import cache, files
-from weights import load_model
+from weights import PADDINGS, load_model
 
 
 def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
@@ -16,7 +16,7 @@ def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
     first = cache.cached_contexts(model, prompts, chunk=4)
     assert first.dtype == torch.float16
     assert torch.equal(first, model.encode(prompts).half())
-    monkeypatch.setattr(model, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
     assert torch.equal(cache.cached_contexts(model, prompts, chunk=4), first)
 
 
@@ -32,14 +32,18 @@ def test_what_is_missing_is_encoded_together_and_stored_apart(tiny, monkeypatch)
     torch.testing.assert_close(found, encode(words).half(), rtol=0, atol=2e-3)
 
 
-def test_the_first_tokens_alone_are_the_first_of_all(tiny):
-    """And are no answer to who asks for all."""
-    model, prompts = load_model(tiny), ["a cat on the first tokens", "dog"]
-    few, whole = cache.cached_contexts(model, prompts, tokens=5), cache.cached_contexts(model, prompts)
-    assert few.shape[1] == 5
-    torch.testing.assert_close(few, whole[:, :5], rtol=0, atol=2e-3)
-    assert torch.equal(cache.cached_contexts(model, prompts, tokens=5), few)
-    assert torch.equal(cache.cached_contexts(model, prompts, tokens=999), whole)
+def test_paddings_that_repeat_one_are_stored_once(tiny, monkeypatch):
+    """What is read briefly comes back whole, and is no answer to who asks for all paddings."""
+    model, prompts = load_model(tiny), ["a cat read briefly", "dog", "three dogs and a cat"]
+    briefly, whole = cache.cached_contexts(model, prompts, briefly=True), cache.cached_contexts(model, prompts)
+    assert torch.equal(briefly, model.encode(prompts, briefly=True).half())
+    assert briefly.shape == whole.shape
+    assert not torch.equal(briefly, whole)
+    stored = cache.stored(cache.path_of(model, prompts, briefly=True))
+    longest = max(len(model.tokenizer.ids(prompt)) for prompt in prompts)
+    assert stored.shape[1] == 1 + longest + 1 + PADDINGS
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    assert torch.equal(cache.cached_contexts(model, prompts, briefly=True), briefly)
 
 
 def test_a_damaged_cache_is_made_anew(tiny):
@@ -54,7 +58,7 @@ def test_a_setting_of_a_text_encoder_that_changes_nothing_leaves_the_cache_as_it
     first = cache.cached_contexts(load_model(tiny), ["a cat of any version"])
     change(tiny, "text_encoder", transformers_version="4.0")
     model = load_model(tiny)
-    monkeypatch.setattr(model, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
     assert torch.equal(cache.cached_contexts(model, ["a cat of any version"]), first)
 
 

@@ -168,8 +168,9 @@ def test_targets_share_general_anchors_and_the_prompts_of_a_near_word_stand_toge
     for target in ("Brad Pitt", "a dog", "somebody else"):
         anchors = Encoder()
         data = prepare(RECIPE, prompts, [target], Encoder(), anchors)
-        *first, near = anchors.calls
+        *first, own, near = anchors.calls
         shared.append(first)
+        assert own == [target]
         assert anchors.prompts_of(data.anchors)[-4:] == near
         assert near == anchor_prompts([word for word in near if word in PEOPLE], prompts.templates)
     assert shared[0] == shared[1] == shared[2]

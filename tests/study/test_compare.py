@@ -13,7 +13,7 @@ import token_space
 from benchmarks import tune
 from benchmarks.ablations import ABLATIONS, Unmixed
 from cli.many import read_lines
-from loading.cache import cache_folder
+from loading.cache import cache_folder, encoded
 from loading.files import save_tensors
 from loading.prompts import PRESETS, anchor_prompts, fill, normalised, prepare
 from study import compare, evaluate
@@ -206,17 +206,17 @@ def test_rows_of_other_prompts_or_anchors(world, monkeypatch, row, published, tr
     """What is seen is what gates are trained with, up to the first step."""
     seen, method = [], ABLATIONS[row]
 
-    def prepared(recipe, prompts, *more):
+    def few_of(model, recipe, prompts, *more, **how):
         assert recipe.nearest == method.settings.get("nearest", 50)
         seen.append(prompts)
         few = {name: getattr(prompts, name)[:6] for name in ("templates", "frames", "general", "domain")}
-        return prepare(recipe, dataclasses.replace(prompts, **few), *more)
+        return encoded(model, recipe, dataclasses.replace(prompts, **few), *more, **how)
 
     def begin(self):
         seen.append(type(self))
         raise FloatingPointError
 
-    monkeypatch.setattr(rows_of_table, "prepare", prepared)
+    monkeypatch.setattr(rows_of_table, "encoded", few_of)
     monkeypatch.setattr(cpe.Trainer, "begin", begin)
     with pytest.raises(FloatingPointError):
         method.build(world, SCENARIOS["object"], 0, **method.settings)
