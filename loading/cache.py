@@ -67,7 +67,7 @@ def encoded(model: "Model", recipe: Recipe, prompts: Prompts, names: Sequence[st
 def trimmed(E: Tensor) -> Tensor:
     """Contexts [B, t, d] without the tokens at the end of [B, T, d] that repeat the one before."""
     changes = (E[:, 1:] != E[:, :-1]).any(dim=2).any(dim=0).nonzero()
-    return E[:, : changes.amax() + 2].clone()
+    return E[:, : changes.amax() + 2 if len(changes) else 1].clone()
 
 
 def path_of(model: "Model", prompts: list[str], briefly: bool) -> Path:

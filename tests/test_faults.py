@@ -296,8 +296,9 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     assert ended(start(run_command, train(tiny_original, tmp_path / "alone.safetensors"), tmp_path / "fresh")) == 0
     shared, alone = ({path.name for path in folder.iterdir()} for folder in (cache, tmp_path / "fresh"))
     assert alone < shared
-    # the dog's: in templates, bare, words near it (these presets put two words into a file), sentences to check it with
-    assert len(shared - alone) == 5
+    # the dog's: in templates, alone to find what is near, words near it (these presets put two words into a file), and
+    # the sentences to check it with, with its name and without
+    assert len(shared - alone) == 7
     alone, shared = load_file(tmp_path / "alone.safetensors"), load_file(out / "heart.safetensors")
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
