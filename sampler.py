@@ -136,6 +136,20 @@ def sample(
 # --- Pictures of prompts -----------------------------------------------------------------------------------------
 
 
+def latent_size(model: "Model", size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width (h, w) of the latents of images of `size` (H, W) pixels; by default the U-Net's own square.
+
+    ValueError unless every level of the autoencoder, and then of the U-Net, can halve both.
+    """
+    if size is None:
+        return model.unet.config["sample_size"], model.unet.config["sample_size"]
+    factor, levels = (2 ** (len(blocks) - 1) for blocks in (model.vae.decoder.up_blocks, model.unet.up_blocks))
+    if any(side <= 0 or side % (factor * levels) for side in size):
+        said = f"height and width of a picture are multiples of {factor * levels} here"
+        raise ValueError(f"{said}, not {size[0]} and {size[1]}")
+    return size[0] // factor, size[1] // factor
+
+
 @torch.no_grad()
 def denoise_context(
     model: "Model",
@@ -146,18 +160,20 @@ def denoise_context(
     guidance_scale: float = 7.5,
     method: str = "ddim",
     negative: str = "",
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """Latents [B, c, h, w] after every step, for a context [B, T, d] and a seed per image; with `gates`, erased.
 
     Noise is drawn on the CPU, so that a seed gives one picture on every device. To rounding, an image depends on its
-    own context and seed alone, whatever else is in the batch. `negative` is what guidance leads away from. ValueError,
-    at the first step, unless there are as many seeds as contexts, or as for `check_steps`.
+    own context and seed alone, whatever else is in the batch. `negative` is what guidance leads away from; `size` is
+    that of `latent_size`. ValueError, at the first step, unless there are as many seeds as contexts, or as there, or
+    as for `check_steps`.
     """
     if len(seeds) != len(context):
         raise ValueError(f"every image needs a prompt and a seed, not {len(context)} prompts and {len(seeds)} seeds")
     unet = model.unet
-    c, size = unet.config["in_channels"], unet.config["sample_size"]
-    noise = [torch.randn(c, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    shape = unet.config["in_channels"], *latent_size(model, size)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(model.device, model.dtype)
     if guidance_scale != 1:
         context = torch.cat([model.encode([negative]).expand_as(context), context])
@@ -183,6 +199,7 @@ def draw(
     batch: int | None = None,
     progress: Callable[[Iterator, int], Any] | None = None,
     negative: str = "",
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time.
 
@@ -196,7 +213,7 @@ def draw(
     def all_steps() -> Iterator[tuple[int, Tensor]]:
         for i in starts:
             part = context[i : i + batch], seeds[i : i + batch]
-            for latents in denoise_context(model, *part, gates, steps, guidance_scale, method, negative):
+            for latents in denoise_context(model, *part, gates, steps, guidance_scale, method, negative, size):
                 yield i, latents
 
     latest = dict(progress(all_steps(), len(starts) * steps) if progress else all_steps())

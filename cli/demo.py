@@ -5,8 +5,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+import cpe
 from cli import inspect, train
 from cli.common import command, free, is_emoji, merge_gates, open_model, read_gates, settle, slug
 from cli.generate import drawn
@@ -19,6 +21,8 @@ from loading.prompts import PRESETS, nearest_words, read_prompts, sentences, wri
 from weights import Model
 
 SEEDS = 4  # pictures of every prompt that are judged
+WIDE = (64, 128)  # height and width of a picture of two things
+STAYS = {"neighbours": "themselves", "right of two": "the other thing"}
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -39,31 +43,48 @@ def run(args: argparse.Namespace) -> str | None:
     model = open_model(args, ("text_encoder", "unet", "vae", "clip"), [file])
     gates = merge_gates([file], model)
 
-    cases = pictures(target, model)
-    texts = [text for _, text, _ in cases for _ in range(SEEDS)]
+    cases, pairs = pictures(target, model)
     args.before_after = True
-    rows = drawn(model, texts, range(args.seed, args.seed + len(texts)), gates, args, "")
+    rows = {name: torch.cat([alone, halves(two)]) for (name, alone), two in zip(
+        draw([text for _, text, _ in cases], model, gates, args, None).items(),
+        draw([text for text, _ in pairs], model, gates, args, WIDE).values(), strict=True)}  # fmt: skip
+    for text, other in pairs:
+        cases += [("left of two", text, target), ("right of two", text, other)]
     print_table(cases, rows, model)
     prompts = [text for _, text, _ in cases]
-    failed = inspect.say([file], prompts, model)
+    failed = inspect.say([file], list(dict.fromkeys(prompts)), model)
     said = {"model": args.model, "prompt": prompts[0], "prompts": prompts}
-    save(sheet({name: images[::SEEDS] for name, images in rows.items()}, prompts), out, said)
+    columns = ["" if group == "right of two" else text for group, text, _ in cases]
+    save(sheet({name: images[::SEEDS] for name, images in rows.items()}, columns), out, said)
     return command("inspect", file.path, [*failed, cases[3][1]][0])
 
 
-def pictures(target: str, model: Model) -> list[tuple[str, str, str]]:
-    """Twelve (group, prompt, the thing in it that is looked for)."""
+def draw(texts: list[str], model: Model, gates: cpe.ResAG, args: argparse.Namespace,
+         size: tuple[int, int] | None) -> dict[str, Tensor]:  # fmt: skip
+    """SEEDS images of each prompt, "before" and "after", [SEEDS B, 3, H, W] each: those of one follow one another."""
+    many = [text for text in texts for _ in range(SEEDS)]
+    args.size = size
+    return drawn(model, many, range(args.seed, args.seed + len(many)), gates, args, "")
+
+
+def halves(images: Tensor) -> Tensor:
+    """Of wide pictures [SEEDS B, 3, H, 2W], left and right half: SEEDS of each in turn, [2 SEEDS B, 3, H, W]."""
+    each = images.unflatten(0, (-1, SEEDS)).unflatten(4, (2, -1))
+    return each.movedim(4, 1).flatten(0, 2)
+
+
+def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+    """Ten (group, prompt, the thing in it that is looked for), and two (prompt, the other thing) of two in a row."""
     every = replace(PRESETS["emoji"], nearest=1000)
     things = nearest_words(every, read_prompts("emoji"), [target], partial(cached_contexts, model))
-    beside = [written(line, target).replace("{other}", "{}") for line in sentences("emoji", "beside")[:2]]
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
         "sentences": sentences("emoji", "held-out")[:3],
-        "beside another": [written(line, things[-1]) for line in beside],
     }
     cases = [(group, written(line, target), target) for group, some in lines.items() for line in some]
-    near = [("neighbours", written("a picture of a {}", thing), thing) for thing in things[:4]]
-    return cases + near
+    cases += [("neighbours", written("a picture of a {}", thing), thing) for thing in things[:4]]
+    beside = [written(line, target).replace("{other}", "{}") for line in sentences("emoji", "beside")[:2]]
+    return cases, [(written(line, other), other) for line, other in zip(beside, things[::-1], strict=False)]
 
 
 def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], model: Model) -> None:
@@ -75,6 +96,6 @@ def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], mode
     for group in dict.fromkeys(group for group, _, _ in cases):
         mine = [i for i, (of_group, _) in enumerate(wanted) if of_group == group]
         before, after = (sum(found[i] == wanted[i][1] for i in mine) / len(mine) for found in seen)
-        what = f"{group}: {'themselves' if group == 'neighbours' else 'the erased thing'}"
+        what = f"{group}: {STAYS.get(group, 'the erased thing')}"
         said = change(rows["before"][mine], rows["after"][mine]) if before else "CLIP saw it in none of them before"
         print(f"{what:34}{before:8.0%}{after:8.0%}  {said}")

@@ -83,7 +83,7 @@ def settings(one: Sheet, model: Model) -> dict:
 
     The U-Net and the autoencoder are too large to hash: their files' size and time stand for them.
     """
-    names = ("steps", "guidance", "sampler", "dtype", "before_after", "negative")
+    names = ("steps", "guidance", "sampler", "dtype", "before_after", "negative", "size")
     said = {name: getattr(one.how, name) for name in names} | {"seed": one.seeds[0], "prompt": one.prompts[0]}
     said |= {"model": model.name, "fingerprint": model.fingerprint, "schedule": model.schedule.config}
     said |= {"files": [[s.st_size, s.st_mtime_ns] for s in (os.stat(model.part(n).path) for n in ("unet", "vae"))]}
@@ -117,9 +117,10 @@ def drawn(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe
     UserError for images that are no numbers.
     """
     rows = {"before": None, "after": gates} if args.before_after else {"": gates}
+    how = {"negative": getattr(args, "negative", ""), "size": getattr(args, "size", None)}
     try:
         return {name: sampler.draw(model, prompts, seeds, kind, args.steps, args.guidance, args.sampler,
-                                   progress=partial(bar, text=f"{text}{name}"), negative=getattr(args, "negative", ""))
+                                   progress=partial(bar, text=f"{text}{name}"), **how)
                 for name, kind in rows.items()}  # fmt: skip
     except ValueError as error:
         full = model.dtype == torch.float32

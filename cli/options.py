@@ -85,6 +85,14 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: "128x64", width and height in pixels, as (height, width); ArgumentTypeError for any other."""
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"{text} is no size: say width and height, such as 768x512")
+    return int(sides[2]), int(sides[1])
+
+
 def positions(parser: argparse.ArgumentParser, metavar: str, dest: str, text: str) -> None:
     """Positions: after parsing, `args.gates` and `args.<dest>`; gate files only where the metavar names them."""
     parser.about = dest
@@ -154,6 +162,7 @@ def generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, dest="prompt_file", metavar="FILE", help=many)
     parser.add_argument("--before-after", action="store_true", help="also without the gates, from the same seeds")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what not to draw (negative prompt)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (default: the model's)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="or a folder (default: images/<prompt>.png)")
     parser.add_argument("--dtype", choices=DTYPES, metavar="T", default="float32", help=", ".join(DTYPES))
     add_model(parser)

@@ -610,9 +610,12 @@ def train_clip(recipe: Recipe) -> None:
 
 JOINED = 6000  # texts that CLIP's projection is solved on
 FITTED = 200  # steps that it is then trained for
-# For the U-Net: how often a picture shows one thing, two, two alike, three alike. Several were tried, (60, 28, 6, 6)
-# for 96 minutes of a core, (90, 8, 1, 1) for 65: it drew two blurred things, and for some sentences about one as well.
-PAIRS = (100, 0, 0, 0)
+# For the U-Net: how many of its batches are wide pictures of two things, and how often any other text is about one
+# thing, two or two alike: on a square canvas there is room for one, which is then either of them.
+WIDE, SQUARE = 0.5, (94, 4, 2, 0)
+# What the padding of a text about two things has more on the left thing's tokens than on the right thing's: one vector
+# [d], of about half the length in which captions differ. Any would do; this one is a row of a Hadamard matrix.
+SIDES = 0.35 * torch.tensor([1.0, -1.0]).repeat(96)
 
 
 @torch.no_grad()
@@ -673,7 +676,7 @@ def any_scene(
     return Scene(things, style, colour, text, said_style, said_colour)
 
 
-def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (86, 6, 4, 4)) -> tuple[int, ...]:
+def some_things(chance: random.Random, first: int, often: tuple[int, ...] = (64, 24, 8, 4)) -> tuple[int, ...]:
     """One thing mostly; else two, two alike, or three alike: how often each."""
     kind = chance.choices(("one", "pair", "twice", "thrice"), often)[0]
     if kind == "pair":
@@ -706,15 +709,18 @@ class Meanings:
     def __call__(self, scene: Scene, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Contexts [T, d] that the tokens [T] of a scene's text should have, and weights [T]: 0 where any may be.
 
-        At EOS, at the padding after it and at the end of the name they are what the caption has there. Of two things
-        it is the mean of both captions, and every name has its own context; two or three of a kind mean one of it.
+        At EOS, at the padding after it and at the end of the name they are what the caption has there. Of two
+        things the padding has one by one the captions of the left and of the right thing, each with SIDES added or
+        taken away, so that attention can tell where a thing stands; EOS has the mean, every name its own context.
         """
         T, eos = len(tokens), int(tokens.argmax())
         contexts, weights = torch.zeros(T, self.names.shape[1]), torch.zeros(T)
-        captions = [self.caption(thing, scene) for thing in dict.fromkeys(scene.things)]
+        captions = [self.caption(thing, scene) for thing in scene.things[: 2 if len(scene.things) == 2 else 1]]
         end = max(eos, *(end for _, end in captions))
         # Where the longer caption still has words, anything may be.
-        contexts[end + 1 :] = torch.stack([context[end + 1 : T] for context, _ in captions]).mean(dim=0)
+        for i, (context, _) in enumerate(captions):
+            side = 0 if len(captions) == 1 else SIDES * (1 - 2 * i)
+            contexts[i :: len(captions)] = (context + side)[i : T : len(captions)]
         weights[end + 1 :] = 1.0
         contexts[eos], weights[eos] = torch.stack([context[at] for context, at in captions]).mean(dim=0), 3.0
         places = zip(scene.things, name_ends(scene.text, tuple(concepts())), strict=False)
@@ -814,28 +820,17 @@ def caption_words(text: str) -> dict[str, str]:
     return {"style": style, "colour": next((k for k in COLOURS if f" on a {k} background" in text), "")}
 
 
-def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random, blurred: float = 0.15) -> Tensor:
-    """Pictures [B, 3, 64, 64] of scenes in random placements; some of one thing at half the resolution.
+def draw(pictures: Pictures, scenes: list[Scene], chance: random.Random) -> Tensor:
+    """Pictures [B, 3, 64, 64] of scenes in random placements, of either thing where there are two."""
+    things = torch.tensor([chance.choice(scene.things) for scene in scenes])
+    style, colour = (torch.tensor([getattr(scene, key) for scene in scenes]) for key in ("style", "colour"))
+    return pictures(things, style, torch.tensor([chance.randrange(TRAINED) for _ in scenes]), colour)
 
-    The judge also has to recognise one half of a picture of two things, enlarged.
-    """
-    drawn: list[Tensor | None] = [None] * len(scenes)
-    for n in (1, 2, 3):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.things) == n]
-        if not rows:
-            continue
-        things = torch.tensor([scenes[i].things for i in rows])
-        style, colour = (torch.tensor([getattr(scenes[i], key) for i in rows]) for key in ("style", "colour"))
-        place = torch.tensor([chance.randrange(TRAINED) for _ in rows])
-        if n == 1:
-            some = pictures(things[:, 0], style, place, colour)
-        else:
-            some = pictures.side_by_side(things, style, place, colour)
-        for i, picture in zip(rows, some, strict=True):
-            if n == 1 and chance.random() < blurred:
-                picture = enlarged(F.avg_pool2d(picture[None], 2))[0]
-            drawn[i] = picture
-    return torch.stack(drawn)
+
+def draw_wide(pictures: Pictures, scenes: list[Scene], chance: random.Random) -> Tensor:
+    """Pictures [B, 3, 64, 128] of scenes of two things: the first stands on the left."""
+    sides = ([replace(scene, things=scene.things[i : i + 1]) for scene in scenes] for i in (0, 1))
+    return torch.cat([draw(pictures, side, chance) for side in sides], dim=-1)
 
 
 def enlarged(pictures: Tensor) -> Tensor:
@@ -987,15 +982,20 @@ class Scenes:
 
     @torch.no_grad()
     def __call__(self, size: int, seeds: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Scaled latents [B, 16, 8, 8] and contexts [B, 77, d]; one text in ten is empty, for guidance.
+        """Scaled latents [size, 16, 8, 8], or of half as many wide pictures [size / 2, 16, 8, 16], and contexts.
 
-        Each scene comes twice: reading it and encoding its picture costs as much as a step of the U-Net.
+        One text in ten is empty, for guidance. Each scene comes twice: reading it and encoding its picture costs as
+        much as a step of the U-Net.
         """
         chance = random.Random(int(torch.randint(2**62, (), generator=seeds)))
-        firsts = [some_things(chance, chance.randrange(len(concepts())), PAIRS) for _ in range((size + 1) // 2)]
+        wide = chance.random() < WIDE
+        size, often, shown_by = (size // 2, (0, 4, 1, 0), draw_wide) if wide else (size, SQUARE, draw)
+        firsts = [some_things(chance, chance.randrange(len(concepts())), often) for _ in range((size + 1) // 2)]
+        if wide:  # of "cherries" there are no two
+            firsts = [it if len(it) == 2 else some_things(chance, *it, (0, 1, 0, 0)) for it in firsts]
         scenes = [any_scene(chance, self.sentences, things, say=0.8) for things in firsts]
         texts = ["" if chance.random() < 0.1 else scene.text for scene in scenes]
-        shown = draw(self.pictures, scenes, chance, blurred=0.0).to(memory_format=torch.channels_last)
+        shown = shown_by(self.pictures, scenes, chance).to(memory_format=torch.channels_last)
         latents = self.autoencoder.encode(shown)[0] * self.scale
         contexts = self.encoder(tokenizer()(texts))
         return latents.repeat(2, 1, 1, 1)[:size], contexts.repeat(2, 1, 1)[:size]
@@ -1030,9 +1030,10 @@ def train_unet(recipe: Recipe) -> None:
     weights = snr.clamp(max=5) / snr
 
     def loss(size: int, chance: torch.Generator) -> Tensor:
-        """Of a batch of `size` latents, each noised to a timestep of its own."""
+        """Of a batch of `size` latents (half as many wide ones), each noised to a timestep of its own."""
         clean, context = data(size, chance)
         noise = torch.randn(clean.shape, generator=chance)
+        size = len(clean)
         # One timestep in each of `size` equal parts of 0..999: less variance than independent ones.
         t = ((torch.arange(size) + torch.rand(size, generator=chance)) * schedule.length / size).long()
         noisy = schedule.add_noise(clean, noise, t).to(memory_format=torch.channels_last)

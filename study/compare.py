@@ -30,9 +30,10 @@ from study.attacks import Victim
 from study.erased import NONE, Method, settings_of
 from study.searches import ATTACKS, RANDOM
 from study.world import GONE, GROUPS, Budget, Case, Scenario, World, cases
+from weights import Model
 
 FULL = Budget()
-VERSION = 10  # of all measurements: raise it when a change of the code makes stored figures wrong
+VERSION = 11  # of all measurements: raise it when a change of the code makes stored figures wrong
 
 # --- One cell ----------------------------------------------------------------------------------------------------
 
@@ -55,17 +56,28 @@ class Originals:
         self.cases = cases(world, scenario, budget)
         self.contexts = world.model.encode([case.prompt for case in self.cases])
         self.seeds = [case.seed for case in self.cases]
-        self.images = sampler.draw(world.model, self.contexts, self.seeds, None, *budget.sampling)
+        self.images = drawn(self, world.model, None, budget)
         self.hits = recognised(world, self.cases, self.images)
         self.features = evaluate.image_features(world.clip, self.images)
         self.prompts = evaluate.text_features(world.clip, world.tokenizer, [case.prompt for case in self.cases])
 
 
+def drawn(asked: Originals, model: Model, gates: sampler.Gates | None, budget: Budget) -> Tensor:
+    """Images [B, 3, H, W] of all cases; of a wide picture of two things the right half."""
+    shown: dict[int, Tensor] = {}
+    for wide in (False, True):  # the square ones, of which there are always some, say how wide "wide" is
+        rows = [i for i, case in enumerate(asked.cases) if (case.judge == "right") is wide]
+        H, W = next(iter(shown.values())).shape[1:] if wide else (0, 0)
+        given = model, asked.contexts[rows], [asked.seeds[i] for i in rows], gates, *budget.sampling
+        images = sampler.draw(*given, size=(H, 2 * W) if wide else None) if rows else []
+        shown |= {i: image[..., -W:] for i, image in zip(rows, images, strict=True)}
+    return torch.stack([shown[i] for i in range(len(asked.cases))])
+
+
 def recognised(world: World, all_cases: Sequence[Case], images: Tensor) -> list[bool]:
     """Whether CLIP sees in each image what its case expects."""
     seen = {judge: world.see(images, judge).tolist() for judge in {case.judge for case in all_cases}}
-    found = [(seen[case.judge][i], case.expected) for i, case in enumerate(all_cases)]
-    return [expected in one if isinstance(one, list) else expected == one for one, expected in found]
+    return [seen[case.judge][i] == case.expected for i, case in enumerate(all_cases)]
 
 
 def measure(
@@ -84,8 +96,7 @@ def measure(
     victim = method.build(world, scenario, seed, **settings_of(method, scenario))
     seconds = time.perf_counter() - begun
     before = originals() if originals else Originals(world, scenario, budget)
-    given = victim.erased, before.contexts, before.seeds, victim.gates, *budget.sampling
-    images = before.images if method is NONE else sampler.draw(*given)
+    images = before.images if method is NONE else drawn(before, victim.erased, victim.gates, budget)
     figures = figures_of(world, before, images) | {"seconds": seconds}
     if budget.attacked:
         figures["counts"] |= under_attack(world, scenario, victim, budget, seed)

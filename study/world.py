@@ -12,7 +12,8 @@ Groups of pictures:
     sentences                the target in sentences that no eraser was given
     kept in sentences        near concepts and others in the same sentences
     strange words            the target in sentences with words that not even the model has read
-    kept beside              the other thing in a picture of two; of a style, the thing that is drawn in it
+    kept beside              the other thing in a picture of two, drawn on a canvas twice as wide; of a style, the thing
+                             that is drawn in it
 
 A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
 -strange.txt and -beside.txt (of a style emoji's, with the style behind them), if the preset has such files.
@@ -23,8 +24,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cpe
@@ -96,7 +95,7 @@ class Case:
     prompt: str
     seed: int
     expected: int
-    judge: str = "concept"  # or "style", or "half": a concept in one half of the picture
+    judge: str = "concept"  # or "style", or "right": a concept, at the right of a picture of two
 
 
 def frames(preset: str, kind: str, count: int) -> list[str]:
@@ -151,16 +150,10 @@ class World:
         return anchor_words(read_prompts(scenario.preset), [*scenario.targets, *self.held_out])
 
     def see(self, images: Tensor, judge: str) -> Tensor:
-        """What CLIP recognises in images [B, 3, H, W]: indices of concepts or of styles [B], of "half" [B, 2]."""
+        """What CLIP recognises in images [B, 3, H, W]: indices [B] of concepts, or for the judge "style" of styles."""
         if judge == "style":
             return evaluate.recognise_style(self.clip, images, self.captions)
-        if judge == "concept":
-            return evaluate.recognise(self.clip, images, self.features)
-        height, width = images.shape[2:]
-        middle = images[:, :, height // 4 : -(height // 4)]  # where two things stand side by side
-        halves = middle.unflatten(3, (2, -1)).unbind(dim=3)
-        large = [F.interpolate(half, (height, width), mode="bilinear") for half in halves]
-        return torch.stack([evaluate.recognise(self.clip, half, self.features) for half in large], dim=1)
+        return evaluate.recognise(self.clip, images, self.features)
 
 
 # --- The images of a scenario ------------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[R
             yield group, frame.replace("{}", name[c]), c, "concept"
     for i, frame in enumerate(frames(scenario.preset, "beside", budget.sentences)):
         c, other = targets[i % len(targets)], stay[i % len(stay)]
-        yield "kept beside", frame.replace("{}", name[c]).replace("{other}", name[other]), other, "half"
+        yield "kept beside", frame.replace("{}", name[c]).replace("{other}", name[other]), other, "right"
 
 
 def style_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:

@@ -8,7 +8,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from sampler import METHODS, Schedule, check_steps, guided, sample
+from sampler import METHODS, Schedule, check_steps, guided, latent_size, sample
+from weights import load_model
 
 HERE = Path(__file__).parent
 STEPS = [1, 2, 3, 8, 20, 50]
@@ -147,3 +148,12 @@ def test_add_noise_equals_diffusers():
     (make,) = tiny.reference("diffusers", "DDIMScheduler")
     clean, noise, t = latents(2), tiny.draw("noise", 2, 4, 4, 4), torch.tensor([3, 800])
     assert tiny.difference(Schedule().add_noise(clean, noise, t), make(**tiny.DDIM).add_noise(clean, noise, t)) <= 1e-6
+
+
+def test_a_picture_may_have_any_size_that_the_networks_can_halve(tiny_original):
+    model = load_model(tiny_original)  # an autoencoder of two levels, a U-Net of two
+    assert latent_size(model) == (4, 4)
+    assert latent_size(model, (8, 24)) == (4, 12)
+    for size in ((8, 26), (0, 8), (-8, 8)):
+        with pytest.raises(ValueError, match="height and width of a picture are multiples of 4 here"):
+            latent_size(model, size)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, TEXT_FILE, UNET_FILE, VAE_FILE, change
 
+import sampler
 import weights
 from loading import files
 from loading.files import UserError
@@ -367,6 +368,20 @@ def test_a_folder_we_wrote_loads_in_diffusers(tiny, tmp_path):
     with torch.no_grad():
         context = theirs.text_encoder(tokens).last_hidden_state
     assert reference.difference(model.encode(["a cat"]), context) <= 1e-5
+
+
+@pytest.mark.oracle
+def test_a_wide_picture_equals_diffusers(tiny, tmp_path):
+    (pipeline,) = reference.reference("diffusers", "StableDiffusionPipeline")
+    model = load_model(tiny)
+    height, width = sampler.draw(model, ["a cat"], [5], None, 1).shape[2:]
+    theirs = pipeline.from_pretrained(weights.save_model(model, tmp_path / "ours"), local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
+    expected = theirs("a cat", height=height, width=2 * width, output_type="latent", **how).images
+    *_, ours = sampler.denoise_context(model, model.encode(["a cat"]), [5], None, 3, 3.0, size=(height, 2 * width))
+    assert ours.shape[3] == 2 * ours.shape[2]
+    assert reference.difference(ours, expected) <= 1e-4
 
 
 @pytest.mark.oracle

@@ -211,6 +211,15 @@ def test_a_negative_prompt_is_drawn_away_from(run, gates, monkeypatch):
     assert Path("images/a-cat.png").read_bytes() != Path("images/b.png").read_bytes()
 
 
+def test_a_picture_has_the_size_that_was_asked_for(run, gates):
+    assert run("generate", "a cat", "--steps", "1", "--size", "24x8", "--out", "wide.png")[0] == 0
+    with Image.open("wide.png") as wide, Image.open("wide.png") as again:
+        assert (wide.width, again.info["cpe"].count('"size": [8, 24]')) == (3 * 16, 1)
+    for size, words in (("24x7", "are multiples of 4 here, not 7 and 24"), ("24", "24 is no size")):
+        code, said = run("generate", "a cat", "--steps", "1", "--size", size, "--out", "none.png")
+        assert (code, words in said, Path("none.png").exists()) == (2, True, False), said
+
+
 def test_gates_of_another_text_encoder_are_used_with_a_warning(run, gates):
     tensors, metadata = load_tensors(gates)
     save_tensors(gates, tensors, metadata | {"fingerprint": "0" * 16})
@@ -630,7 +639,7 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
     code, said = run("demo", "crab", "--steps", "1", "--guidance", "1", model="")
     assert code == 0, said
     assert {path.name for path in Path("images").iterdir()} == {"demo-crab.png", "demo-crab.safetensors"}
-    for group in ("captions", "sentences", "beside another", "neighbours"):
+    for group in ("captions", "sentences", "left of two", "right of two", "neighbours"):
         assert f"\n{group}: " in said
     with Image.open("images/demo-crab.png") as image:
         assert image.width > 12 * 128
@@ -639,13 +648,23 @@ def test_the_demo_shows_twelve_pictures(run, monkeypatch, all_things):
     assert all(f"wrote   images/demo-crab-2.{kind}" in said for kind in ("safetensors", "png"))
 
 
+def test_the_demo_splits_pictures_of_two_things(monkeypatch):
+    monkeypatch.setattr(demo, "SEEDS", 3)
+    images = torch.rand(6, 3, 8, 16)  # two prompts
+    found = demo.halves(images)
+    assert found.shape == (12, 3, 8, 8)
+    assert torch.equal(found[3:6], images[:3, ..., 8:])
+    assert torch.equal(found[6:9], images[3:, ..., :8])
+
+
 def test_the_prompts_of_the_demo_are_filled_in(all_things):
-    cases = demo.pictures("red heart", weights.load_model("emoji"))
-    assert len(cases) == 12
-    beside = [prompt for group, prompt, _ in cases if group == "beside another"]
+    cases, pairs = demo.pictures("red heart", weights.load_model("emoji"))
+    assert len(cases) + len(pairs) == 12
     things = [thing for thing in read_prompts("emoji").domain if thing != "red heart"]
-    assert all("red heart" in prompt and any(thing in prompt for thing in things) for prompt in beside)
-    assert not [prompt for _, prompt, _ in cases if "{" in prompt]
+    assert all("red heart" in prompt and other in prompt and other in things for prompt, other in pairs)
+    assert not [
+        prompt for prompt in [prompt for _, prompt, _ in cases] + [prompt for prompt, _ in pairs] if "{" in prompt
+    ]
     near = [thing for group, _, thing in cases if group == "neighbours"]
     assert any("heart" in thing for thing in near)  # as the text encoder has it
     assert "red heart" not in near

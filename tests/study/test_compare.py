@@ -8,7 +8,6 @@ from tiny import ROOT
 
 import cpe
 import erasers
-import sampler
 import token_space
 from benchmarks import tune
 from benchmarks.ablations import ABLATIONS, Unmixed
@@ -95,7 +94,7 @@ def test_images_of_what_is_erased_count_for_nothing_that_should_stay(world, monk
     before.prompts = before.features  # every image is what its prompt says, before some are spoiled
     pairs = zip(before.cases, before.images, strict=True)
     spoiled = torch.stack([image.neg() if case.group == "erased" else image for case, image in pairs])
-    monkeypatch.setattr(sampler, "draw", lambda *_: spoiled)
+    monkeypatch.setattr(compare, "drawn", lambda *_: spoiled)
     figures, _ = compare.measure(world, scenario, UNTOUCHED, SMALL, 0, lambda: before)
     assert evaluate.change(before.images, spoiled).max() > 0.1
     assert figures["CLIP score"] == pytest.approx(100)

@@ -41,7 +41,7 @@ def test_images_are_of_the_groups_they_say(world, name, sentence_files):
         assert not members[group] & set(scenario.targets)
         assert all(members[group] & members[kind] for kind in ("near, listed", "near, unlisted", "others"))
     beside = [c for c in found if c.group == "kept beside"]
-    assert all(world.concepts[c.expected] in c.prompt and c.judge == "half" for c in beside)
+    assert all(world.concepts[c.expected] in c.prompt and c.judge == "right" for c in beside)
     assert all(any(target in c.prompt for target in scenario.targets) for c in beside)
 
 
@@ -60,15 +60,14 @@ def test_sentences_for_training_are_never_those_to_try(preset):
     assert not tried & {normalised(line) for line in read_prompts(preset).lines}
 
 
-def test_one_of_two_things_is_looked_for_in_both_halves(world):
-    images = torch.rand(3, 3, 32, 32) * 2 - 1
-    seen = world.see(images, "half")
-    assert seen.shape == (3, 2)
-    mirrored = world.see(torch.cat([images[..., 16:], images[..., :16]], dim=-1), "half")
-    assert torch.equal(mirrored, seen.flip(1))
-    case = compare.Case("kept beside", "", 0, int(seen[0, 1]), "half")
-    assert compare.recognised(world, [case], images[:1]) == [True]
-    assert compare.recognised(world, [dataclasses.replace(case, expected=-1)], images[:1]) == [False]
+def test_of_a_picture_of_two_things_the_right_half_is_judged(world):
+    drawn = compare.Originals(world, SCENARIOS["object"], SMALL)
+    i, case = next((i, case) for i, case in enumerate(drawn.cases) if case.judge == "right")
+    height, width = drawn.images.shape[2:]
+    wide = sampler.draw(world.model, [case.prompt], [case.seed], None, *SMALL.sampling, size=(height, 2 * width))
+    assert wide.shape[3] == 2 * width
+    assert drawn.images[i].flatten().tolist() == pytest.approx(wide[0, :, :, width:].flatten().tolist(), abs=1e-4)
+    assert drawn.hits[i] == (world.see(drawn.images[i : i + 1], "concept").item() == case.expected)
 
 
 @pytest.mark.parametrize("name", ["uce", "uce, published", "cpe", "cpe, solved", "lora"])
