@@ -182,20 +182,6 @@ class Pictures:
         # over: a F + (1 - a) B
         return (opacity * icon[:, :3] + (1 - opacity) * paint) / 127.5 - 1
 
-    def side_by_side(self, things: Tensor, style: Tensor, placement: Tensor, colour: Tensor) -> Tensor:
-        """Pictures [B, 3, 64, 64] of n = 2 or 3 things [B, n] in a row, each 64 / n pixels wide; the rest as above."""
-        n = things.shape[1]
-        side, icons = SIZE // n, self.icons[things, style[:, None], placement[:, None]].float()
-        icons = icons.permute(0, 1, 4, 2, 3) / 255
-        # Opacity times colour may be averaged over pixels, colour alone may not.
-        icons = torch.cat([icons[:, :, :3] * icons[:, :, 3:], icons[:, :, 3:]], dim=2).flatten(0, 1)
-        icons = F.interpolate(icons, (side, side), mode="bilinear", antialias=True).unflatten(0, (-1, n))
-        row = torch.cat(list(icons.unbind(1)), dim=-1)
-        top, left = (SIZE - side) // 2, (SIZE - n * side) // 2
-        row = F.pad(row, (left, SIZE - n * side - left, top, SIZE - side - top))
-        paint = self.colours[colour][:, :, None, None] / 255
-        return (row[:, :3] + (1 - row[:, 3:]) * paint) * 2 - 1
-
 
 # Tokenizer.
 
@@ -833,11 +819,6 @@ def draw_wide(pictures: Pictures, scenes: list[Scene], chance: random.Random) ->
     return torch.cat([draw(pictures, side, chance) for side in sides], dim=-1)
 
 
-def enlarged(pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, s, s] at 64 x 64 pixels."""
-    return F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
-
-
 # VAE: pictures to latents of an eighth of their side, and back.
 
 
@@ -861,13 +842,9 @@ def vae_config(scaling_factor: float = 1.0) -> dict:
 
 
 def any_pictures(pictures: Pictures, size: int, chance: torch.Generator) -> Tensor:
-    """A batch [size, 3, 64, 64] of random training pictures; in one half of them two or three things in a row."""
-    ends, rows = (len(STYLES), TRAINED, len(COLOURS)), size // 2
-    s, p, k = (torch.randint(end, (size,), generator=chance) for end in ends)
-    n = int(torch.randint(2, 5, (), generator=chance))  # two more often than three
-    things = torch.randint(len(concepts()), (size, 2 if n == 4 else n), generator=chance)
-    row = pictures.side_by_side(things[:rows], s[:rows], p[:rows], k[:rows]) if rows else torch.empty(0, 3, SIZE, SIZE)
-    return torch.cat([row, pictures(things[rows:, 0], s[rows:], p[rows:], k[rows:])])
+    """A batch [size, 3, 64, 64] of random training pictures."""
+    ends = (len(concepts()), len(STYLES), TRAINED, len(COLOURS))
+    return pictures(*(torch.randint(end, (size,), generator=chance) for end in ends))
 
 
 def gradients(pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -898,17 +875,17 @@ def train_vae(recipe: Recipe) -> None:
     for line in training:
         judged = vae.VAE(vae_config())
         judged.load_state_dict(training.average)
-        print(line, "PSNR", *(f"{psnr(judged, pictures, things=n):.2f} dB of {n}" for n in (1, 2)), flush=True)
+        print(line, f"PSNR {psnr(judged, pictures):.2f} dB", flush=True)
 
 
 @torch.no_grad()
-def psnr(model: vae.VAE, pictures: Pictures, count: int = 208, things: int = 1) -> float:
-    """Mean PSNR in dB over pictures of so many things in held-out placements; the range of colours is 2."""
+def psnr(model: vae.VAE, pictures: Pictures, count: int = 208, wide: bool = False) -> float:
+    """Mean PSNR in dB over pictures, or wide ones, of things in held-out placements; the range of colours is 2."""
     chance = torch.Generator().manual_seed(1)
     ends = ((0, len(concepts())), (0, len(STYLES)), (TRAINED, TRAINED + HELD_OUT), (0, len(COLOURS)))
     c, *rest = (torch.randint(*end, (count,), generator=chance) for end in ends)
-    row = torch.stack([c.roll(i) for i in range(things)], dim=1)
-    x = pictures(c, *rest) if things == 1 else pictures.side_by_side(row, *rest)
+    x = pictures(c, *rest)
+    x = torch.cat([x, pictures(c.roll(1), *rest)], dim=-1) if wide else x
     y = torch.cat([model.decode(model.encode(part)[0]) for part in x.split(52)]).clamp(-1, 1)
     # PSNR = 10 log10(2^2 / MSE)
     return (10 * (4 / (x - y).square().mean(dim=(1, 2, 3))).log10()).mean().item()
@@ -1214,24 +1191,24 @@ def exported(kind: type[nn.Module], folder: str, file: str = "diffusion_pytorch_
 
 
 @torch.no_grad()
-def generate(prompts: list[str], seed: int = 0, guidance_scale: float = 4.0, steps: int = 50) -> Tensor:
-    """Pictures [B, 3, 64, 64] in [-1, 1] of prompts, by DDIM from the exported model."""
+def generate(prompts: list[str], seed: int = 0, wide: bool = False, steps: int = 50) -> Tensor:
+    """Pictures [B, 3, 64, 64], or 128 wide, in [-1, 1] of prompts, by DDIM from the exported model at guidance 4."""
     context = exported(clip.TextEncoder, "text_encoder", "model")(tokenizer()([""] * len(prompts) + prompts))
     denoiser, decoder = exported(unet.UNet, "unet"), exported(vae.VAE, "vae")
     kv = denoiser.keys_values(context)
     side, chance = SIZE // 8, torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), 16, side, side, generator=chance)
+    noise = torch.randn(len(prompts), 16, side, side * (1 + wide), generator=chance)
     schedule = sampler.Schedule(schedule_config())
-    *_, latents = sampler.sample(denoiser, schedule, noise, kv, steps=steps, guidance_scale=guidance_scale)
+    *_, latents = sampler.sample(denoiser, schedule, noise, kv, steps=steps, guidance_scale=4.0)
     return decoder.decode(latents / decoder.scaling_factor).clamp(-1, 1)
 
 
 def write_grid(pictures: Tensor, path: Path, columns: int = 16) -> None:
-    """Pictures [B, 3, 64, 64] as one PNG, row by row."""
+    """Pictures [B, 3, 64, W] as one PNG, row by row."""
     from PIL import Image
 
     rows = [torch.cat(list(row), dim=-1) for row in pictures.split(columns)]
-    rows = [F.pad(row, (0, columns * SIZE - row.shape[-1]), value=1.0) for row in rows]
+    rows = [F.pad(row, (0, columns * pictures.shape[-1] - row.shape[-1]), value=1.0) for row in rows]
     pixels = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(pixels.numpy()).save(path)
 
@@ -1240,12 +1217,6 @@ def rates(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> dict[str, floa
     """Shares of concepts, styles and backgrounds, indices [B] each, that were recognised."""
     shares = [(a == b).float().mean().item() for a, b in zip(found, true, strict=True)]
     return dict(zip(("concept", "style", "background"), shares, strict=True))
-
-
-def halves(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and the right thing of pictures [B, 3, 64, 64] of two, enlarged."""
-    middle = pictures[:, :, SIZE // 4 : -SIZE // 4]
-    return enlarged(middle[..., : SIZE // 2]), enlarged(middle[..., SIZE // 2 :])
 
 
 @dataclass
@@ -1283,7 +1254,9 @@ def generated_scores(judge: Judge, kind: str, count: int, steps: int = 50) -> di
     """Recognition of one picture of each of `count` prompts of a kind; the pictures are written to build/."""
     wanted = asked(kind, count, random.Random(0))
     parts = [wanted[i : i + 16] for i in range(0, count, 16)]
-    made = [generate([a.prompt for a in part], i, steps=steps) for i, part in enumerate(tqdm(parts, desc=kind))]
+    made = [
+        generate([a.prompt for a in part], i, kind == "beside", steps) for i, part in enumerate(tqdm(parts, desc=kind))
+    ]
     pictures = torch.cat(made)
     write_grid(pictures, BUILD / f"{kind}.png")
     first, style, colour = (
@@ -1292,7 +1265,7 @@ def generated_scores(judge: Judge, kind: str, count: int, steps: int = 50) -> di
     if kind != "beside":
         return rates(judge(pictures), (first, style, colour))
     second = torch.tensor([a.things[1] for a in wanted])
-    left, right = (judge(half)[0] for half in halves(pictures))
+    left, right = (judge(half)[0] for half in pictures.split(SIZE, dim=-1))
     found = {"left": left == first, "right": right == second, "both": (left == first) & (right == second)}
     shares = {key: value.float().mean().item() for key, value in found.items()}
     return shares | {"background": (background(pictures) == colour).float().mean().item()}
@@ -1302,7 +1275,7 @@ def evaluate(json_file: Path | None, count: int | None = None, steps: int = 50) 
     """Measure the exported model: VAE, CLIP on real renders and sentences, contexts, generated pictures."""
     pictures, judge_model = Pictures(), exported(clip.CLIP, "clip", "model")
     autoencoder, files = exported(vae.VAE, "vae"), ("held-out", "strange")
-    scores: dict = {"psnr": {f"{n} in a row": psnr(autoencoder, pictures, things=n) for n in (1, 2, 3)}}
+    scores: dict = {"psnr": {kind: psnr(autoencoder, pictures, wide=kind == "wide") for kind in ("square", "wide")}}
     scores["renders"] = zero_shot_renders(judge_model, pictures)
     scores["colour by CLIP"] = colour_accuracy(judge_model, pictures)
     scores["sentences by CLIP"] = {f: sentence_accuracy(judge_model, pictures, f"emoji-{f}.txt") for f in files}

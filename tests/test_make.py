@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import sys
 from functools import partial
 
@@ -193,7 +194,9 @@ def test_from_nothing_the_whole_model_is_made_in_a_folder_of_its_own(
 ):
     before = {"concepts.txt": "\n".join(NAMES).encode()}
     monkeypatch.setattr(make.subprocess, "Popen", lambda command, env: InThisProcess(make, command, env))
-    monkeypatch.setattr(make, "generate", lambda prompts, *_, **__: torch.zeros(len(prompts), 3, 64, 64))
+    monkeypatch.setattr(
+        make, "generate", lambda prompts, _=0, wide=False, *__: torch.zeros(len(prompts), 3, 64, 64 * (1 + wide))
+    )
     new = tmp_path / "new"
     assert run(make, monkeypatch, "all", "--out", str(new), "--threads", threads) == 0
     assert files(make.HERE) == before
@@ -258,21 +261,18 @@ def test_a_training_ends_by_the_clock(make, monkeypatch):
     assert 0 < short.seen < 200
 
 
-def test_two_things_stand_side_by_side(make, data):
+def test_of_two_things_the_first_stands_on_the_left(make, data):
     make.make_data()
     pictures = make.Pictures()
-    icons = torch.zeros_like(pictures.icons)
-    for c, (red, opacity) in enumerate([(255, 255), (0, 255), (255, 0)]):
-        icons[c, ..., 0], icons[c, ..., 3] = red, opacity
-    pictures.icons = icons
-    first = torch.zeros(1, dtype=torch.long)
-    left, right = pictures.side_by_side(torch.tensor([[0, 1]]), first, first, first)[0, 0, 16:48].chunk(2, dim=1)
-    torch.testing.assert_close(left, torch.ones(32, 32))
-    torch.testing.assert_close(right, -torch.ones(32, 32))
-    white = pictures.side_by_side(torch.tensor([[0, 2, 1]]), first, first, first)[0, 1]
-    torch.testing.assert_close(white[:21], torch.ones(21, 64))  # background above
-    torch.testing.assert_close(white[22:42, 22:42], torch.ones(20, 20))  # and through what is transparent
-    torch.testing.assert_close(white[22:42, 1:21], -torch.ones(20, 20))
+    pictures.icons = torch.full_like(pictures.icons, 255)  # opaque
+    pictures.icons[1, ..., 0] = 0  # and this one without red
+    scenes = [make.Scene((0, 1), 0, 0, ""), make.Scene((1, 0), 1, 1, "")]
+    red = make.draw_wide(pictures, scenes, random.Random(0))[:, 0]
+    assert red.shape == (2, 64, 128)
+    assert [red[0, :, :64].unique().item(), red[0, :, 64:].unique().item()] == [1, -1]
+    assert [red[1, :, :64].unique().item(), red[1, :, 64:].unique().item()] == [-1, 1]
+    alone = make.draw(pictures, scenes * 20, random.Random(0))[:, 0].flatten(1)
+    assert alone.mean(dim=1).unique().tolist() == [-1, 1]  # in a square there is room for one, either of them
 
 
 def test_what_a_sentence_should_mean_is_what_its_caption_means(make, ready):
@@ -298,7 +298,10 @@ def test_what_a_sentence_should_mean_is_what_its_caption_means(make, ready):
     pair = make.Scene((3, 0), 1, 2, "a ghost and two bananas", -1, -1)
     two, _ = meanings(pair, tokenizer([pair.text])[0])
     one, other = (meanings(make.Scene((c,), 1, 2, pair.text), tokenizer([pair.text])[0])[0] for c in (3, 0))
-    torch.testing.assert_close(two[60], (one + other)[60] / 2)
+    torch.testing.assert_close(two[60:77:2], (one + make.SIDES)[60:77:2])  # the left thing's tokens
+    torch.testing.assert_close(two[61:77:2], (other - make.SIDES)[61:77:2])
+    end = int(tokenizer([pair.text]).argmax())
+    torch.testing.assert_close(two[end], (one + other)[end] / 2)
     assert len(make.name_ends(pair.text, tuple(NAMES))) == 2
 
 
