@@ -210,7 +210,7 @@ class Solver:
         wanted = torch.sigmoid(H @ scaler)[..., None] * H
         C = (weights * wanted).flatten(0, 1).T @ x.flatten(0, 1)
         # the anchors' part: floor^2 of the moment that all targets share, and more where this gate is open
-        more = self.counted * (g_a.clamp(min=s.floor) ** 2 - s.floor**2)
+        more = self.counted * (g_a.square() - s.floor**2).clamp(min=0)
         spared = s.floor**2 * self.moment + self.moment_of(more)
         G = (weights * wanted).flatten(0, 1).T @ wanted.flatten(0, 1) + s.lam * spared
         return G + 1e-6 * G.trace() / len(G) * torch.eye(len(G)).to(G), C

@@ -16,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from unet import UNet
 from vae import VAE
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
-PADDINGS = 8  # that are computed where prompts are read `briefly`; benchmarks/README.md says what that costs
 
 # --- The model ---------------------------------------------------------------------------------------------------
 
@@ -48,6 +48,8 @@ class Model:
     repository: str | None = None  # where missing files of a folder may be fetched from
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
     edits: frozenset[str] = frozenset()  # parts that are no longer as their files have them
+    # how many paddings are computed where prompts are read `briefly`; benchmarks/README.md says what that costs
+    paddings: ClassVar[int] = 8
 
     def part(self, name: str) -> Part:
         """Where a network is: found and its config checked, nothing read. UserError if it does not fit the others."""
@@ -118,8 +120,8 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
         """Context E [B, 77, d] of B prompts.
 
-        `briefly`: of the paddings behind a prompt, which differ little, only PADDINGS are computed; the last stands for
-        the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
+        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last stands
+        for the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)
@@ -127,8 +129,10 @@ class Model:
             raise UserError(f"{self.tokenizer_folder} is of another model: its text encoder knows {known} tokens")
         if not briefly or not prompts:
             return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
-        # of each prompt, the place of the last token that is computed; argmax finds its first EOS
-        last = ((ids == self.tokenizer.eos).int().argmax(dim=1) + PADDINGS).clamp(max=self.tokens - 1)
+        # of each prompt, the place of the last token that is computed: behind the last that is no EOS, as a text may
+        # hold EOS itself
+        words = self.tokens - (ids != self.tokenizer.eos).int().flip(1).argmax(dim=1)
+        last = (words + self.paddings).clamp(max=self.tokens - 1)
         order, found = last.argsort(stable=True), []
         for rows in order.split(batch_size):
             E = tower(ids[rows, : last[rows].amax() + 1].to(self.device))

@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--preset", default="emoji")
     args = parser.parse_args()
+    if not args.targets and args.preset != "emoji":
+        parser.error("which kind a name is of is only known of the embedded model's: give targets")
     model, prompts = load_model(args.model, parts=("text_encoder",)), read_prompts(args.preset)
     names, encode = prompts.domain, partial(cached_contexts, model, briefly=True)
     for target in args.targets:

@@ -76,7 +76,7 @@ def halves(images: Tensor) -> Tensor:
 def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
     """Ten (group, prompt, the thing in it that is looked for), and two (prompt, the other thing) of two in a row."""
     every = replace(PRESETS["emoji"], nearest=1000)
-    things = nearest_words(every, read_prompts("emoji"), [target], partial(cached_contexts, model))
+    things = nearest_words(every, read_prompts("emoji"), [target], partial(cached_contexts, model, briefly=True))
     lines = {
         "captions": ["a picture of a {}", "{} emoji, noto style", "a {} on a blue background"],
         "sentences": sentences("emoji", "held-out")[:3],

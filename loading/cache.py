@@ -1,10 +1,12 @@
 """Contexts that were encoded before: anchors are the same for every target, and take longest to encode.
 
-Files are named by the text encoder's fingerprint and the tokens: one is stale only where the config's heads change.
+Files are named by the text encoder's fingerprint, the tokens, and how many paddings were read: one is stale only where
+the config's heads change.
 """
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -41,7 +43,9 @@ def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[
     at_once = max(1, 64 // chunk)
     batches = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
     for batch in progress(batches):
-        contexts = model.encode([text for part, _ in batch for text in part], briefly=briefly).half().cpu()
+        with warnings.catch_warnings():  # `path_of` has warned of what is too long
+            warnings.simplefilter("ignore", UserWarning)
+            contexts = model.encode([text for part, _ in batch for text in part], briefly=briefly).half().cpu()
         for (_, path), rows in zip(batch, contexts.split([len(part) for part, _ in batch]), strict=True):
             found[path] = trimmed(rows)
             with suppress(UserError):  # a folder that cannot be written costs time, and nothing else
@@ -72,7 +76,7 @@ def trimmed(E: Tensor) -> Tensor:
 
 def path_of(model: "Model", prompts: list[str], briefly: bool) -> Path:
     """The file of the contexts of some prompts."""
-    ids, how = model.tokenizer(prompts, model.tokens).tolist(), "briefly " if briefly else ""
+    ids, how = model.tokenizer(prompts, model.tokens).tolist(), f"{model.paddings} paddings " if briefly else ""
     key = hashlib.sha256(f"{model.fingerprint} {how}{ids}".encode()).hexdigest()[:32]
     return cache_folder() / f"contexts-{key}.safetensors"
 

@@ -70,7 +70,7 @@ class Prompts:
         return [*self.templates, *self.frames]
 
     def as_published(self) -> "Prompts":
-        """As in the public code: templates alone, every anchor in all of them; what else there is here, is ours."""
+        """As in the public code: templates and names alone, every anchor in all templates."""
         return replace(self, frames=[], parts=False, spelt=0, per_word=len(self.templates))
 
 
@@ -246,7 +246,7 @@ def relatives(names: Sequence[str], others: Sequence[str], count: int = 8) -> li
 def nearest_words(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Encode) -> list[str]:
     """The `recipe.nearest` domain words that are anchors of a target, the nearest first (cosine of bare contexts)."""
     words = anchor_words(prompts, names).domain
-    # All are asked for, so that a cache serves every target; what follows 16 tokens only repeats them.
+    # All are asked for, so that a cache serves every target. What follows 16 tokens only repeats them, read briefly.
     bare, target = (encode(list(each))[:, :16].float() for each in (prompts.domain, names[:1]))
     near = F.cosine_similarity(rows_of(bare, prompts.domain, words).flatten(1), target.flatten(1))
     return [words[i] for i in near.topk(min(recipe.nearest, len(words))).indices.tolist()]
@@ -273,7 +273,7 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     """Encode what training needs: `names` (the target, then its aliases) and the surrogate in every line, anchors.
 
     `encode` and `encode_anchors` give contexts [B, T, d] of B prompts, the latter perhaps in half precision, from a
-    cache. `encode_bare` those of bare words, of which the nearest are chosen: a few tokens are enough, [B, t, d].
+    cache. `encode_bare` those of bare words, of which the nearest are chosen: a few paddings are enough.
     ValueError if no anchor is left.
     """
     words, lines = anchor_words(prompts, names), prompts.lines

@@ -59,7 +59,7 @@ def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     """The anchor prompts that CPE's gates of a scenario's targets train on, together."""
     prompts, recipe, words = world.listed(scenario), PRESETS[scenario.preset], []
     for target in scenario.targets:
-        words += nearest_words(recipe, prompts, [target], partial(cached_contexts, world.model))
+        words += nearest_words(recipe, prompts, [target], partial(cached_contexts, world.model, briefly=True))
     return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
 
 
@@ -67,7 +67,7 @@ def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, styl
     """A builder for CPE: gates of each target, by `solved` or `trained`, of the prompts `given` leaves; merged."""
 
     def build(world: World, scenario: Scenario, seed: int, published: bool = False, **settings: Any) -> Victim:
-        """The same model with gates; `settings` are of `make`. `published`: in the paper's templates alone."""
+        """The same model with gates; `settings` are of `make`. `published`: as `as_published` says."""
         preset, gates, prompts = scenario.preset, [], given(world.listed(scenario), scenario.style)
         prompts = prompts.as_published() if published else prompts
         recipe = replace(PRESETS[preset], **{key: x for key, x in settings.items() if key in ("surrogate", "nearest")})

@@ -19,7 +19,7 @@ import weights
 from loading import files
 from loading.files import UserError
 from loading.tokens import TOKENIZER
-from weights import PADDINGS, load_model
+from weights import load_model
 
 
 def state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -129,11 +129,11 @@ def test_training_reads_cross_attention_and_nothing_else(tiny, monkeypatch):
 def test_a_few_paddings_stand_for_all_where_a_prompt_is_read_briefly(tiny):
     """Up to them it is what `encode` gives, whatever else is in the batch; a prompt that fills all tokens is whole."""
     model = load_model(tiny)
-    prompts = ["a cat", "dog", "cat " * 100, "a cat and a dog and a cat"]
+    prompts = ["a cat", "dog", "cat " * 100, "a cat and a dog and a cat", "my <|endoftext|> " + "dog " * 12]
     with pytest.warns(UserWarning, match="prompt cut"):
         briefly, whole = model.encode(prompts, batch_size=3, briefly=True), model.encode(prompts)
     for i, prompt in enumerate(prompts):
-        last = min(1 + len(model.tokenizer.ids(prompt)) + PADDINGS, model.tokens - 1)
+        last = min(1 + len(model.tokenizer.ids(prompt)) + model.paddings, model.tokens - 1)
         torch.testing.assert_close(briefly[i, : last + 1], whole[i, : last + 1])
         assert torch.equal(briefly[i, last:], briefly[i, last].expand(model.tokens - last, -1))
     assert not torch.allclose(briefly[0], whole[0])

@@ -7,7 +7,7 @@ import torch
 from tiny import change
 
 from loading import cache, files
-from weights import PADDINGS, load_model
+from weights import Model, load_model
 
 
 def test_a_second_target_finds_its_anchors_in_the_cache(tiny, monkeypatch):
@@ -41,9 +41,13 @@ def test_paddings_that_repeat_one_are_stored_once(tiny, monkeypatch):
     assert not torch.equal(briefly, whole)
     stored = cache.stored(cache.path_of(model, prompts, briefly=True))
     longest = max(len(model.tokenizer.ids(prompt)) for prompt in prompts)
-    assert stored.shape[1] == 1 + longest + 1 + PADDINGS
+    assert stored.shape[1] == 1 + longest + 1 + Model.paddings
+    encode, other = model.encode, load_model(tiny)
     monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
     assert torch.equal(cache.cached_contexts(model, prompts, briefly=True), briefly)
+    monkeypatch.setattr(Model, "paddings", 2)
+    assert torch.equal(cache.cached_contexts(other, prompts, briefly=True), other.encode(prompts, briefly=True).half())
+    assert not torch.equal(encode(prompts, briefly=True).half(), briefly)
 
 
 def test_a_damaged_cache_is_made_anew(tiny):
