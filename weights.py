@@ -120,8 +120,8 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
         """Context E [B, 77, d] of B prompts.
 
-        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last stands
-        for the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
+        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last
+        stands for the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)

@@ -30,7 +30,7 @@ import cpe
 import weights
 from cli import main as run
 from loading import cache
-from loading.prompts import read_prompts
+from loading.prompts import own_prompts, read_prompts
 
 TRAIN = ["train", "--preset", "celebrity"]
 SHORT, WHOLE = ["Brad Pitt", "--steps-scale", "0.01"], ["Brad Pitt"]
@@ -62,12 +62,14 @@ def child(folder: str, begun: float, more: list[str]) -> None:
     print(f"{sd14.peak():10.0f}{first:14.1f}{encoding:12.1f}{first - encoding:12.1f}{time.time() - begun:10.1f}")
 
 
-def fill_cache(folder: Path) -> list[Path]:
-    """Random contexts for everything that `prepare` asks of the cache; returns the files, the newest last."""
+def fill_cache(folder: Path) -> None:
+    """Random contexts for everything that `prepare` asks of the cache, but 64 prompts of the target."""
     model = weights.load_model(folder, parts=("text_encoder",))
     model.encode = lambda prompts, **_: torch.randn(len(prompts), sd14.TOKENS, sd14.WIDTH)
-    cache.encoded(model, cpe.PRESETS["celebrity"], read_prompts("celebrity"), SHORT[:1])
-    return sorted(cache.cache_folder().glob("*.safetensors"), key=lambda path: (path.stat().st_size, path.name))
+    recipe, prompts = cpe.PRESETS["celebrity"], read_prompts("celebrity")
+    cache.encoded(model, recipe, prompts, SHORT[:1])
+    own = [prompt for prompt, _ in own_prompts(SHORT[:1], prompts, recipe.surrogate)]
+    cache.path_of(model, own[:64], briefly=False).unlink()
 
 
 def row(name: str, folder: Path, options: list[str]) -> None:
@@ -92,13 +94,12 @@ def main() -> None:
     sd14.write_model(args.folder)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["CPE_CACHE"] = cache
-        files = [] if args.whole else fill_cache(args.folder)
         print(f"\n{'':14}{'peak MiB':>10}{'first step, s':>14}{'encoding':>12}{'the rest':>12}{'all, s':>10}")
         if args.whole:
             row("cold, whole", args.folder, [*WHOLE, *options])
             row("warm, whole", args.folder, ["Angelina Jolie", *options])
             return None
-        files[-1].unlink()  # a chunk of 64 prompts
+        fill_cache(args.folder)
         row("encodes", args.folder, [*SHORT, *options])
         row("warm", args.folder, [*SHORT, *options])
     return None
