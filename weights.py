@@ -121,7 +121,7 @@ class Model:
         """Context E [B, 77, d] of B prompts.
 
         `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last
-        stands for the rest. UserError for a tokenizer of another model, ValueError for a prompt that is not Unicode text.
+        stands for the rest. UserError for a tokenizer of another model, ValueError for what is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)
