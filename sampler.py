@@ -120,14 +120,9 @@ def check_steps(schedule: Schedule, steps: int, method: str) -> None:
 
 
 def sample(
-    unet: UNetFunction,
-    schedule: Schedule,
-    latents: Tensor,
-    kv: KeysValues,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    method: str = "ddim",
-) -> Iterator[Tensor]:
+    unet: UNetFunction, schedule: Schedule, latents: Tensor, kv: KeysValues,
+    steps: int = 50, guidance_scale: float = 7.5, method: str = "ddim",
+) -> Iterator[Tensor]:  # fmt: skip
     """Denoise noise [B, c, h, w]: yields the latents after each step. `kv`: see `guided`; errors: `check_steps`."""
     check_steps(schedule, steps, method)
     return METHODS[method](schedule, lambda x, t: guided(unet, x, t, kv, guidance_scale), latents, steps)
@@ -152,16 +147,10 @@ def latent_size(model: "Model", size: tuple[int, int] | None = None) -> tuple[in
 
 @torch.no_grad()
 def denoise_context(
-    model: "Model",
-    context: Tensor,
-    seeds: Sequence[int],
-    gates: Gates | None = None,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    method: str = "ddim",
-    negative: str = "",
-    size: tuple[int, int] | None = None,
-) -> Iterator[Tensor]:
+    model: "Model", context: Tensor, seeds: Sequence[int], gates: Gates | None = None,
+    steps: int = 50, guidance_scale: float = 7.5, method: str = "ddim",
+    negative: str = "", size: tuple[int, int] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Latents [B, c, h, w] after every step, for a context [B, T, d] and a seed per image; with `gates`, erased.
 
     Noise is drawn on the CPU, so that a seed gives one picture on every device. To rounding, an image depends on its
@@ -189,18 +178,11 @@ def decode(model: "Model", latents: Tensor) -> Tensor:
 
 
 def draw(
-    model: "Model",
-    prompts: Sequence[str] | Tensor,
-    seeds: Sequence[int],
-    gates: Gates | None = None,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    method: str = "ddim",
-    batch: int | None = None,
-    progress: Callable[[Iterator, int], Any] | None = None,
-    negative: str = "",
-    size: tuple[int, int] | None = None,
-) -> Tensor:
+    model: "Model", prompts: Sequence[str] | Tensor, seeds: Sequence[int], gates: Gates | None = None,
+    steps: int = 50, guidance_scale: float = 7.5, method: str = "ddim",
+    batch: int | None = None, progress: Callable[[Iterator, int], Any] | None = None,
+    negative: str = "", size: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Images [B, 3, H, W] in [-1, 1] of prompts, or of contexts [B, T, d], `batch` at a time.
 
     Arguments as for `denoise_context`; `progress(steps, total)` wraps the iterator over all steps of all batches.

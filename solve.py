@@ -13,6 +13,7 @@ stands beside it (`train --how solve`). theory/6 states and proves what is solve
     gates = solver.solve(targets, surrogates)             # a ResAG of one concept, in seconds
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -173,16 +174,12 @@ class Solver:
         """
         s, z, z_a = self.settings, (wanted - self.mean) / self.deviation, self.standardised
         v, b = torch.zeros_like(self.mean).requires_grad_(), self.mean.new_zeros(()).requires_grad_()
-        optimizer = torch.optim.LBFGS([v, b], max_iter=60, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
             missed, opened = shares @ F.softplus(-(z @ v + b)), self.counted @ F.softplus(z_a @ v + b)
-            total = missed + s.weight * opened + s.rho * v.square().sum()
-            total.backward()
-            return total
+            return missed + s.weight * opened + s.rho * v.square().sum()
 
-        optimizer.step(loss)
+        minimise([v, b], loss, max_iter=60)
         return v.detach(), b.detach()
 
     def scaler(self, wanted: Tensor, shares: Tensor) -> Tensor:
@@ -236,6 +233,19 @@ def check_finite(contexts: Tensor, what: str) -> None:
         raise ValueError(f"{what} is not made of finite numbers: encode in float32, or check the text encoder")
 
 
+def minimise(parameters: list[Tensor], loss: Callable[[], Tensor], **options: int) -> None:
+    """Change parameters, in place, so that their loss is small: L-BFGS. Nothing else gets a gradient."""
+    optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward(inputs=parameters)
+        return value
+
+    optimizer.step(closure)
+
+
 def attack(
     space: TokenSpace, gates: cpe.ResAG, E: Tensor, noise: float, generator: torch.Generator, steps: int = 30
 ) -> Tensor:
@@ -245,13 +255,5 @@ def attack(
     """
     start = torch.randn(E.shape, generator=generator, dtype=E.dtype).to(E.device)  # the CPU's, on every device
     deltas = (noise * E.norm(dim=(1, 2), keepdim=True) * start).requires_grad_()
-    optimizer = torch.optim.LBFGS([deltas], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        total = space.error(gates, E + deltas, -deltas).sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
+    minimise([deltas], lambda: space.error(gates, E + deltas, -deltas).sum(), max_iter=steps)
     return deltas.detach()

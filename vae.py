@@ -7,6 +7,8 @@ Shapes: B images, 3 colour channels in [-1, 1], H x W pixels, c latent channels,
 Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,10 +88,8 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config["block_out_channels"], config["norm_num_groups"]
         self.conv_in = conv3(config["in_channels"], channels[0])
-        self.down_blocks = nn.ModuleList(
-            Block(inputs, outputs, config["layers_per_block"], groups)
-            for inputs, outputs in zip([channels[0], *channels], channels, strict=False)
-        )
+        widths, layers = pairwise([channels[0], *channels]), config["layers_per_block"]
+        self.down_blocks = nn.ModuleList(Block(*width, layers, groups) for width in widths)
         for block, width in zip(self.down_blocks[:-1], channels, strict=False):
             block.downsamplers = nn.ModuleList([Downsample(width)])
         self.mid_block = MidBlock(channels[-1], groups)
@@ -111,10 +111,8 @@ class Decoder(nn.Module):
         channels, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         self.conv_in = conv3(config["latent_channels"], channels[0])
         self.mid_block = MidBlock(channels[0], groups)
-        self.up_blocks = nn.ModuleList(
-            Block(inputs, outputs, config["layers_per_block"] + 1, groups)
-            for inputs, outputs in zip([channels[0], *channels], channels, strict=False)
-        )
+        widths, layers = pairwise([channels[0], *channels]), config["layers_per_block"] + 1
+        self.up_blocks = nn.ModuleList(Block(*width, layers, groups) for width in widths)
         for block, width in zip(self.up_blocks[:-1], channels, strict=False):
             block.upsamplers = nn.ModuleList([Upsample(width)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> str | None:
     cases, pairs = pictures(target, model)
     args.before_after = True
     rows = {name: torch.cat([alone, halves(two)]) for (name, alone), two in zip(
-        draw([text for _, text, _ in cases], model, gates, args, None).items(),
-        draw([text for text, _ in pairs], model, gates, args, WIDE).values(), strict=True)}  # fmt: skip
+        before_after([text for _, text, _ in cases], model, gates, args, None).items(),
+        before_after([text for text, _ in pairs], model, gates, args, WIDE).values(), strict=True)}  # fmt: skip
     for text, other in pairs:
         cases += [("left of two", text, target), ("right of two", text, other)]
     print_table(cases, rows, model)
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> str | None:
     return command("inspect", file.path, [*failed, cases[3][1]][0])
 
 
-def draw(texts: list[str], model: Model, gates: cpe.ResAG, args: argparse.Namespace,
-         size: tuple[int, int] | None) -> dict[str, Tensor]:  # fmt: skip
+def before_after(texts: list[str], model: Model, gates: cpe.ResAG, args: argparse.Namespace,
+                 size: tuple[int, int] | None) -> dict[str, Tensor]:  # fmt: skip
     """SEEDS images of each prompt, "before" and "after", [SEEDS B, 3, H, W] each: those of one follow one another."""
     many = [text for text in texts for _ in range(SEEDS)]
     args.size = size

@@ -14,13 +14,6 @@ from pathlib import Path
 
 VERSION = "0.2.0"
 PRESETS = ("celebrity", "style", "explicit", "object", "emoji", "emoji-style")
-GONE = {  # options of the version before
-    "--resume": "the same command goes on by itself",
-    "--prompt": 'prompts stand without an option: generate "a red heart" gates/red-heart.safetensors',
-    "--template": "the gate file says what its target is, and its preset how one writes it",
-    "--ablations": "python benchmarks/ablations.py",
-}
-MEANT = {"erase": "train", "remove": "train", "draw": "generate", "judge": "evaluate"}  # said, but no commands
 DEVICES, DTYPES = ("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")
 ATTACKS = ("embeddings", "inversion", "tokens", "P4D", "Ring-A-Bell")
 MAY_BE_NONE = ("anchors", "nearest", "warmup", "attack_warmup")  # of the recipe's whole numbers
@@ -34,11 +27,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Print usage and message, and end with exit code 2."""
         for word in map("".join, re.findall(r"unrecognized arguments: (\S+)|COMMAND.*?'(.*?)'", message)[:1]):
-            near = difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1)
-            if word in GONE:
-                message = f"{word} is gone: {GONE[word]}"
-            elif word in MEANT or near:
-                message = f"there is no {word}: did you mean {MEANT.get(word) or near[0]}?"
+            if near := difflib.get_close_matches(word, [*self._option_string_actions, *COMMANDS], 1):
+                message = f"there is no {word}: did you mean {near[0]}?"
         super().error(message)
 
 

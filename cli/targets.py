@@ -65,8 +65,9 @@ def names_in(line: str, preset: str) -> list[str]:
     names = []
     for quoted, plain in FIELD.findall(line + ","):
         doubt = next((said for sign, said in SIGNS.items() if re.fullmatch(sign, plain, re.IGNORECASE)), "")
-        if doubt and spaced(plain) not in read_prompts(preset).domain:
-            raise UserError('{!r} {}. If all of it is a name: "{}".'.format(plain, doubt, plain.replace('"', '""')))
+        if doubt and same(plain) not in map(same, read_prompts(preset).domain):
+            whole = f"{names[-1]}, {plain}" if "the name before" in doubt and names else plain
+            raise UserError('{!r} {}. If all of it is a name: "{}".'.format(plain, doubt, whole.replace('"', '""')))
         names.append(quoted.replace('""', '"') or plain)
     if not all(map(str.strip, names)):
         raise UserError("a name is missing before or after a comma.")

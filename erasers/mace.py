@@ -17,19 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers.common import (
-    Goal,
-    Weights,
-    filled,
-    finished,
-    moment,
-    one_each,
-    predict,
-    projections,
-    refit,
-    tokens,
-    trajectories,
-)
+from erasers import common
+from erasers.common import Goal, Weights, filled, finished, moment, projections, refit, tokens, trajectories
 from unet import Attention, UNet
 from weights import Model
 
@@ -69,7 +58,7 @@ def attention_maps(unet: UNet, weights: Weights, latents: Tensor, timestep: Tens
     with ExitStack() as hooks:
         for layer in unet.cross_attentions().values():
             hooks.callback(layer.register_forward_pre_hook(record).remove)
-        predict(unet, weights, latents, timestep, context)
+        common.predict(unet, weights, latents, timestep, context)
     return maps
 
 
@@ -177,7 +166,7 @@ def mace(
         raise ValueError("with lam = 0 MACE needs prompts that stay: `preserved` with `keep`, or captions")
     generator, W = torch.Generator().manual_seed(seed), projections(model)
     kept = keep * moment(model, preserved, "all") + caption_weight * moment(model, captions, "all")
-    both = zip(targets, one_each(surrogate, targets), strict=True)
+    both = zip(targets, common.one_each(surrogate, targets), strict=True)
     found = [(C, goal(C, G)) for name, guide in both for C, G in around(model, templates, name, guide)]
     gram, cross = kept + sum(C.T @ C for C, _ in found), kept + sum(G.T @ C for C, G in found)
     # W' = (lam W + sum (W e_new) e_old^T + p M1) (lam I + sum e_old e_old^T + p M2)^-1

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import cpe
 from erasers.common import filled, projections
+from solve import minimise
 from token_space import TokenSpace, spectral_norm
 from unet import KeysValues
 from weights import Model
@@ -115,15 +116,7 @@ def descend(goal: RevivalLoss, base: Tensor, root: Tensor, steps: int) -> Tensor
     """
     scale = goal.energy.sqrt().view(-1, 1, 1)
     y = torch.zeros_like(base, requires_grad=True)
-    optimizer = torch.optim.LBFGS([y], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = goal(base + scale * (y @ root)).sum()
-        loss.backward(inputs=[y])  # the gates' own parameters get no gradient
-        return loss
-
-    optimizer.step(closure)
+    minimise([y], lambda: goal(base + scale * (y @ root)).sum(), max_iter=steps, history_size=20)
     return (base + scale * (y @ root)).detach()
 
 

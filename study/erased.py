@@ -122,13 +122,7 @@ def settings_of(method: Method, scenario: Scenario) -> dict:
     return {key: value for part in (*found, method.settings) for key, value in part.items()}
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("cpe", gated(trained)),
-        Method("cpe, solved", gated(solved, to_solve)),
-        *(Method(row, linear(row.split(",")[0])) for row in PUBLISHED_ROWS),
-        Method("lora", lora),
-    )
-}
+CPE = Method("cpe", gated(trained)), Method("cpe, solved", gated(solved, to_solve))
+EDITS = (*(Method(row, linear(row.split(",")[0])) for row in PUBLISHED_ROWS), Method("lora", lora))
+METHODS = {method.name: method for method in (*CPE, *EDITS)}
 QUICK_ROWS = ("cpe", "cpe, solved", "uce", "rece", "mace", "speed")

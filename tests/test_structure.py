@@ -99,8 +99,8 @@ def test_functions_are_named_in_the_words_of_the_field():
     assert all(names[name] <= 1 for name in ("draw", "separate", "share", "product", "products"))
 
 
-def test_all_of_it_is_at_most_7885_lines():
-    assert sum(text.count("\n") for text in FILES.values()) <= 7885  # 6,000 are wanted: it may only become less
+def test_all_of_it_is_at_most_7883_lines():
+    assert sum(text.count("\n") for text in FILES.values()) <= 7883  # 6,000 are wanted: it may only become less
 
 
 def test_the_readme_is_an_entrance():

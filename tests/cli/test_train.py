@@ -255,17 +255,6 @@ def test_a_process_of_torchrun_without_a_line_has_nothing_to_do(run, gates, monk
     assert not Path("drawn").exists()
 
 
-def test_options_that_are_gone_say_what_became_of_them(run):
-    for command, said in (
-        (("train", "red heart", "--resume"), "--resume is gone: the same command goes on"),
-        (("generate", "--prompt", "a cat"), "--prompt is gone: prompts stand without an option"),
-        (("compare", "--ablations"), "--ablations is gone: python benchmarks/ablations.py"),
-        (("attack", "--template", "{}"), "--template is gone: the gate file says what its target is"),
-    ):
-        code, output = run(*command)
-        assert (code, said in output) == (2, True), output
-
-
 def test_targets_side_by_side_get_a_file_each(run):
     code, said = run("train", "--target", "red heart", "dog face", *SHORT)
     assert code == 0, said
