@@ -65,7 +65,7 @@ def names_in(line: str, preset: str) -> list[str]:
     names = []
     for quoted, plain in FIELD.findall(line + ","):
         doubt = next((said for sign, said in SIGNS.items() if re.fullmatch(sign, plain, re.IGNORECASE)), "")
-        if doubt and same(plain) not in map(same, read_prompts(preset).domain):
+        if doubt and spaced(plain).casefold() not in map(str.casefold, read_prompts(preset).domain):
             whole = f"{names[-1]}, {plain}" if "the name before" in doubt and names else plain
             raise UserError('{!r} {}. If all of it is a name: "{}".'.format(plain, doubt, whole.replace('"', '""')))
         names.append(quoted.replace('""', '"') or plain)

@@ -39,7 +39,6 @@ def test_the_script_is_the_command_line():
     ("arguments", "words"),
     [
         (["trian"], "did you mean train?"),
-        (["draw", "a cat"], "there is no draw: did you mean generate?"),
         (["train", "x", "y.safetensors"], "y.safetensors: cpe.py train takes no gate files"),
         (["check", "red-heart"], "which gates? Give files that end in .safetensors: check gates/red-heart.safetensors"),
         (["bake"], "which gates? Give files that end in .safetensors: bake gates/red-heart.safetensors"),
