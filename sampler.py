@@ -140,8 +140,7 @@ def latent_size(model: "Model", size: tuple[int, int] | None = None) -> tuple[in
         return model.unet.config["sample_size"], model.unet.config["sample_size"]
     factor, levels = (2 ** (len(blocks) - 1) for blocks in (model.vae.decoder.up_blocks, model.unet.up_blocks))
     if any(side <= 0 or side % (factor * levels) for side in size):
-        said = f"height and width of a picture are multiples of {factor * levels} here"
-        raise ValueError(f"{said}, not {size[0]} and {size[1]}")
+        raise ValueError(f"width and height are multiples of {factor * levels} here, not {size[1]} and {size[0]}")
     return size[0] // factor, size[1] // factor
 
 

@@ -11,6 +11,7 @@ Source: Rombach et al. 2022 (arXiv 2112.10752). GroupNorm eps: 1e-5 in ResNets a
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -158,17 +159,6 @@ class Transformer(nn.Module):
         return x + self.proj_out(pixels.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """Halve the side with a strided convolution, [B, C, h, w] -> [B, C, h/2, w/2]."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3(channels, channels, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 class Upsample(nn.Module):
     """Double the side: nearest neighbour, then a convolution, [B, C, h, w] -> [B, C, 2h, 2w]."""
 
@@ -239,7 +229,8 @@ def down_blocks(config: dict) -> nn.ModuleList:
         inputs = [channels[max(level - 1, 0)]] + [outputs] * (layers - 1)
         blocks.append(Block(inputs, outputs, config, cross=kind == "CrossAttnDownBlock2D"))
         if level < len(channels) - 1:
-            blocks[-1].downsamplers = nn.ModuleList([Downsample(outputs)])
+            halve = conv3(outputs, outputs, stride=2)  # [B, C, h, w] -> [B, C, h/2, w/2]
+            blocks[-1].downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(conv=halve))])
     return blocks
 
 

@@ -7,6 +7,7 @@ Shapes: B images, 3 colour channels in [-1, 1], H x W pixels, c latent channels,
 Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1.
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -37,17 +38,6 @@ class Attention(nn.Module):
         q, k, v = (f(y).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))
         y = self.to_out[0](self.attend(q, k, v).squeeze(1))
         return x + y.transpose(1, 2).reshape(x.shape)
-
-
-class Downsample(nn.Module):
-    """Halve the side; the original pads the right and the lower edge only. [B, c, h, w] -> [B, c, h/2, w/2]."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class MidBlock(nn.Module):
@@ -91,7 +81,9 @@ class Encoder(nn.Module):
         widths, layers = pairwise([channels[0], *channels]), config["layers_per_block"]
         self.down_blocks = nn.ModuleList(Block(*width, layers, groups) for width in widths)
         for block, width in zip(self.down_blocks[:-1], channels, strict=False):
-            block.downsamplers = nn.ModuleList([Downsample(width)])
+            # [B, c, h, w] -> [B, c, h/2, w/2]; the original pads the right and the lower edge only
+            halve = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+            block.downsamplers = nn.ModuleList([nn.Sequential(halve)])
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = conv3(channels[-1], 2 * config["latent_channels"])

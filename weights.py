@@ -48,8 +48,7 @@ class Model:
     repository: str | None = None  # where missing files of a folder may be fetched from
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
     edits: frozenset[str] = frozenset()  # parts that are no longer as their files have them
-    # how many paddings are computed where prompts are read `briefly`; benchmarks/README.md says what that costs
-    paddings: ClassVar[int] = 8
+    paddings: ClassVar[int] = 8  # that are computed where prompts are read `briefly`; see benchmarks/README.md
 
     def part(self, name: str) -> Part:
         """Where a network is: found and its config checked, nothing read. UserError if it does not fit the others."""
@@ -120,8 +119,8 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
         """Context E [B, 77, d] of B prompts.
 
-        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last
-        stands for the rest. UserError for a tokenizer of another model, ValueError for what is not Unicode text.
+        `briefly`: of the paddings behind a prompt about one thing, which differ little, only a few are computed; the
+        last stands for the rest (`paddings`). UserError for a tokenizer of another model.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--preset", default="emoji")
     args = parser.parse_args()
     if not args.targets and args.preset != "emoji":
-        parser.error("which kind a name is of is only known of the embedded model's: give targets")
+        parser.error("kinds are known only for the embedded model's names: give targets")
     model, prompts = load_model(args.model, parts=("text_encoder",)), read_prompts(args.preset)
     names, encode = prompts.domain, partial(cached_contexts, model, briefly=True)
     for target in args.targets:

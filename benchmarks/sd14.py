@@ -22,6 +22,7 @@ import cpe  # noqa: E402
 import weights  # noqa: E402
 from clip import TextEncoder  # noqa: E402
 from loading import configs, files  # noqa: E402
+from loading.parts import Undrawn  # noqa: E402
 from loading.prompts import parse_prompts  # noqa: E402
 from unet import UNet  # noqa: E402
 from vae import VAE  # noqa: E402
@@ -82,7 +83,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 15, warmup: int = 3) 
 
 def cross_attention() -> dict[str, Tensor]:
     """Random to_q, to_k, to_v, to_out.0 of the 16 cross-attention layers, at the scale of torch's initial values."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         layers = UNet(CONFIGS["unet"]).cross_attentions()
     parts = {f"{path}.{part}.weight": (layer, part) for path, layer in layers.items() for part in ATTENTION}
     shapes = {key: layer.get_submodule(part).weight.shape for key, (layer, part) in parts.items()}
@@ -118,7 +119,7 @@ def write_model(folder: Path) -> Path:
     for part, build in PARTS.items():
         file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         files.write_text(folder / part / "config.json", json.dumps(CONFIGS[part]))
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             shapes = {name: t.shape for name, t in build(CONFIGS[part]).state_dict().items()}
         tensors = {n: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.02 for n, s in shapes.items()}
         files.save_tensors(folder / part / f"{file}.safetensors", tensors)

@@ -22,7 +22,7 @@ from weights import Model
 
 SEEDS = 4  # pictures of every prompt that are judged
 WIDE = (64, 128)  # height and width of a picture of two things
-STAYS = {"neighbours": "themselves", "right of two": "the other thing"}
+STAYS = {"neighbours": "themselves", "the other of two": "itself"}
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -47,14 +47,14 @@ def run(args: argparse.Namespace) -> str | None:
     args.before_after = True
     rows = {name: torch.cat([alone, halves(two)]) for (name, alone), two in zip(
         before_after([text for _, text, _ in cases], model, gates, args, None).items(),
-        before_after([text for text, _ in pairs], model, gates, args, WIDE).values(), strict=True)}  # fmt: skip
-    for text, other in pairs:
-        cases += [("left of two", text, target), ("right of two", text, other)]
+        before_after([text for text, *_ in pairs], model, gates, args, WIDE).values(), strict=True)}  # fmt: skip
+    for text, *two in pairs:
+        cases += [("of two" if thing == target else "the other of two", text, thing) for thing in two]
     print_table(cases, rows, model)
     prompts = [text for _, text, _ in cases]
     failed = inspect.say([file], list(dict.fromkeys(prompts)), model)
     said = {"model": args.model, "prompt": prompts[0], "prompts": prompts}
-    columns = ["" if group == "right of two" else text for group, text, _ in cases]
+    columns = ["" if text in prompts[:i] else text for i, text in enumerate(prompts)]
     save(sheet({name: images[::SEEDS] for name, images in rows.items()}, columns), out, said)
     return command("inspect", file.path, [*failed, cases[3][1]][0])
 
@@ -73,8 +73,8 @@ def halves(images: Tensor) -> Tensor:
     return each.movedim(4, 1).flatten(0, 2)
 
 
-def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
-    """Ten (group, prompt, the thing in it that is looked for), and two (prompt, the other thing) of two in a row."""
+def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """Ten (group, prompt, the thing in it that is looked for), and two (prompt, left thing, right thing)."""
     every = replace(PRESETS["emoji"], nearest=1000)
     things = nearest_words(every, read_prompts("emoji"), [target], partial(cached_contexts, model, briefly=True))
     lines = {
@@ -83,8 +83,8 @@ def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], lis
     }
     cases = [(group, written(line, target), target) for group, some in lines.items() for line in some]
     cases += [("neighbours", written("a picture of a {}", thing), thing) for thing in things[:4]]
-    beside = [written(line, target).replace("{other}", "{}") for line in sentences("emoji", "beside")[:2]]
-    return cases, [(written(line, other), other) for line, other in zip(beside, things[::-1], strict=False)]
+    orders = zip(sentences("emoji", "beside"), ((target, things[-1]), (things[-2], target)), strict=False)
+    return cases, [(written(written(line, a).replace("{other}", "{}"), b), a, b) for line, (a, b) in orders]
 
 
 def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], model: Model) -> None:

@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> str:
     for one in sheets[:1]:  # torchrun may have more processes than there are lines
         check_picture(one.out)
     model = open_model(args, ("text_encoder", "unet", "vae"), files)
+    try:
+        sampler.latent_size(model, args.size)
+    except ValueError as error:
+        raise UserError(f"--size: {error}.") from error
     gates, kept = merge_gates(files, model) if files else None, 0
     for number, one in enumerate(bar(sheets, text="all prompts", quiet=True), 1):
         kept += not write(one, model, gates, f"{number} of {len(sheets)}, " if one.of_file else "")

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> str | None:
     space = space_of(model)
     found = [look(file, args.prompts[0], model, space) for file in files]
     print_columns(found)
-    print("\n0 is shut, 1 open; <end> fills all that is left of the sentence.")
+    print("\n0 is shut, 1 open; <end> fills all that is left; of all these it is the widest.")
     print("\n".join(opening.sentence() for opening in found))
     if args.out:
         save(drawing(found), args.out, {"prompt": args.prompts[0], "prompts": []})
@@ -89,6 +89,7 @@ def look(file: GateFile, prompt: str, model: Model, space: TokenSpace) -> Openin
         file.warn_of_guess()
         share = space.reached(gates, E, (1 + concept.eta) * (S - E)).item()
     tokens = ["<start>", *model.tokenizer.tokens(prompt)[: len(values) - 2], "<end>"]
+    values[len(tokens) - 1] = values[len(tokens) - 1 :].max()  # paddings may differ, where a prompt is about two things
     return Opening(file.target, read, tokens, values[: len(tokens)], share)
 
 

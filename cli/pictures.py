@@ -14,6 +14,7 @@ import sampler
 from cli.common import bar, free, is_emoji
 from cli.targets import known_as, styles
 from loading.files import UserError, atomic, check_writable
+from loading.prompts import read_prompts, within
 from study.world import QUICK, World
 from weights import Model
 
@@ -78,9 +79,11 @@ def eyes(model: Model, style: bool = False) -> Callable[[Tensor], list[str]]:
 def undrawn(target: str, prompts: Sequence[str], model: Model) -> list[str]:
     """Those of the prompts in which the embedded model draws no target, although nothing is erased.
 
-    CLIP looks at two pictures of each. [] of other models, and for a target that CLIP does not know.
+    CLIP looks at two pictures of each that names no other thing. [] of other models, and for an unknown target.
     """
     known = known_as(target) if is_emoji(model.name) else None
+    others = [thing for thing in read_prompts("emoji").domain if known and not within(thing, known)]
+    prompts = [prompt for prompt in prompts if not any(within(other, prompt) for other in others)]
     if not known or not prompts:
         return []
     texts, progress = [prompt for prompt in prompts for _ in range(2)], partial(bar, text="looking without gates")

@@ -599,8 +599,8 @@ FITTED = 200  # steps that it is then trained for
 # For the U-Net: how many of its batches are wide pictures of two things, and how often any other text is about one
 # thing, two or two alike: on a square canvas there is room for one, which is then either of them.
 WIDE, SQUARE = 0.5, (94, 4, 2, 0)
-# What the padding of a text about two things has more on the left thing's tokens than on the right thing's: one vector
-# [d], of about half the length in which captions differ. Any would do; this one is a row of a Hadamard matrix.
+# What is added to the paddings of the left one of two things, and taken from those of the right one: a vector [d],
+# about half as long as captions lie from their mean. Any would do; this one is a row of a Hadamard matrix.
 SIDES = 0.35 * torch.tensor([1.0, -1.0]).repeat(96)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clip import CLIP, TextEncoder
 from loading.configs import SD14_CONFIGS, check_config
@@ -32,6 +33,16 @@ SCHEDULER = "scheduler/scheduler_config.json"
 LORA = re.compile(r"\.base_layer\.|(^|[._])lora[._](A|B|up|down)\b")
 
 
+class Undrawn(TorchFunctionMode):
+    """Modules built in this mode draw no initial values: on the meta device, that imports half of torch's compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Part:
     """One network of a model: how it is built, where its tensors are, and what the file calls them."""
@@ -44,7 +55,7 @@ class Part:
     def empty(self) -> nn.Module:
         """The module without any memory behind its tensors; UserError if its config describes none."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Undrawn():
                 return self.build(self.config)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # sizes that do not divide, a missing list
             config = self.path.parent / "config.json"

@@ -155,5 +155,5 @@ def test_a_picture_may_have_any_size_that_the_networks_can_halve(tiny_original):
     assert latent_size(model) == (4, 4)
     assert latent_size(model, (8, 24)) == (4, 12)
     for size in ((8, 26), (0, 8), (-8, 8)):
-        with pytest.raises(ValueError, match="height and width of a picture are multiples of 4 here"):
+        with pytest.raises(ValueError, match="width and height are multiples of 4 here"):
             latent_size(model, size)

@@ -116,7 +116,7 @@ def test_the_embedded_model_draws_the_surrogate_and_all_else_as_before():
     judge = load_model(EMOJI)
     names = read_prompts("emoji").domain
     known = name_features(judge.clip, judge.tokenizer, names)
-    things = ["red heart", "crab", "umbrella", "dog face"] * 2
+    things = ["red heart", "crab", "pizza", "dog face"] * 2
 
     def seen() -> list[str]:
         noise = torch.cat([reference.draw(f"noise{i}", 4, 16, 8, 8) for i in "ab"])
