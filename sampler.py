@@ -153,9 +153,8 @@ def denoise_context(
     """Latents [B, c, h, w] after every step, for a context [B, T, d] and a seed per image; with `gates`, erased.
 
     Noise is drawn on the CPU, so that a seed gives one picture on every device. To rounding, an image depends on its
-    own context and seed alone, whatever else is in the batch. `negative` is what guidance leads away from; `size` is
-    that of `latent_size`. ValueError, at the first step, unless there are as many seeds as contexts, or as there, or
-    as for `check_steps`.
+    own context and seed alone, whatever else is in the batch. `negative` is what guidance leads away from. ValueError,
+    at the first step, unless there are as many seeds as contexts, or as for `latent_size` and `check_steps`.
     """
     if len(seeds) != len(context):
         raise ValueError(f"every image needs a prompt and a seed, not {len(context)} prompts and {len(seeds)} seeds")

@@ -229,8 +229,7 @@ def down_blocks(config: dict) -> nn.ModuleList:
         inputs = [channels[max(level - 1, 0)]] + [outputs] * (layers - 1)
         blocks.append(Block(inputs, outputs, config, cross=kind == "CrossAttnDownBlock2D"))
         if level < len(channels) - 1:
-            halve = conv3(outputs, outputs, stride=2)  # [B, C, h, w] -> [B, C, h/2, w/2]
-            blocks[-1].downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(conv=halve))])
+            blocks[-1].downsamplers = nn.ModuleList([nn.Sequential(OrderedDict(conv=conv3(outputs, outputs, 2)))])
     return blocks
 
 

@@ -128,8 +128,7 @@ class Model:
             raise UserError(f"{self.tokenizer_folder} is of another model: its text encoder knows {known} tokens")
         if not briefly or not prompts:
             return torch.cat([tower(batch) for batch in ids.to(self.device).split(batch_size)])
-        # of each prompt, the place of the last token that is computed: behind the last that is no EOS, as a text may
-        # hold EOS itself
+        # the last token that is computed of each prompt: so far behind its words, EOS itself perhaps among them
         words = self.tokens - (ids != self.tokenizer.eos).int().flip(1).argmax(dim=1)
         last = (words + self.paddings).clamp(max=self.tokens - 1)
         order, found = last.argsort(stable=True), []

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasers import common
+import erasers.common as common
 from erasers.common import Goal, Weights, filled, finished, moment, projections, refit, tokens, trajectories
 from unet import Attention, UNet
 from weights import Model

@@ -64,14 +64,18 @@ class Originals:
 
 def drawn(asked: Originals, model: Model, gates: sampler.Gates | None, budget: Budget) -> Tensor:
     """Images [B, 3, H, W] of all cases; of a wide picture of two things the right half."""
-    shown: dict[int, Tensor] = {}
-    for wide in (False, True):  # the square ones, of which there are always some, say how wide "wide" is
-        rows = [i for i, case in enumerate(asked.cases) if (case.judge == "right") is wide]
-        H, W = next(iter(shown.values())).shape[1:] if wide else (0, 0)
-        given = model, asked.contexts[rows], [asked.seeds[i] for i in rows], gates, *budget.sampling
-        images = sampler.draw(*given, size=(H, 2 * W) if wide else None) if rows else []
-        shown |= {i: image[..., -W:] for i, image in zip(rows, images, strict=True)}
-    return torch.stack([shown[i] for i in range(len(asked.cases))])
+
+    def some(rows: list[int], **size: tuple[int, int]) -> Tensor:
+        given = asked.contexts[rows], [asked.seeds[i] for i in rows], gates, *budget.sampling
+        return sampler.draw(model, *given, **size)
+
+    pairs = [i for i, case in enumerate(asked.cases) if case.judge == "right"]
+    alone = [i for i in range(len(asked.cases)) if i not in pairs]
+    images = some(alone)
+    H, W = images.shape[2:]
+    if pairs:
+        images = torch.cat([images, some(pairs, size=(H, 2 * W))[..., W:]])
+    return images[torch.tensor([*alone, *pairs]).argsort()]
 
 
 def recognised(world: World, all_cases: Sequence[Case], images: Tensor) -> list[bool]:

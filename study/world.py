@@ -12,8 +12,7 @@ Groups of pictures:
     sentences                the target in sentences that no eraser was given
     kept in sentences        near concepts and others in the same sentences
     strange words            the target in sentences with words that not even the model has read
-    kept beside              the other thing in a picture of two, drawn on a canvas twice as wide; of a style, the thing
-                             that is drawn in it
+    kept beside              the other thing in a wide picture of two; of a style, the thing that is drawn in it
 
 A third of all concepts (`held_out`) is never shown to any eraser. Sentences are those of prompts/<preset>-held-out.txt,
 -strange.txt and -beside.txt (of a style emoji's, with the style behind them), if the preset has such files.

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tiny import ROOT, contents, write_gates
 
+import cpe
 import sampler
 import weights
 from cli import check, common, demo, evaluate, generate, inspect, many, options, pictures, targets
@@ -153,6 +154,8 @@ def test_clip_looks_at_two_pictures_without_gates(monkeypatch, tiny_original):
     monkeypatch.setattr(pictures, "eyes", lambda *_: lambda drawn: [next(looks) for _ in drawn])
     assert pictures.undrawn("Red Heart", ["one in two", "none"], model) == ["none"]
     assert pictures.undrawn("Brad Pitt", ["x"], model) == []  # CLIP cannot look for it
+    # Two things want a wide picture: a square one says nothing (and no looks are left here).
+    assert pictures.undrawn("red heart", ["a red heart and a crab"], model) == []
     assert pictures.undrawn("red heart", ["x"], weights.load_model(tiny_original)) == []
 
 
@@ -536,15 +539,34 @@ def test_inspect_measures_the_change_of_the_prompt_itself(run, gates):
     assert "'a red rose' does not name 'red heart'" in run("inspect", gates, "a red rose")[1]
 
 
+def test_the_end_stands_for_the_widest_opening_of_all_that_follows(gates, tiny_original, monkeypatch):
+    """Of a sentence about two things every second padding is another: the first one does not speak for all."""
+    gate, values = cpe.ResAG.gate, torch.full((77,), 0.25)
+    values[-1] = 1.0
+    monkeypatch.setattr(cpe.ResAG, "gate", lambda self, E: (values.view(1, 1, -1, 1).clone(), gate(self, E)[1]))
+    model, file = weights.load_model(tiny_original), common.read_gates(Path(gates))
+    found = inspect.look(file, "a red heart", model, common.space_of(model))
+    assert found.values.tolist() == [0.25] * 4 + [1.0]  # <start>, three words, <end>
+    assert not found.shut
+
+
 def test_a_gate_file_cannot_write_to_the_terminal(run, gates):
     tensors, metadata = load_tensors(gates)
     save_tensors(gates, tensors, metadata | {"target": "red\x1b[2Jheart"})
     assert "red?[2Jheart" in run("inspect", gates, "a red heart")[1]
 
 
-def test_check_tries_sentences_and_prints_the_worst(run, gates):
+def test_check_tries_sentences_and_prints_the_worst(run, gates, monkeypatch):
     Path("mine.txt").write_text("a photo of a {}\nthe {} over there\n{}!\n")
+    read, cached = [], check.cached_contexts
+    monkeypatch.setattr(
+        check, "cached_contexts", lambda *given, **how: read.append(how["briefly"]) or cached(*given, **how)
+    )
+    run("check", gates, model="")
+    assert set(read) == {True}
+    del read[:]
     code, said = run("check", gates, "--sentences", "mine.txt", model="")
+    assert set(read) == {False}  # of two things, perhaps, of which eight paddings do not tell all
     assert code == 0, said
     assert "over 3 sentences" in said
     worst, others = said.split("reached  in the worst sentences")[1].split("the widest openings in prompts without it")
