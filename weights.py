@@ -119,8 +119,8 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
         """Context E [B, 77, d] of B prompts.
 
-        `briefly`: of the paddings behind a prompt about one thing, which differ little, only a few are computed; the
-        last stands for the rest (`paddings`). UserError for a tokenizer of another model.
+        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last
+        two stand for the rest by turns, as the embedded model reads two things. UserError for another's tokenizer.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)
@@ -134,7 +134,8 @@ class Model:
         order, found = last.argsort(stable=True), []
         for rows in order.split(batch_size):
             E = tower(ids[rows, : last[rows].amax() + 1].to(self.device))
-            places = torch.arange(self.tokens).minimum(last[rows, None])
+            beyond = (torch.arange(self.tokens) - last[rows, None]).clamp(min=0)
+            places = torch.arange(self.tokens) - beyond - beyond % 2
             found.append(E[torch.arange(len(rows))[:, None], places])
         return torch.cat(found)[order.argsort()]
 

@@ -100,7 +100,7 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     concept, lines = file.concept, list(own or held_out(file.preset))
     sentences = [written(line, name) for name in concept.names for line in lines]
     others = without(concept.names, file.preset, lines)
-    encode = partial(cached_contexts, model, briefly=not own)  # who knows what they are about
+    encode = partial(cached_contexts, model, briefly=True)
     E = encode(sentences, partial(bar, text="reading sentences")).to(model.device, model.dtype)
     instead = encode([written(line, concept.surrogate) for line in lines]).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)

@@ -61,10 +61,7 @@ def tokens(model: Model, prompts: Sequence[str], which: str, chunk: int = 256) -
 def moment(model: Model, prompts: Sequence[str], which: str) -> Tensor:
     """sum p p^T [d, d] over `tokens` of prompts, float64."""
     d = model.part("unet").config["cross_attention_dim"]
-    total = torch.zeros(d, d, dtype=torch.float64)
-    for rows in tokens(model, prompts, which):
-        total.addmm_(rows.T, rows)
-    return total
+    return sum((rows.T @ rows for rows in tokens(model, prompts, which)), torch.zeros(d, d, dtype=torch.float64))
 
 
 def pairs(model: Model, targets: Sequence[str], surrogates: Sequence[str], which: str) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,8 @@ def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[
                 save_tensors(path, {"contexts": found[path]})
     if not paths:
         return model.encode([]).half().cpu()
-    every = torch.arange(model.tokens)
-    return torch.cat([found[path][:, every.clamp(max=found[path].shape[1] - 1)] for path in paths])
+    T, rows = model.tokens, [found[path] for path in paths]
+    return torch.cat([torch.cat([E, E[:, -2:].repeat(1, T, 1)], dim=1)[:, :T] for E in rows])
 
 
 def encoded(model: "Model", recipe: Recipe, prompts: Prompts, names: Sequence[str], briefly: bool = False,
@@ -69,14 +69,14 @@ def encoded(model: "Model", recipe: Recipe, prompts: Prompts, names: Sequence[st
 
 
 def trimmed(E: Tensor) -> Tensor:
-    """Contexts [B, t, d] without the tokens at the end of [B, T, d] that repeat the one before."""
-    changes = (E[:, 1:] != E[:, :-1]).any(dim=2).any(dim=0).nonzero()
-    return E[:, : changes.amax() + 2 if len(changes) else 1].clone()
+    """Contexts [B, t, d] without the tokens at the end of [B, T, d] that repeat what stands two before them."""
+    changes = (E[:, 2:] != E[:, :-2]).any(dim=2).any(dim=0).nonzero()
+    return E[:, : changes.amax() + 3 if len(changes) else 2].clone()
 
 
 def path_of(model: "Model", prompts: list[str], briefly: bool) -> Path:
     """The file of the contexts of some prompts."""
-    ids, how = model.tokenizer(prompts, model.tokens).tolist(), f"{model.paddings} paddings " if briefly else ""
+    ids, how = model.tokenizer(prompts, model.tokens).tolist(), f"{model.paddings} by turns " if briefly else ""
     key = hashlib.sha256(f"{model.fingerprint} {how}{ids}".encode()).hexdigest()[:32]
     return cache_folder() / f"contexts-{key}.safetensors"
 

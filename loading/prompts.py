@@ -187,16 +187,20 @@ def names_one_of(names: Sequence[str], word: str) -> bool:
 
 
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
-    """The prompts without anchors that name one of the target's `names`. ValueError if no anchor is left.
+    """The prompts without anchors and lines that name one of the target's `names`. ValueError if no anchor is left.
 
-    Left in, "Barack Obama" would be the nearest anchor of "Obama" and, at lambda = 1e5, be kept instead of erased.
+    Left in, "Barack Obama" would be the nearest anchor of "Obama" and, at lambda = 1e5, be kept instead of erased; and
+    so would a dog, in "a dog looks at the {}".
     """
     targets = [words for words in map(key_words, names) if words]
     sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
     general, domain = ([w for w in words if not names_one_of(names, w)] for words in (prompts.general, prompts.domain))
     if not general and not domain and not sentences:
         raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
-    return replace(prompts, general=general, domain=domain, sentences=sentences)
+    lines = prompts.templates, prompts.frames
+    templates, frames = ([x for x in part if not any(within(name, x) for name in names)] for part in lines)
+    left = {"templates": templates, "frames": frames} if templates or frames else {}  # none: of "picture", perhaps
+    return replace(prompts, general=general, domain=domain, sentences=sentences, **left)
 
 
 def fewer(prompts: Prompts, most: int = 210) -> Prompts:
@@ -276,8 +280,8 @@ def prepare(recipe: Recipe, prompts: Prompts, names: Sequence[str], encode: Enco
     cache. `encode_bare` those of bare words, of which the nearest are chosen: a few paddings are enough.
     ValueError if no anchor is left.
     """
-    words, lines = anchor_words(prompts, names), prompts.lines
-    own, instead = zip(*own_prompts(names, prompts, recipe.surrogate), strict=True)
+    words = anchor_words(prompts, names)
+    lines, (own, instead) = words.lines, zip(*own_prompts(names, words, recipe.surrogate), strict=True)
     different = list(dict.fromkeys(instead))
     targets, surrogates = encode(list(own)), encode_anchors(different)
     surrogates = surrogates[[different.index(prompt) for prompt in instead]]

@@ -57,10 +57,9 @@ def lora(world: World, scenario: Scenario, seed: int, **settings: Any) -> Victim
 
 def anchors_of_gates(world: World, scenario: Scenario) -> list[str]:
     """The anchor prompts that CPE's gates of a scenario's targets train on, together."""
-    prompts, recipe, words = world.listed(scenario), PRESETS[scenario.preset], []
-    for target in scenario.targets:
-        words += nearest_words(recipe, prompts, [target], partial(cached_contexts, world.model, briefly=True))
-    return anchor_prompts([*prompts.general, *dict.fromkeys(words)], prompts.lines)
+    prompts, bare = world.listed(scenario), partial(cached_contexts, world.model, briefly=True)
+    near = (nearest_words(PRESETS[scenario.preset], prompts, [target], bare) for target in scenario.targets)
+    return anchor_prompts([*prompts.general, *dict.fromkeys(word for words in near for word in words)], prompts.lines)
 
 
 def gated(make: Callable[..., cpe.ResAG], given: Callable = lambda prompts, style: prompts) -> Callable[..., Victim]:

@@ -87,7 +87,10 @@ def test_held_out_sentences_are_never_drawn():
 
 
 def test_files_of_sentences(sentences):
-    """Held-out sentences are made of words that the model has read, strange ones hold some that it has not."""
+    """Held-out sentences are made of words that the model has read, strange ones hold some that it has not.
+
+    Frames may name one other thing beside the {}, but none of those that the comparison keeps from all erasers.
+    """
     files = {kind: grammar.frames(f"emoji-{kind}.txt") for kind in ("frames", "held-out", "strange", "beside")}
     everything = [frame for frames in files.values() for frame in frames]
     assert len(everything) == len(set(everything))
@@ -98,9 +101,10 @@ def test_files_of_sentences(sentences):
     for kind, frames in files.items():
         for frame in frames:
             text = re.sub(r"{\w*}", " ", frame)
-            assert not grammar.mentions(text, NAMES), frame
+            named = grammar.mentions(text, NAMES)
+            assert not named or (kind == "frames" and len(named) == 1 and named[0] not in NAMES[1::3]), frame
             assert ("{other}" in frame) == (kind == "beside"), frame
-            unknown = grammar.words(text) - known
+            unknown = grammar.words(text) - known - grammar.words(" ".join(named))
             assert (1 <= len(unknown) <= 3) if kind == "strange" else not unknown, (frame, unknown)
 
 

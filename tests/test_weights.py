@@ -135,7 +135,7 @@ def test_a_few_paddings_stand_for_all_where_a_prompt_is_read_briefly(tiny):
     for i, prompt in enumerate(prompts):
         last = min(1 + len(model.tokenizer.ids(prompt)) + model.paddings, model.tokens - 1)
         torch.testing.assert_close(briefly[i, : last + 1], whole[i, : last + 1])
-        assert torch.equal(briefly[i, last:], briefly[i, last].expand(model.tokens - last, -1))
+        assert torch.equal(briefly[i, last + 1 :], briefly[i, last - 1 : -2])  # the last two by turns
     assert not torch.allclose(briefly[0], whole[0])
     assert model.encode([], briefly=True).shape == (0, *whole.shape[1:])
 
