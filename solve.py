@@ -48,7 +48,7 @@ class Settings:
         A style adds something else to each thing: that takes more directions to attend in, and a higher rank. Trained
         gates aim farther beyond the surrogate than they get. Solved ones get there, and things would lose their shape.
         """
-        own = {"eta": 0.3, "r": 64, "k": 16, "weight": 10.0, "bend": 0.25} if style else {}
+        own = {"eta": 0.3, "r": 64, "k": 16, "weight": 0.3, "bend": 0.25} if style else {}
         return Settings(**{"eta": recipe.eta} | own | changed)
 
 

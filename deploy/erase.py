@@ -73,10 +73,10 @@ def erase(
     style = preset.endswith("style")
     prompts, surrogate = to_solve(prompts or read_prompts(preset), style), surrogate or PRESETS[preset].surrogate
     space = TokenSpace(layers_of(pipe))
-    kept = fewer(anchor_words(prompts, [target]))
+    prompts = fewer(anchor_words(prompts, [target]))
     own, instead = zip(*own_prompts([target], prompts, surrogate), strict=True)
     targets, surrogates = encode(pipe, list(own)), encode(pipe, list(instead))
-    anchors = encode(pipe, ["", *anchor_prompts(kept.general + kept.domain, prompts.lines, prompts.per_word)])
+    anchors = encode(pipe, ["", *anchor_prompts(prompts.general + prompts.domain, prompts.lines, prompts.per_word)])
     settings = settings or Settings.of(PRESETS[preset], style)
     solver = Solver(space, constant_direction(anchors), anchors, settings)
     gates = solver.solve(targets, surrogates).requires_grad_(False)

@@ -56,10 +56,10 @@ def training_prompts(
     words = [*anchors.general, *anchors.domain]
     targets = []
     for concept in concepts:
-        plain = [fill(t, name) for name in concept.names for t in prompts.templates]
+        plain = [fill(t, name) for name in concept.names for t in anchors.templates]
         copies = max(1, math.ceil(least / len(plain)) - 1)
         targets += plain + in_company(plain * copies, words, chance)
-    others = ["", *anchor_prompts(words, prompts.templates)]
+    others = ["", *anchor_prompts(words, anchors.templates)]
     names = [name for concept in concepts for name in concept.names]
     company = in_company(others * 3, words, chance)
     return targets, others + [text for text in company if not any(within(name, text) for name in names)]
