@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> str | None:
     return command("inspect", files[0].path, found[0].sentences[(found[0].order() or [0])[0]])
 
 
-def held_out(preset: str, most: int = 120) -> list[str]:
-    """Sentences to check with: held out from all training, else lines that gates are not solved with; spread evenly."""
+def held_out(preset: str, most: int = 130) -> list[str]:
+    """Sentences to check with, some of two things: held out from training, or lines that gates are not solved with."""
     prompts = read_prompts(preset)
     given, found = set(to_solve(prompts).lines), sentences(preset, "held-out") + sentences(preset, "strange")
+    found += [line.replace("{other}", prompts.domain[3 * i + 1]) for i, line in enumerate(sentences(preset, "beside"))]
     found = found or [line for line in prompts.lines if line not in given] or prompts.lines
     return found[:: -(-len(found) // most)]
 
@@ -98,6 +99,7 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     """Try the gates of one file in the sentences of its preset, or in your `own`; `draws` looks for `undrawn` ones."""
     file.warn_of_guess()
     concept, lines = file.concept, list(own or held_out(file.preset))
+    lines = [line for line in lines if not any(within(name, line) for name in file.concept.names)] or lines
     sentences = [written(line, name) for name in concept.names for line in lines]
     others = without(concept.names, file.preset, lines)
     encode = partial(cached_contexts, model, briefly=True)

@@ -11,13 +11,11 @@ from loading.files import UserError, save_tensors
 from loading.ldm import to_ldm
 from weights import Model
 
-PARTS = ("text_encoder", "unet", "vae")
-
 
 def export(model: Model, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write text encoder, U-Net and autoencoder into one file; UserError when a number is too large for `dtype`."""
     tensors = {}
-    for part in PARTS:
+    for part in ("text_encoder", "unet", "vae"):
         for name, tensor in to_ldm(part, model.part(part).config, getattr(model, part).state_dict()).items():
             tensors[name] = tensor.to(dtype)
             if not tensors[name].isfinite().all():

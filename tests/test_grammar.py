@@ -7,6 +7,7 @@ import re
 import pytest
 from tiny import ROOT
 
+from cli import check
 from clip import Tokenizer
 
 spec = importlib.util.spec_from_file_location("grammar", ROOT / "emoji" / "grammar.py")
@@ -106,6 +107,13 @@ def test_files_of_sentences(sentences):
             assert ("{other}" in frame) == (kind == "beside"), frame
             unknown = grammar.words(text) - known - grammar.words(" ".join(named))
             assert (1 <= len(unknown) <= 3) if kind == "strange" else not unknown, (frame, unknown)
+
+
+def test_check_tries_some_hundred_sentences_some_of_them_about_two_things():
+    lines = check.held_out("emoji")
+    assert 100 <= len(lines) <= 130
+    assert all(line.count("{}") == 1 and "{other}" not in line for line in lines)
+    assert [line for line in lines if "yellow heart" in line] == ["a {} and a yellow heart at the beach"]
 
 
 def test_the_tokenizer_has_read_these_words(sentences):

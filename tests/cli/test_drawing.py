@@ -567,6 +567,13 @@ def test_check_tries_sentences_and_prints_the_worst(run, gates):
         assert sentence not in others.split("next ")[0]
 
 
+def test_check_leaves_out_sentences_that_name_the_target_by_themselves(run, gates, monkeypatch):
+    monkeypatch.setattr(check, "held_out", lambda _: ["my {}", "a {} and a crab", "a {} and a Red Heart"])
+    said = run("check", gates, model="")[1]
+    assert "over 2 sentences" in said
+    assert "%  a red heart and a crab" in said
+
+
 def test_check_knows_the_words_around_which_a_gate_stays_shut():
     found = check.Found(
         "cat", ["my cat", "a cat", "a purple cat"], torch.tensor([0.1, 0.9, 0.2]), [], *torch.zeros(2, 0)

@@ -5,9 +5,11 @@ import tiny as reference
 import torch
 
 import weights
-from deploy.export import PARTS, export
+from deploy.export import export
 from loading import parts
 from loading.files import UserError, load_tensors
+
+PARTS = ("text_encoder", "unet", "vae")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
