@@ -112,8 +112,7 @@ class Model:
     def schedule(self) -> Schedule:
         """The noise schedule; UserError and warnings are those of `check_schedule`."""
         path = self.path / SCHEDULER
-        config = SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path)
-        return Schedule(check_schedule(config, path))
+        return Schedule(check_schedule(SD14_CONFIGS["scheduler"] if self.path.is_file() else read_json(path), path))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
@@ -134,10 +133,13 @@ class Model:
         order, found = last.argsort(stable=True), []
         for rows in order.split(batch_size):
             E = tower(ids[rows, : last[rows].amax() + 1].to(self.device))
-            beyond = (torch.arange(self.tokens) - last[rows, None]).clamp(min=0)
-            places = torch.arange(self.tokens) - beyond - beyond % 2
-            found.append(E[torch.arange(len(rows))[:, None], places])
+            found.append(E[torch.arange(len(rows))[:, None], self.by_turns(last[rows, None])])
         return torch.cat(found)[order.argsort()]
+
+    def by_turns(self, last: int | Tensor) -> Tensor:
+        """Where the context of every token is: at its own place, beyond `last` at this and the one before by turns."""
+        beyond = (torch.arange(self.tokens) - last).clamp(min=0)
+        return torch.arange(self.tokens) - beyond - beyond % 2
 
     def with_unet(self, changed: dict[str, Tensor]) -> "Model":
         """The same model with tensors of its U-Net replaced; arguments and errors as for `edited`."""
@@ -258,8 +260,7 @@ def load_clip(
         if not is_repository(str(name)):
             raise UserError(f"there is no CLIP model {name}: give a folder, or a repository as in {CLIP_LARGE}")
         folder = fetch(str(name), [("config.json",), *((file,) for file in TOKENIZER), variants("model", dtype)])
-    part = folder_part(folder, "clip", dtype)
-    return part.load(dtype, torch.device(device)), read_tokenizer(folder)
+    return folder_part(folder, "clip", dtype).load(dtype, torch.device(device)), read_tokenizer(folder)
 
 
 # --- Writing models ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from loading.prompts import PRESETS, anchor_words, fewer, read_prompts
 from token_space import TokenSpace, context_gate
 from weights import Model, save_model
 
-VERSION = 4  # raise it when the same settings come to give another text encoder
+VERSION = 5  # raise it when the same settings come to give another text encoder
 
 
 def run(args: argparse.Namespace) -> str | None:

@@ -2,10 +2,11 @@
 
 Of every sentence with the target's name in it: the share of the asked shift that the gates make (1: the context of the
 surrogate, and a little beyond; 0: nothing). Of sentences without it: how far a gate opens, and how far it moves them,
-measured by the same shift. Those in which the embedded model shows no target anyway are left out.
+measured by the same shift. Where the embedded model shows no target anyway, a sentence about one thing is left out.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from cli.pictures import undrawn
 from loading.cache import cached_contexts
 from loading.files import UserError
 from loading.prompts import anchor_words, normalised, read_prompts, sentences, spellings, to_solve, within, written
+from study.evaluate import spread
 from token_space import TokenSpace
 from weights import Model
 
@@ -42,9 +44,12 @@ def held_out(preset: str, most: int = 130) -> list[str]:
     """Sentences to check with, some of two things: held out from training, or lines that gates are not solved with."""
     prompts = read_prompts(preset)
     given, found = set(to_solve(prompts).lines), sentences(preset, "held-out") + sentences(preset, "strange")
-    found += [line.replace("{other}", prompts.domain[3 * i + 1]) for i, line in enumerate(sentences(preset, "beside"))]
+    pairs, others = sentences(preset, "beside"), prompts.domain[1::3]  # things that no frame names
+    for i, line in enumerate(pairs):  # on the left, on the right, in turn
+        swapped = re.sub(r"\{(other)?\}", lambda place: "{}" if place[1] else "{other}", line) if i % 2 else line
+        found.append(written(swapped, others[i * len(others) // len(pairs)]).replace("{other}", "{}"))
     found = found or [line for line in prompts.lines if line not in given] or prompts.lines
-    return found[:: -(-len(found) // most)]
+    return list(spread(found, most))
 
 
 @dataclass

@@ -69,8 +69,7 @@ def before_after(texts: list[str], model: Model, gates: cpe.ResAG, args: argpars
 
 def halves(images: Tensor) -> Tensor:
     """Of wide pictures [SEEDS B, 3, H, 2W], left and right half: SEEDS of each in turn, [2 SEEDS B, 3, H, W]."""
-    each = images.unflatten(0, (-1, SEEDS)).unflatten(4, (2, -1))
-    return each.movedim(4, 1).flatten(0, 2)
+    return images.unflatten(0, (-1, SEEDS)).unflatten(4, (2, -1)).movedim(4, 1).flatten(0, 2)
 
 
 def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
@@ -89,8 +88,7 @@ def pictures(target: str, model: Model) -> tuple[list[tuple[str, str, str]], lis
 
 def print_table(cases: list[tuple[str, str, str]], rows: dict[str, Tensor], model: Model) -> None:
     """What CLIP sees: the share of pictures in which the thing is recognised, before and after."""
-    see = eyes(model)
-    seen = [see(images) for images in rows.values()]
+    seen = list(map(eyes(model), rows.values()))
     wanted = [(group, thing) for group, _, thing in cases for _ in range(SEEDS)]
     print(f"\n{'recognised by CLIP':34}{'before':>8}{'after':>8}  the pictures")
     for group in dict.fromkeys(group for group, _, _ in cases):

@@ -65,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
             clip, tokenizer = model.clip, model.tokenizer
         else:
             clip, tokenizer = load_clip(args.clip or CLIP_LARGE, device=args.device)
-        progress = partial(bar, text="judging")
-        figures = judge_folder(clip, tokenizer, found, names, reference, others, progress)
+        figures = judge_folder(clip, tokenizer, found, names, reference, others, partial(bar, text="judging"))
         if detector:
             figures |= nudity(detector, [path for path, _ in found])
     if fid:

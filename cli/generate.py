@@ -77,8 +77,7 @@ def from_file(args: argparse.Namespace) -> list[Sheet]:
     for number, each in enumerate(many.read_drawings(args.prompt_file), 1):
         out = folder / f"{slug(each.case) if each.case else f'{number:04}'}-{slug(each.prompt)}.png"
         how = argparse.Namespace(**vars(args) | ({} if each.guidance is None else {"guidance": each.guidance}))
-        seed = args.seed if each.seed is None else each.seed
-        sheets.append(Sheet(out, [each.prompt], [seed], how, True))
+        sheets.append(Sheet(out, [each.prompt], [args.seed if each.seed is None else each.seed], how, True))
     return many.share(sheets, args)
 
 
@@ -127,6 +126,5 @@ def drawn(model: Model, prompts: Sequence[str], seeds: Sequence[int], gates: cpe
                                    progress=partial(bar, text=f"{text}{name}"), **how)
                 for name, kind in rows.items()}  # fmt: skip
     except ValueError as error:
-        full = model.dtype == torch.float32
-        advice = "the weights or the gates are damaged" if full else "try --dtype float32"
+        advice = "try --dtype float32" if model.dtype != torch.float32 else "the weights or the gates are damaged"
         raise UserError(f"{error}: {advice}.") from error

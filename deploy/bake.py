@@ -135,8 +135,7 @@ class Baker:
         self.targets, self.others = self.frozen(target_states), self.frozen(other_states)
         # Units begin at tokens of targets, drawn by how much is asked there.
         drawn = torch.multinomial(shift.flatten().cpu(), count, replacement=True, generator=self.generator)
-        points = self.read(target_states.flatten(0, 1)[drawn.to(x.device)])
-        weight, bias = detectors(points, x)
+        weight, bias = detectors(self.read(target_states.flatten(0, 1)[drawn.to(x.device)]), x)
         self.units = MLP(x.shape[1], count).to(x)  # hidden units on their own, which say nothing yet
         self.units.fc2.bias = None
         state = {"fc1.weight": weight, "fc1.bias": bias, "fc2.weight": torch.zeros_like(weight.T)}

@@ -41,8 +41,7 @@ def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[
     found = {path: contexts for path in paths if (contexts := stored(path)) is not None}
     missing = [each for each in zip(parts, paths, strict=True) if each[1] not in found]
     at_once = max(1, 64 // chunk)
-    batches = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
-    for batch in progress(batches):
+    for batch in progress([missing[i : i + at_once] for i in range(0, len(missing), at_once)]):
         with warnings.catch_warnings():  # `path_of` has warned of what is too long
             warnings.simplefilter("ignore", UserWarning)
             contexts = model.encode([text for part, _ in batch for text in part], briefly=briefly).half().cpu()
@@ -52,8 +51,7 @@ def cached_contexts(model: "Model", prompts: Sequence[str], progress: Callable[[
                 save_tensors(path, {"contexts": found[path]})
     if not paths:
         return model.encode([]).half().cpu()
-    T, rows = model.tokens, [found[path] for path in paths]
-    return torch.cat([torch.cat([E, E[:, -2:].repeat(1, T, 1)], dim=1)[:, :T] for E in rows])
+    return torch.cat([E[:, model.by_turns(E.shape[1] - 1)] for E in (found[path] for path in paths)])
 
 
 def encoded(model: "Model", recipe: Recipe, prompts: Prompts, names: Sequence[str], briefly: bool = False,

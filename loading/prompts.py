@@ -199,8 +199,8 @@ def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
         raise ValueError("no anchor words are left: [general] and [domain] hold nothing but the target's names")
     lines = prompts.templates, prompts.frames
     templates, frames = ([x for x in part if not any(within(name, x) for name in names)] for part in lines)
-    left = {"templates": templates, "frames": frames} if templates or frames else {}  # none: of "picture", perhaps
-    return replace(prompts, general=general, domain=domain, sentences=sentences, **left)
+    templates = templates or prompts.templates  # all of them name "a picture"
+    return replace(prompts, templates=templates, frames=frames, general=general, domain=domain, sentences=sentences)
 
 
 def fewer(prompts: Prompts, most: int = 210) -> Prompts:
@@ -222,7 +222,7 @@ def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:
-    """`per_word` prompts for every word, with templates drawn by the word itself: the same for every target."""
+    """`per_word` prompts for every word, in templates drawn by the word itself: alike for all whose lines are alike."""
     drawn = []
     for word in words:
         picks = random.Random(normalised(word)).sample(range(len(templates)), min(per_word, len(templates)))

@@ -151,6 +151,7 @@ def drawn_with(path: Path) -> dict:
         said = dict(json.loads(image.info.get("cpe", "{}")))
         (width, height), prompts = said.get("cell", image.size), said.get("prompts", [])
         fits = 0 < width <= image.width and 0 < height <= image.height
+        fits &= "steps" not in said or "prompts" in said  # an earlier version did not say what a sheet holds
         kinds = [type(each) for each in (width, height, prompts, *prompts)]
         return said if fits and kinds == [int, int, list, *[str] * len(prompts)] else {}
     return {}

@@ -20,7 +20,7 @@ A third of all concepts (`held_out`) is never shown to any eraser. Sentences are
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -145,8 +145,10 @@ class World:
         return f"{ground}, {style} style" if style else ground
 
     def listed(self, scenario: Scenario) -> Prompts:
-        """The preset's prompts, without anchor words that name a target, or what is held out."""
-        return anchor_words(read_prompts(scenario.preset), [*scenario.targets, *self.held_out])
+        """The preset's prompts, without words or lines that name a target, or words that name what is held out."""
+        prompts = anchor_words(read_prompts(scenario.preset), scenario.targets)
+        words = anchor_words(prompts, [*scenario.targets, *self.held_out])  # lines with a "cat face" may stay
+        return replace(words, templates=prompts.templates, frames=prompts.frames)
 
     def see(self, images: Tensor, judge: str) -> Tensor:
         """What CLIP recognises in images [B, 3, H, W]: indices [B] of concepts, or for the judge "style" of styles."""
@@ -177,8 +179,7 @@ def members(world: World, scenario: Scenario) -> dict[str, list[int]]:
     unlisted = set(world.held_out)
     fresh = [c for c in rest if world.concepts[c] in unlisted]
     near = [c for c in rest if world.concepts[c] not in unlisted][:10]
-    others = list(evaluate.spread(fresh[10:], 30))
-    return dict(zip(GROUPS, (targets, near, fresh[:10], others), strict=False))
+    return dict(zip(GROUPS, (targets, near, fresh[:10], list(evaluate.spread(fresh[10:], 30))), strict=False))
 
 
 def concept_rows(world: World, scenario: Scenario, budget: Budget) -> Iterable[Row]:

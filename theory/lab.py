@@ -154,7 +154,7 @@ class Lab:
         """x = (1 + eta) (E_sur - E_tar) [T, d]: what erasing asks of the bare target's tokens."""
         return (1 + self.recipe.eta) * (self.E_surrogate - self.E_target)
 
-    def sentences(self, most: int = 120) -> tuple[Tensor, Tensor]:
+    def sentences(self, most: int = 130) -> tuple[Tensor, Tensor]:
         """Contexts [P, T, d] of the target, and their shifts, in sentences that nothing was made with."""
         lines = check.held_out(self.erased.preset, most)
         E, instead = (self.contexts([line.replace("{}", n) for line in lines]) for n in (self.target, self.surrogate))

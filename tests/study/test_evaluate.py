@@ -262,7 +262,8 @@ def test_a_file_of_one_picture_has_the_prompt_of_the_table_and_sheets_of_several
 @pytest.mark.parametrize(
     "said",
     [{"cell": cell} for cell in (5, None, "32", [32], [0, 32], [-8, 8], [8.0, 8], [True, 8], [99, 8])]
-    + [{"prompts": prompts} for prompts in (5, None, "a", {"a": 1}, [1])],
+    + [{"prompts": prompts} for prompts in (5, None, "a", {"a": 1}, [1])]
+    + [{"steps": 20}],  # of an earlier version, which did not say what it holds
 )
 def test_metadata_that_generate_cannot_have_written_is_passed_over(tmp_path, said):
     info = PngInfo()
