@@ -189,8 +189,7 @@ def names_one_of(names: Sequence[str], word: str) -> bool:
 def anchor_words(prompts: Prompts, names: Sequence[str]) -> Prompts:
     """The prompts without anchors and lines that name one of the target's `names`. ValueError if no anchor is left.
 
-    Left in, "Barack Obama" would be the nearest anchor of "Obama" and, at lambda = 1e5, be kept instead of erased; and
-    so would a dog, in "a dog looks at the {}".
+    Left in, "Barack Obama" would be the nearest anchor of "Obama", and kept; so would a dog in "a dog sees my {}".
     """
     targets = [words for words in map(key_words, names) if words]
     sentences = [s for s in prompts.sentences if not any(t <= key_words(s) for t in targets)]
@@ -210,15 +209,16 @@ def fewer(prompts: Prompts, most: int = 210) -> Prompts:
 
 
 def to_solve(prompts: Prompts, style: bool = False) -> Prompts:
-    """What solved gates are given: anchors are words, not whole sentences; half of many lines, and of a word's prompts.
+    """What solved gates are given: words for anchors, not sentences, half as many prompts of each, some of many lines.
 
     Formulas are no better for more (benchmarks/README.md), but for styles: what these add differs from line to line.
     """
-    lines = prompts.lines
-    count = -(-len(lines) // 2) if len(lines) > 60 else len(lines)
+    if style or len(prompts.lines) <= 60:
+        return replace(prompts, sentences=[], per_word=prompts.per_word if style else 2)
     # drawn: every second one of a file that lists styles in turn would leave out the same ones everywhere
-    half = [lines[i] for i in sorted(random.Random(0).sample(range(len(lines)), count))]
-    return replace(prompts, sentences=[], **({} if style else {"templates": half, "frames": [], "per_word": 2}))
+    parts, draw = ((prompts.templates, 2 / 3), (prompts.frames, 2 / 5)), random.Random(0).sample
+    templates, frames = (draw(lines, round(share * len(lines))) for lines, share in parts)
+    return replace(prompts, templates=templates, frames=frames, sentences=[], per_word=2)
 
 
 def anchor_prompts(words: Sequence[str], templates: Sequence[str], per_word: int = 4) -> list[str]:

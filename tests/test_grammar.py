@@ -90,7 +90,7 @@ def test_held_out_sentences_are_never_drawn():
 def test_files_of_sentences(sentences):
     """Held-out sentences are made of words that the model has read, strange ones hold some that it has not.
 
-    Frames may name one other thing beside the {}, but none of those that the comparison erases or keeps from all erasers.
+    Frames may name one other thing beside the {}, but none that the comparison erases, or keeps from all erasers.
     """
     files = {kind: grammar.frames(f"emoji-{kind}.txt") for kind in ("frames", "held-out", "strange", "beside")}
     everything = [frame for frames in files.values() for frame in frames]
