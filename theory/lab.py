@@ -204,7 +204,7 @@ class Lab:
             ([self.target], self.surrogate),
         )
         words = [*prompts.general, *prompts.domain]
-        return beyond.erase("uce", self.model, *names, words, prompts.templates, **TUNED["one"]["uce"])
+        return beyond.erase("uce", self.model, *names, words, prompts.lines, **TUNED["one"]["uce"])
 
     # --- Pictures ---
 
