@@ -92,7 +92,7 @@ class Found:
         lines = [self.in_a_line(), "\nreached  in the worst sentences"]
         lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:WORST]]
         if (self.reached >= SHUT).any() and (words := self.shut_words()):
-            lines.append(f"\nit stays shut around: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
+            lines.append(f"\nonly where it may stay: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
         lines.append("\n opened    moved  the widest openings in prompts without it")
         widest = self.opened.argsort(descending=True)[:WORST].tolist()
         return "\n".join(lines + [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest])
@@ -105,10 +105,10 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     file.warn_of_guess()
     concept, lines = file.concept, list(own or held_out(file.preset))
     lines = [line for line in lines if not any(within(name, line) for name in file.concept.names)] or lines
-    sentences = [written(line, name) for name in concept.names for line in lines]
+    texts = [written(line, name) for name in concept.names for line in lines]
     others = without(concept.names, file.preset, lines)
-    encode = partial(cached_contexts, model, briefly=True)
-    E = encode(sentences, partial(bar, text="reading sentences")).to(model.device, model.dtype)
+    encode = partial(cached_contexts, model, briefly=not sentences(file.preset, "beside"))  # else: of one thing each
+    E = encode(texts, partial(bar, text="reading sentences")).to(model.device, model.dtype)
     instead = encode([written(line, concept.surrogate) for line in lines]).to(E)
     x = (1 + concept.eta) * (instead.repeat(len(concept.names), 1, 1) - E)
     gates = file.gates.to(E)
@@ -118,10 +118,10 @@ def check(file: GateFile, model: Model, space: TokenSpace, own: Sequence[str] | 
     opened = torch.cat([gates.gate(part)[0][:, :, 1:].amax(dim=(0, 2, 3)) for part in F])
     energy = torch.cat([space.error(gates, part, torch.zeros_like(part)).sum(dim=1) for part in F])
     asked = space.energy(x).sum(dim=1).mean().clamp(min=1e-12)
-    found = Found(file.target, sentences, reached.cpu(), others, opened.cpu(), (energy / asked).cpu())
+    found = Found(file.target, texts, reached.cpu(), others, opened.cpu(), (energy / asked).cpu())
     worst = [i for i in found.order()[:WORST] if draws and found.reached[i] < SHUT]
-    never = undrawn(found.target, [sentences[i] for i in worst], model)
-    return replace(found, undrawn=[i for i in worst if sentences[i] in never])
+    never = undrawn(found.target, [texts[i] for i in worst], model)
+    return replace(found, undrawn=[i for i in worst if texts[i] in never])
 
 
 def without(names: Sequence[str], preset: str, lines: Sequence[str], most: int = 100) -> list[str]:

@@ -297,8 +297,8 @@ def test_processes_may_share_a_cache_and_an_output_folder(tiny_original, tmp_pat
     shared, alone = ({path.name for path in folder.iterdir()} for folder in (cache, tmp_path / "fresh"))
     assert alone < shared
     # the dog's: in templates, alone to find what is near, words near it (these presets put two words into a file), and
-    # the sentences to check it with, with its name and without
-    assert len(shared - alone) == 7
+    # the sentences to check it with, three files with its name and two without
+    assert len(shared - alone) == 8
     alone, shared = load_file(tmp_path / "alone.safetensors"), load_file(out / "heart.safetensors")
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 

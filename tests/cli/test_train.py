@@ -41,7 +41,7 @@ def test_it_writes_one_gate_file_that_knows_all_about_itself(run, tiny_original)
     assert list(contents("gates")) == [GATES.name]
     tensors, metadata = load_tensors(GATES)
     recipe = PRESETS["emoji"]
-    expected = {"prompts": "red heart", "rank": "4", "alpha": "1", "version": "5", "target": "red heart"}
+    expected = {"prompts": "red heart", "rank": "4", "alpha": "1", "version": "6", "target": "red heart"}
     expected |= {"surrogate": recipe.surrogate, "eta": str(recipe.eta), "lam": str(recipe.lam), "seed": "0"}
     expected |= {"model": str(tiny_original), "preset": "emoji", "aliases": "[]", "how": "train"}
     assert expected.items() <= metadata.items()

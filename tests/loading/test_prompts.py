@@ -294,7 +294,7 @@ def test_parts_of_an_explicit_name_are_no_anchors(target):
     assert not [prompt for prompt in kept if set(target.split()) & set(prompt.split()) - {"person"}]
 
 
-def test_solved_gates_are_given_half_of_the_lines_and_of_the_prompts_of_a_word():
+def test_solved_gates_are_given_some_of_the_lines_and_half_of_the_prompts_of_a_word():
     """A style has all of them: what it adds to a context differs from line to line."""
     few = Prompts(["{}", "a {}"], ["man"], ["fox"], ["see the {}"], sentences=["Hello."])
     assert to_solve(few).lines == few.lines
@@ -305,10 +305,10 @@ def test_solved_gates_are_given_half_of_the_lines_and_of_the_prompts_of_a_word()
     assert sum("man" in prompt for prompt in kept) == sum("fox" in prompt for prompt in kept) == 2
     lines = read_prompts("emoji").lines
     for style in ("noto", "twemoji", "fluent", "blob"):  # none may be left out: gates would not know how it is said
-        all_of_it, half = (
+        all_of_it, some = (
             sum(f"{style} style" in x for x in each) for each in (lines, to_solve(read_prompts("emoji")).lines)
         )
-        assert 0.3 < half / all_of_it < 0.7
+        assert 0.4 < some / all_of_it < 0.9  # of templates two thirds
     assert to_solve(prompts, style=True) == replace(prompts, sentences=[])
 
 
