@@ -118,8 +118,8 @@ class Model:
     def encode(self, prompts: Sequence[str], batch_size: int = 32, briefly: bool = False) -> Tensor:
         """Context E [B, 77, d] of B prompts.
 
-        `briefly`: of the paddings behind a prompt, which differ little, only a few are computed (`paddings`); the last
-        two stand for the rest by turns, as the embedded model reads two things. UserError for another's tokenizer.
+        `briefly`: only some paddings are computed (`paddings`), the last two stand for the rest by turns, as the emoji
+        model reads two things. UserError for a tokenizer of another model, ValueError for what is not Unicode text.
         """
         tower, known = self.text_encoder, self.part("text_encoder").config["vocab_size"]
         ids = self.tokenizer(prompts, self.tokens)
@@ -137,7 +137,7 @@ class Model:
         return torch.cat(found)[order.argsort()]
 
     def by_turns(self, last: int | Tensor) -> Tensor:
-        """Where the context of every token is: at its own place, beyond `last` at this and the one before by turns."""
+        """Places [..., T] of all tokens' contexts: their own; beyond `last` [..., 1] it and the one before in turn."""
         beyond = (torch.arange(self.tokens) - last).clamp(min=0)
         return torch.arange(self.tokens) - beyond - beyond % 2
 

@@ -92,7 +92,7 @@ class Found:
         lines = [self.in_a_line(), "\nreached  in the worst sentences"]
         lines += [f"{self.reached[i]:7.0%}  {self.sentences[i]}" for i in self.order()[:WORST]]
         if (self.reached >= SHUT).any() and (words := self.shut_words()):
-            lines.append(f"\nonly where it may stay: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
+            lines.append(f"\nwords found only where it may stay: {', '.join(words[:20])}{', ...' * (len(words) > 20)}")
         lines.append("\n opened    moved  the widest openings in prompts without it")
         widest = self.opened.argsort(descending=True)[:WORST].tolist()
         return "\n".join(lines + [f"{self.opened[i]:7.2f}  {self.moved[i]:7.1%}  {self.others[i]}" for i in widest])
